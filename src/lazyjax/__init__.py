@@ -1,0 +1,53 @@
+"""How lazily does a model train?
+
+A model is any JAX function `h(w) -> outputs` of a pytree of parameters. lazyjax follows its gradient flow
+and that of its tangent model at any output scale, from feature learning to the lazy limit, computes its
+tangent kernel, and tells how far apart the two can be.
+
+    import lazyjax as lj
+
+Start with `lj.diagnose` for one answer, with `lj.compare` for the two flows, with `lj.gram` for the kernel.
+"""
+
+from importlib.metadata import version as _version
+
+# Models, and maps between models.
+from lazyjax.model import center as center
+from lazyjax.model import diagonal_linear as diagonal_linear
+from lazyjax.model import init_diagonal_linear as init_diagonal_linear
+from lazyjax.model import init_mlp as init_mlp
+from lazyjax.model import init_two_layer as init_two_layer
+from lazyjax.model import mlp as mlp
+from lazyjax.model import rescale as rescale
+from lazyjax.model import symmetrize as symmetrize
+from lazyjax.model import two_layer as two_layer
+
+# Losses on outputs.
+from lazyjax.loss import logistic_loss as logistic_loss
+from lazyjax.loss import softmax_cross_entropy as softmax_cross_entropy
+from lazyjax.loss import square_loss as square_loss
+
+# Finite differences without cancellation, and the tangent model.
+from lazyjax.difference import finite_jvp as finite_jvp
+from lazyjax.tangent import Tangent as Tangent
+from lazyjax.tangent import linearize as linearize
+
+# The tangent kernel.
+from lazyjax.kernel import gram as gram
+from lazyjax.kernel import kernel_matvec as kernel_matvec
+from lazyjax.kernel import spectrum as spectrum
+
+# Training: the flow and the descent, and the two flows side by side.
+from lazyjax.flow import Flow as Flow
+from lazyjax.flow import gradient_flow as gradient_flow
+from lazyjax.descent import Descent as Descent
+from lazyjax.descent import gradient_descent as gradient_descent
+from lazyjax.criterion import Comparison as Comparison
+from lazyjax.criterion import compare as compare
+
+# Many runs, and one answer.
+from lazyjax.sweep import sweep as sweep
+from lazyjax.report import LazinessReport as LazinessReport
+from lazyjax.report import diagnose as diagnose
+
+__version__ = _version("lazyjax")

@@ -1,0 +1,185 @@
+r"""Displacement coordinates $u = \alpha(w - w_0)$, $\varepsilon = 1/\alpha$: what every flow integrates.
+
+    y(u) = alpha h(w0) + [h(w0 + eps u) - h(w0)] / eps        u' = -Dh(w0 + eps u)^T grad R(y)
+
+At eps = 0 this is the tangent model's flow, u is O(1) for every alpha, and no digits are lost.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float
+
+from lazyjax._check import check_outputs, is_concrete, split_params
+from lazyjax._types import Model, Outputs, Params, RealScalar
+from lazyjax.difference import finite_jvp
+from lazyjax.loss import Loss
+from lazyjax.model import declares_zero
+from lazyjax.tangent import Tangent
+
+
+class ModelField(eqx.Module):
+    """The flow of a model in displacement coordinates."""
+
+    h: Model
+    coordinates: Params
+    rest: Params
+    loss: Loss
+    eps: Float[Array, ""]
+    start: Outputs
+
+    def params(self, u: Params) -> Params:
+        """$w = w_0 + u/alpha$, with the leaves that are no coordinates."""
+        moved = jtu.tree_map(lambda w, v: w + self.eps.astype(w.dtype) * v, self.coordinates, u)
+        return eqx.combine(moved, self.rest)
+
+    def outputs(self, u: Params) -> Outputs:
+        """$alpha h(w_0 + u/alpha)$, (n,) or (n, k)."""
+        w0 = eqx.combine(self.coordinates, self.rest)
+        return self.start + finite_jvp(self.h, w0, u, self.eps)
+
+    def __call__(self, u: Params) -> Params:
+        """$u'$."""
+        cotangent = self.loss.cotangent(self.outputs(u))
+        moved = eqx.filter(self.params(u), eqx.is_inexact_array)
+        _, vjp = jax.vjp(lambda w: self.h(eqx.combine(w, self.rest)), moved)
+        return jtu.tree_map(jnp.negative, vjp(cotangent)[0])
+
+
+class TangentField(eqx.Module):
+    """The flow of a tangent model: the same at every alpha, but for the start."""
+
+    jvp: Callable[[Params], Outputs]
+    coordinates: Params
+    rest: Params
+    loss: Loss
+    eps: Float[Array, ""]
+    start: Outputs
+
+    def params(self, u: Params) -> Params:
+        """$w = w_0 + u/alpha$, with the leaves that are no coordinates."""
+        moved = jtu.tree_map(lambda w, v: w + self.eps.astype(w.dtype) * v, self.coordinates, u)
+        return eqx.combine(moved, self.rest)
+
+    def outputs(self, u: Params) -> Outputs:
+        r"""$\alpha \bar h(w_0 + u/\alpha) = \alpha h(w_0) + Dh(w_0) u$."""
+        return self.start + self.jvp(u)
+
+    def vjp(self, r: Outputs) -> Params:
+        """$J^T r$."""
+        return jax.linear_transpose(self.jvp, self.coordinates)(r)[0]
+
+    def __call__(self, u: Params) -> Params:
+        """$u'$."""
+        return jtu.tree_map(jnp.negative, self.vjp(self.loss.cotangent(self.outputs(u))))
+
+
+def make_field(h: Model, loss: Loss, w0: Params, alpha: RealScalar, *, zero_start: bool) -> ModelField | TangentField:
+    """The vector field of the flow of $F_alpha$; call it under jit, with `zero_start` from `check_start`."""
+    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
+    if isinstance(h, Tangent):
+        anchor = eqx.filter(h.w0, eqx.is_inexact_array)
+        outputs, jvp = jax.linearize(lambda w: h.h(eqx.combine(w, rest)), anchor)
+        # Off its own anchor the tangent model does not start at h(w0).
+        initial = outputs + jvp(jtu.tree_map(lambda a, b: jnp.asarray(a - b, b.dtype), coordinates, anchor))
+        start, eps = _scaled_start(initial, alpha, zero_start)
+        return TangentField(jvp, coordinates, rest, loss, eps, start)
+    start, eps = _scaled_start(h(w0), alpha, zero_start)
+    return ModelField(h, coordinates, rest, loss, eps, start)
+
+
+def _scaled_start(initial: Outputs, alpha: RealScalar, zero_start: bool) -> tuple[Outputs, Array]:
+    """Alpha h(w0), exactly zero where that is declared, and eps."""
+    alpha = jnp.asarray(alpha, initial.dtype)
+    if zero_start:
+        return jnp.zeros_like(initial), 1 / alpha
+    nonzero = initial != 0
+    initial = eqx.error_if(initial, jnp.isinf(alpha) & jnp.any(nonzero), _INFINITE_START)
+    # The guard keeps alpha = inf exact (and its derivatives finite) where the output is zero.
+    return jnp.where(nonzero, jnp.where(nonzero, alpha, 0) * initial, 0), 1 / alpha
+
+
+_INFINITE_START = (
+    "alpha=inf needs a model with h(w0) = 0, since alpha h(w0) grows without bound; "
+    "use lazyjax.center(h, w0) or lazyjax.symmetrize(f, w0)."
+)
+
+
+def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float) -> bool:
+    """Refuse what cannot be followed from w0, at the price of one gradient; whether h declares a zero there.
+
+    Raises:
+        TypeError, ValueError: parameters or outputs unfit; outputs and targets of different shapes; h(w0) or
+            its gradient not finite; alpha infinite with h(w0) not zero.
+
+    Warns:
+        UserWarning: h(w0) is all rounding, yet alpha h(w0) is above the tolerance.
+    """
+    split_params(w0)
+    if isinstance(h, Tangent) and jtu.tree_structure(h.w0) != jtu.tree_structure(w0):
+        msg = "w0 must have the structure of the parameters that h was linearized at."
+        raise ValueError(msg)
+    out = check_outputs(h, w0)
+    loss.check(out.shape)
+    zero = declares_zero(h, w0)
+    if is_concrete((eqx.filter(h, eqx.is_array), eqx.filter(loss, eqx.is_array), w0)):
+        initial, gradient, rounding, residual = _probe(h, loss, w0)
+        _check_finite_start(initial, gradient)
+        if not zero and is_concrete(alpha):
+            _check_zero(np.asarray(initial), float(alpha), float(rounding), rtol * float(residual))
+    return zero
+
+
+@eqx.filter_jit
+def _probe(h: Model, loss: Loss, w0: Params) -> tuple[Outputs, Params, Array, Array]:
+    """h(w0), the gradient there, the rounding error to expect of h(w0), the largest entry of grad R."""
+    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
+    initial, vjp = jax.vjp(lambda w: h(eqx.combine(w, rest)), coordinates)
+    (gradient,) = vjp(loss.cotangent(initial))
+    # A relative perturbation of every parameter by eps moves h by about eps times this random jvp.
+    leaves, tree = jtu.tree_flatten(coordinates)
+    keys = jr.split(jr.key(0), len(leaves))
+    signs = [leaf * jr.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    sensitivity = jax.jvp(lambda w: h(eqx.combine(w, rest)), (coordinates,), (tree.unflatten(signs),))[1]
+    rounding = jnp.finfo(initial.dtype).eps * jnp.max(jnp.abs(sensitivity))
+    return initial, gradient, rounding, jnp.max(jnp.abs(loss.gradient(jnp.zeros_like(initial))))
+
+
+def _check_finite_start(initial: Outputs, gradient: Params) -> None:
+    bad = int(jnp.sum(~jnp.isfinite(initial)))
+    if bad:
+        msg = f"h(w0) must be finite, but {bad} of its {initial.size} entries are not; check the model and its data."
+        raise ValueError(msg)
+    for path, leaf in jtu.tree_leaves_with_path(gradient):
+        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        if bad:
+            msg = (
+                f"h must be differentiable at w0, but {bad} of {leaf.size} entries of the gradient in "
+                f"w0{jtu.keystr(path)} are NaN or infinite; move w0 off the singular point (sqrt or a norm at 0?)."
+            )
+            raise ValueError(msg)
+
+
+def _check_zero(initial: np.ndarray, alpha: float, rounding: float, tolerance: float) -> None:
+    largest = float(np.max(np.abs(initial)))
+    if np.isinf(alpha) and largest > 0:
+        msg = f"{_INFINITE_START} Got max |h(w0)| = {largest:.1e}."
+        raise ValueError(msg)
+    if 0 < largest <= 100 * rounding and alpha * largest > tolerance:
+        warnings.warn(
+            f"h(w0) is a rounding residue (max {largest:.1e}), but alpha={alpha:g} makes it {alpha * largest:.1e}; "
+            "if it should be zero, use lazyjax.center(h, w0), which starts the flow from exact zeros.",
+            stacklevel=4,
+        )
+
+
+def tree_norm(tree: Any) -> Float[Array, ""]:
+    """Euclidean norm of a tree of arrays."""
+    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jtu.tree_leaves(tree)))

@@ -1,0 +1,203 @@
+"""One scale of a report as a lane of a sweep: what all lanes share, the tangent model's flow, the measures."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array
+
+from lazyjax._check import check_finite, check_outputs
+from lazyjax._field import check_start, tree_norm
+from lazyjax._task import Accuracy, make_task
+from lazyjax._types import Model, Params
+from lazyjax.criterion import activation_stability, measure_kernel_drift
+from lazyjax.difference import finite_jvp
+from lazyjax.flow import DENSE_OUTPUTS, gradient_flow
+from lazyjax.kernel import TangentSolution, solve_tangent, tangent_gram
+from lazyjax.loss import Loss, SquareLoss
+from lazyjax.model import OnData, center
+from lazyjax.tangent import lanczos, linearize
+
+PROBE_OUTPUTS = 320
+"""The kernel's drift is measured on as many samples as give at most this many outputs."""
+
+MEASURES = (
+    "train_loss",
+    "test_loss",
+    "train_accuracy",
+    "test_accuracy",
+    "output_gap",
+    "param_gap",
+    "scaled_param_gap",
+    "displacement",
+)
+"""What a lane gives at every save time."""
+
+
+class Setting(eqx.Module):
+    """What all lanes share; `probe` is None where the drift cannot be measured."""
+
+    f: Model
+    w0: Params
+    x: Array
+    loss: Loss
+    accuracy: Accuracy | None
+    x_test: Array | None
+    loss_test: Loss | None
+    accuracy_test: Accuracy | None
+    probe: Array | None
+    loss_name: str = eqx.field(static=True)
+    num_outputs: int = eqx.field(static=True)
+
+
+def prepare(
+    f: Model, w0: Params, x: Any, y: Any, loss: str | Callable[[Array], Loss], test: tuple[Any, Any] | None
+) -> Setting:
+    x, shape = _check_inputs(f, w0, x, "x")
+    made, accuracy = make_task(loss, y, shape, "y")
+    made.check(shape)
+    x_test = loss_test = accuracy_test = None
+    if test is not None:
+        x_test, test_shape = _check_inputs(f, w0, test[0], "x_test")
+        loss_test, accuracy_test = make_task(loss, test[1], test_shape, "y_test")
+    check_start(OnData(center(f, w0), x), made, w0, 1.0, rtol=1e-6)
+    name = loss if isinstance(loss, str) else type(made).__name__
+    return Setting(f, w0, x, made, accuracy, x_test, loss_test, accuracy_test, None, name, int(np.prod(shape)))
+
+
+def _check_inputs(f: Model, w0: Params, x: Any, name: str) -> tuple[Array, tuple[int, ...]]:
+    x = jnp.asarray(x)
+    if x.ndim == 0 or x.size == 0:
+        msg = f"{name} must hold at least one sample, got shape {x.shape}."
+        raise ValueError(msg)
+    check_finite(x, name)
+    shape = check_outputs(f, w0, x, name="f").shape
+    if shape[0] != x.shape[0]:
+        msg = f"f must return one row of outputs a sample, got {shape[0]} rows for {x.shape[0]} samples of {name}."
+        raise ValueError(msg)
+    return x, shape
+
+
+def diagonalize(setting: Setting) -> tuple[np.ndarray, TangentSolution | None]:
+    """Leading eigenvalues of the kernel at w0, in F's metric, falling; the closed form where it is feasible."""
+
+    @eqx.filter_jit
+    def dense(s: Setting) -> TangentSolution:
+        tangent = linearize(OnData(s.f, s.x), s.w0)
+        target = s.loss.minimizer if isinstance(s.loss, SquareLoss) else tangent.outputs
+        return solve_tangent(tangent_gram(tangent), jnp.zeros_like(tangent.outputs), target, s.loss.weight)
+
+    @eqx.filter_jit
+    def leading(s: Setting) -> Array:
+        tangent = linearize(OnData(s.f, s.x), s.w0)
+        shape, dtype = tangent.outputs.shape, tangent.outputs.dtype
+        matvec = lambda r: s.loss.weight * tangent.jvp(tangent.vjp(r.reshape(shape))).ravel()  # noqa: E731
+        return lanczos(matvec, tangent.outputs.size, 60, dtype=dtype)[0][::-1]
+
+    if check_outputs(OnData(setting.f, setting.x), setting.w0).size > DENSE_OUTPUTS:
+        return np.asarray(leading(setting))[:20], None
+    solution = dense(setting)
+    return np.asarray(solution.eigenvalues), solution if isinstance(setting.loss, SquareLoss) else None
+
+
+def choose_horizon(eigenvalues: np.ndarray, solution: TangentSolution | None) -> float:
+    """Flow time at which the tangent model has learnt, within reach of an explicit solver."""
+    if solution is None:
+        return 300 / float(eigenvalues[0])
+    times = np.geomspace(1, 1000, 400) / float(eigenvalues[0])
+    losses = np.asarray(jax.vmap(solution.loss)(jnp.asarray(times, eigenvalues.dtype)))
+    start, end = float(solution.loss(jnp.zeros((), eigenvalues.dtype))), losses[-1]
+    return float(times[np.argmax(losses <= max(0.01 * start, end))])
+
+
+class Reference(eqx.Module):
+    """The tangent model's flow: displacement and outputs at the save times."""
+
+    displacement: Params
+    outputs: Array
+    test_outputs: Array | None
+
+
+SOLVE: dict[str, Any] = {
+    "solver": diffrax.Tsit5(),
+    "rtol": 1e-5,
+    "atol": 1e-8,
+    "save": ("outputs", "displacement"),
+    "max_steps": 2**15,
+}
+"""Model and tangent model are followed by the same solver at the same tolerances, so that their errors cancel in
+the gaps (the closed form, through a float32 eigendecomposition, is only good to 1e-3 at a stiffness of 1000)."""
+
+
+@eqx.filter_jit
+def follow_tangent(setting: Setting, ts: Array) -> Reference:
+    """The tangent model's flow, from a zero start the same for every alpha."""
+    model = center(setting.f, setting.w0)
+    tangent = linearize(OnData(model, setting.x), setting.w0)
+    flow = gradient_flow(tangent, setting.loss, setting.w0, ts, alpha=jnp.inf, **SOLVE)
+    test_outputs = None
+    if setting.x_test is not None:
+        test_outputs = jax.lax.map(linearize(OnData(model, setting.x_test), setting.w0).jvp, flow.displacement)
+    return Reference(flow.displacement, flow.outputs, test_outputs)
+
+
+def run_lane(alpha: Array, *, setting: Setting, ts: Array, reference: Reference) -> dict[str, Any]:
+    """One scale: the flow, and everything measured along it."""
+    s = setting
+    model = center(s.f, s.w0)
+    flow = gradient_flow(OnData(model, s.x), s.loss, s.w0, ts, alpha=alpha, throw=False, **SOLVE)
+    eps = 1 / flow.alpha
+    test_outputs = None
+    if s.x_test is not None:
+        on_test = OnData(s.f, s.x_test)
+        test_outputs = jax.lax.map(lambda u: finite_jvp(on_test, s.w0, u, eps), flow.displacement)
+    gap = jax.vmap(tree_norm)(jtu.tree_map(jnp.subtract, flow.displacement, reference.displacement))
+    last = jtu.tree_map(lambda leaf: leaf[-1], flow.displacement)
+    out = {
+        **measure(s, flow.outputs, test_outputs),
+        "output_gap": jax.vmap(s.loss.norm)(flow.outputs - reference.outputs),
+        "scaled_param_gap": gap,
+        "param_gap": eps * gap,
+        "displacement": eps * jax.vmap(tree_norm)(flow.displacement),
+        "num_steps": flow.stats["num_steps"],
+        "result": flow.result,
+    }
+    if s.probe is not None:
+        out["kernel_drift"] = measure_kernel_drift(OnData(s.f, s.probe), s.w0, last, eps)
+    if hasattr(s.f, "preactivations"):
+        moved = jtu.tree_map(lambda w, u: w + eps.astype(w.dtype) * u, eqx.filter(s.w0, eqx.is_inexact_array), last)
+        rest = eqx.filter(s.w0, eqx.is_inexact_array, inverse=True)
+        out["stability"] = activation_stability(s.f, s.w0, eqx.combine(moved, rest), s.x)
+    return out
+
+
+def add_probe(setting: Setting) -> tuple[Setting, list[str]]:
+    """Measure the kernel's drift where `finite_jvp` can go through the model's derivative, else say why not."""
+    k = setting.num_outputs // setting.x.shape[0]
+    probe = setting.x[: max(1, PROBE_OUTPUTS // k)]
+    zero = jtu.tree_map(jnp.zeros_like, eqx.filter(setting.w0, eqx.is_inexact_array))
+    try:
+        eqx.filter_eval_shape(measure_kernel_drift, OnData(setting.f, probe), setting.w0, zero, jnp.ones(()))
+    except ValueError as error:
+        return setting, [f"the kernel's drift is not measured: {error}"]
+    return eqx.tree_at(lambda s: s.probe, setting, probe, is_leaf=lambda leaf: leaf is None), []
+
+
+def measure(s: Setting, outputs: Array, test_outputs: Array | None) -> dict[str, Array]:
+    """Losses and accuracies along a flow."""
+    measures: dict[str, tuple[Callable[[Array], Array] | None, Array | None]] = {
+        "train_loss": (s.loss, outputs),
+        "test_loss": (s.loss_test, test_outputs),
+        "train_accuracy": (s.accuracy, outputs),
+        "test_accuracy": (s.accuracy_test, test_outputs),
+    }
+    return {
+        name: jax.vmap(function)(values).astype(outputs.dtype)
+        for name, (function, values) in measures.items()
+        if function is not None and values is not None
+    }

@@ -1,0 +1,149 @@
+"""From a report's numbers to its sentences: slopes on alpha, a verdict in plain words, a screen of text."""
+
+from typing import TYPE_CHECKING
+
+import equinox as eqx
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray
+
+LAZY = 0.01
+"""A relative output gap below this is called lazy."""
+
+
+class Slope(eqx.Module):
+    r"""A power law fitted to a gap over a range of alpha: gap ~ alpha^value.
+
+    Attributes:
+        value: The fitted exponent; NaN if fewer than three points lie between the floor and saturation.
+        first, last: The range of alpha fitted.
+        points: How many.
+        theory: The exponent that theorem 2.2 gives for a centred model.
+    """
+
+    value: float
+    first: float
+    last: float
+    points: int
+    theory: float
+
+    def shifted(self, by: float) -> "Slope":
+        """The law of the gap times alpha^by."""
+        return Slope(self.value + by, self.first, self.last, self.points, self.theory + by)
+
+
+def fit_slope(alphas: np.ndarray, gaps: np.ndarray, floor: float, ceiling: float, theory: float) -> Slope:
+    """Least squares of log gap on log alpha over the points between ten times the floor and the ceiling.
+
+    Below, the gap is numerical error; above, the flows are not close and no rate is promised.
+    """
+    use = np.isfinite(alphas) & np.isfinite(gaps) & (gaps > 10 * floor) & (gaps < ceiling)
+    if use.sum() < 3:
+        return Slope(float("nan"), float("nan"), float("nan"), int(use.sum()), theory)
+    log_alpha = np.log(alphas[use])
+    value = float(np.polyfit(log_alpha, np.log(gaps[use]), 1)[0])
+    return Slope(value, float(alphas[use].min()), float(alphas[use].max()), int(use.sum()), theory)
+
+
+def relative_gap(data: "xarray.Dataset") -> np.ndarray:
+    """Largest output gap over time, in units of the initial residual's norm, one a lane."""
+    return np.asarray(data["output_gap"].max("time")) / data.attrs["initial_residual"]
+
+
+def write_verdict(data: "xarray.Dataset", slopes: dict[str, Slope]) -> str:
+    """How lazily the model trains at the smallest alpha, from where on it is lazy, and at what price."""
+    alphas = np.asarray(data["alpha"])
+    gap = relative_gap(data)
+    first = data.isel(alpha=0)
+    if bool(first["failed"]):
+        start = f"The flow at alpha = {alphas[0]:g} failed ({first['message'].item()}), so nothing is said of it."
+    else:
+        lazy = "lazily" if gap[0] < LAZY else "almost lazily" if gap[0] < 10 * LAZY else "not lazily"
+        start = (
+            f"At alpha = {alphas[0]:g} this model trains {lazy}: its outputs part from its tangent model's by up to "
+            f"{100 * gap[0]:.2g} % of the initial residual, and its parameters move by "
+            f"{100 * float(first['displacement'][-1]) / data.attrs['w0_norm']:.2g} % of their norm."
+        )
+        if "kernel_drift" in data:
+            start += f" Its tangent kernel changes by {100 * float(first['kernel_drift']):.2g} %."
+    sentences = [start, _onset(alphas, gap), *_price(data)]
+    slope = slopes["output_gap"]
+    if np.isfinite(slope.value):
+        sentences.append(
+            f"The output gap falls as alpha^{slope.value:.2f} from alpha = {slope.first:g} to {slope.last:g} "
+            f"(theorem 2.2: {slope.theory:g} or faster)."
+        )
+    return " ".join(sentences)
+
+
+def _onset(alphas: np.ndarray, gap: np.ndarray) -> str:
+    lazy = [a for a, g in zip(alphas, gap, strict=True) if np.isfinite(a) and g < LAZY]
+    if not lazy:
+        return f"No finite alpha of this sweep is lazy (gap below {100 * LAZY:g} %)."
+    return f"It is lazy (gap below {100 * LAZY:g} %) from alpha = {min(lazy):g} of this sweep on."
+
+
+def _price(data: "xarray.Dataset") -> list[str]:
+    """What laziness costs, or gains, in generalization at the end of training."""
+    model, tangent = data.isel(alpha=0, time=-1), data.isel(time=-1)
+    if bool(model["failed"]):
+        return []
+    alpha = float(model["alpha"])
+    if "test_accuracy" in data:
+        ours, theirs = float(model["test_accuracy"]), float(tangent["tangent_test_accuracy"])
+        return [
+            f"Test accuracy at the end: {100 * ours:.1f} % at alpha = {alpha:g} against {100 * theirs:.1f} % for the "
+            f"tangent model ({100 * (ours - theirs):+.1f} points)."
+        ]
+    if "test_loss" in data:
+        ours, theirs = float(model["test_loss"]), float(tangent["tangent_test_loss"])
+        return [f"Test loss at the end: {ours:.3g} at alpha = {alpha:g} against {theirs:.3g} for the tangent model."]
+    return []
+
+
+def table_columns(data: "xarray.Dataset") -> list[tuple[str, list[str]]]:
+    """The columns of the report's table: heading, one cell a lane, the tangent model's row last."""
+    last = data.isel(time=-1)
+    columns = [("alpha", [*(f"{a:g}" for a in np.asarray(data["alpha"])), "tangent"])]
+    for name, heading, scale in (
+        ("train_loss", "train loss", 1.0),
+        ("test_loss", "test loss", 1.0),
+        ("train_accuracy", "train acc %", 100.0),
+        ("test_accuracy", "test acc %", 100.0),
+    ):
+        if name in data:
+            style = ".1f" if scale > 1 else ".3g"
+            values = [*np.asarray(last[name]), float(last[f"tangent_{name}"])]
+            columns.append((heading, [f"{scale * v:{style}}" for v in values]))
+    gaps = [
+        ("out gap %", 100 * relative_gap(data)),
+        ("|w-wbar|", np.asarray(data["param_gap"].max("time"))),
+        ("|w-w0|", np.asarray(last["displacement"])),
+    ]
+    if "kernel_drift" in data:
+        gaps.append(("drift %", 100 * np.asarray(data["kernel_drift"])))
+    if "stability" in data:
+        gaps.append(("stable %", 100 * np.asarray(data["stability"])))
+    columns += [(heading, [*(f"{v:.2g}" if v < 99 else f"{v:.4g}" for v in values), ""]) for heading, values in gaps]
+    columns.append(("steps", [*(str(int(v)) for v in np.asarray(data["num_steps"])), ""]))
+    return columns
+
+
+def format_table(columns: list[tuple[str, list[str]]]) -> str:
+    """Right-aligned columns."""
+    padded = []
+    for heading, cells in columns:
+        width = max(len(heading), *(len(cell) for cell in cells))
+        padded.append([cell.rjust(width) for cell in (heading, *cells)])
+    return "\n".join("  ".join(row) for row in zip(*padded, strict=True))
+
+
+def format_slope(name: str, slope: Slope) -> str:
+    """One line a slope."""
+    if not np.isfinite(slope.value):
+        return f"{name}: no slope, only {slope.points} point(s) between the numerical floor and saturation"
+    return (
+        f"{name} ~ alpha^{slope.value:.2f} over alpha = {slope.first:g} to {slope.last:g} "
+        f"({slope.points} points; theorem 2.2: {slope.theory:g} or faster)"
+    )

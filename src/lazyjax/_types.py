@@ -1,0 +1,18 @@
+"""Names for the few kinds of thing that travel between the modules."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array, Float, PyTree, Real
+
+Params = PyTree
+"""Parameters: any pytree; its real floating arrays are the p coordinates, the rest passes through."""
+
+Outputs = Float[Array, "n"] | Float[Array, "n k"]
+"""What a model returns: one row (or one number) a sample."""
+
+Model = Callable[..., Any]
+"""h: parameters to outputs, the data inside; or f: (parameters, inputs) to outputs."""
+
+RealScalar = float | int | Real[Array, ""]
+"""A number, or a traced scalar."""

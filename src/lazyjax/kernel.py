@@ -1,0 +1,295 @@
+r"""The tangent kernel $K(x, x') = D_w f(w, x)\, D_w f(w, x')^T$ on data: Gram, products, spectrum, closed form.
+
+`gram` is the plain $JJ^T$; the kernel operator in the paper's metric is `gram / n` (see `lazyjax.loss`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lazyjax._check import check_finite, check_outputs, is_concrete, split_params
+from lazyjax._types import Model, Outputs, Params
+from lazyjax.tangent import Tangent, lanczos
+
+BLOCK_BYTES = 2**28
+"""Memory for the Jacobian rows of one block: two of them are held at a time."""
+
+
+def gram(
+    f: Model,
+    w: Params,
+    x1: Float[Array, "n1 ..."],
+    x2: Float[Array, "n2 ..."] | None = None,
+    *,
+    method: Literal["auto", "jacobian"] = "auto",
+) -> Float[Array, "..."]:
+    r"""Gram matrix of the tangent kernel, $K_{ij} = D_w f(w, x_{1,i})\, D_w f(w, x_{2,j})^T$.
+
+    Jacobian rows are made and contracted a block at a time, so memory is bounded by the result and a fixed
+    block size; for x2 None only one triangle of blocks is computed.
+
+    Args:
+        f: Model f(w, x) with outputs (n,) or (n, k). Row i of its outputs must depend on row i of x only.
+        w: Parameters; the floating arrays are the coordinates.
+        x1: Inputs, samples along the first axis.
+        x2: Other inputs; None for x1.
+        method: How; "auto" and "jacobian" both contract Jacobians.
+
+    Returns:
+        (n1, n2) for outputs (n,); (n1, k, n2, k) for outputs (n, k). The plain $JJ^T$, without 1/n.
+
+    Raises:
+        ValueError: empty or non-finite inputs, x1 and x2 of different sample shapes, outputs of another shape,
+            a model that mixes samples (as batch normalisation does), or an unknown method.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), equation (7).
+
+    Example:
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+        >>> print(gram(lambda w, x: x @ w, jnp.zeros(2), x))
+        [[1. 1.]
+         [1. 2.]]
+    """
+    if method not in ("auto", "jacobian"):
+        msg = f'method must be "auto" or "jacobian", got {method!r}.'
+        raise ValueError(msg)
+    coordinates, rest = split_params(w, "w")
+    _check_inputs(f, w, x1, x2)
+    return _gram(f, coordinates, rest, x1, x2)
+
+
+@eqx.filter_jit
+def _gram(f: Model, coordinates: Params, rest: Params, x1: Array, x2: Array | None) -> Array:
+    out = check_outputs(f, eqx.combine(coordinates, rest), x1, name="f")
+    k = out.shape[1] if len(out.shape) == 2 else 1
+    p = sum(leaf.size for leaf in jtu.tree_leaves(coordinates))
+    n1, n2 = x1.shape[0], (x1 if x2 is None else x2).shape[0]
+    size = max(1, min(BLOCK_BYTES // (k * p * out.dtype.itemsize), max(n1, n2)))
+
+    def rows(x: Array) -> list[Array]:
+        """Jacobian of a block of samples, one (samples * k, p_leaf) matrix a parameter leaf."""
+
+        def one(row: Array) -> Params:
+            return jax.jacrev(lambda c: f(eqx.combine(c, rest), row[None])[0])(coordinates)
+
+        return [leaf.reshape(x.shape[0] * k, -1) for leaf in jtu.tree_leaves(jax.vmap(one)(x))]
+
+    blocks1, blocks2 = _blocks(x1, size), None if x2 is None else _blocks(x2, size)
+
+    def entry(pair: Array) -> Array:
+        first = rows(blocks1[pair[0]])
+        second = rows((blocks1 if blocks2 is None else blocks2)[pair[1]])
+        products = [a.astype(out.dtype) @ b.T.astype(out.dtype) for a, b in zip(first, second, strict=True)]
+        return functools.reduce(jnp.add, products)
+
+    full = _assemble(entry, len(blocks1), None if blocks2 is None else len(blocks2), size * k, out.dtype)
+    full = full[: n1 * k, : n2 * k]
+    return full if len(out.shape) == 1 else full.reshape(n1, k, n2, k)
+
+
+def _blocks(x: Array, size: int) -> Array:
+    """Samples in blocks (blocks, size, ...), the last one filled up with copies of the first sample."""
+    count = -(-x.shape[0] // size)
+    fill = jnp.broadcast_to(x[:1], (count * size - x.shape[0], *x.shape[1:]))
+    return jnp.concatenate([x, fill]).reshape(count, size, *x.shape[1:])
+
+
+def _assemble(entry: Callable[[Array], Array], count1: int, count2: int | None, size: int, dtype: np.dtype) -> Array:
+    """Matrix of blocks `entry((i, j))`; with `count2` None it is symmetric and only j >= i is computed."""
+    symmetric = count2 is None
+    columns = count1 if symmetric else count2
+    pairs = [(i, j) for i in range(count1) for j in range(i if symmetric else 0, columns)]
+
+    def write(matrix: Array, pair: Array) -> tuple[Array, None]:
+        block = entry(pair)
+        matrix = jax.lax.dynamic_update_slice(matrix, block, (pair[0] * size, pair[1] * size))
+        if symmetric:
+            matrix = jax.lax.dynamic_update_slice(matrix, block.T, (pair[1] * size, pair[0] * size))
+        return matrix, None
+
+    empty = jnp.zeros((count1 * size, columns * size), dtype)
+    return jax.lax.scan(write, empty, jnp.asarray(pairs))[0]
+
+
+def _check_inputs(f: Model, w: Params, x1: Array, x2: Array | None) -> None:
+    for name, x in (("x1", x1), ("x2", x2)):
+        if x is None:
+            continue
+        if x.ndim == 0 or x.size == 0:
+            msg = f"{name} must hold at least one sample along its first axis, got shape {x.shape}."
+            raise ValueError(msg)
+        check_finite(x, name)
+    if x2 is not None and x2.shape[1:] != x1.shape[1:]:
+        msg = f"x1 and x2 must hold samples of one shape, got {x1.shape[1:]} and {x2.shape[1:]}."
+        raise ValueError(msg)
+    out = check_outputs(f, w, x1, name="f")
+    if out.shape[0] != x1.shape[0]:
+        msg = f"f must return one row of outputs a sample, got {out.shape[0]} rows for {x1.shape[0]} samples."
+        raise ValueError(msg)
+    if x1.shape[0] > 1 and is_concrete((w, x1)):
+        _check_independent(f, w, x1)
+
+
+def _check_independent(f: Model, w: Params, x: Array) -> None:
+    """Refuse a model whose output for the first sample changes when the other samples do."""
+    first = np.asarray(eqx.filter_jit(f)(w, x[:2]))[0]
+    alone = np.asarray(eqx.filter_jit(f)(w, x[:1]))[0]
+    scale = max(float(np.max(np.abs(first))), float(np.max(np.abs(alone))))
+    if not np.allclose(first, alone, rtol=0, atol=1e3 * float(np.finfo(first.dtype).eps) * max(scale, 1e-30)):
+        msg = (
+            "f must treat every sample by itself, but its output for x1[0] changes with the other samples "
+            f"(by {float(np.max(np.abs(first - alone))):.1e}), as with batch normalisation in training mode; "
+            "use the layer's inference mode."
+        )
+        raise ValueError(msg)
+
+
+def kernel_matvec(f: Model, w: Params, x: Float[Array, "n ..."]) -> Callable[[Outputs], Outputs]:
+    r"""The product $r \mapsto Dh\, Dh^T r$ with the plain Gram of `x`, matrix-free.
+
+    Args:
+        f: Model f(w, x) with outputs (n,) or (n, k); it may mix samples.
+        w: Parameters.
+        x: Inputs.
+
+    Returns:
+        A function of r (n,) or (n, k), of the outputs' shape: one jvp and one vjp a call, h evaluated once here.
+
+    Raises:
+        ValueError: inputs empty or not finite, outputs of another shape.
+
+    Example:
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+        >>> print(kernel_matvec(lambda w, x: x @ w, jnp.zeros(2), x)(jnp.array([1.0, 1.0])))
+        [2. 3.]
+    """
+    coordinates, rest = split_params(w, "w")
+    check_finite(x, "x")
+    check_outputs(f, w, x, name="f")
+    _, jvp = jax.linearize(lambda c: f(eqx.combine(c, rest), x), coordinates)
+    vjp = jax.linear_transpose(jvp, coordinates)
+    return lambda r: jvp(*vjp(r))
+
+
+def spectrum(
+    f: Model, w: Params, x: Float[Array, "n ..."], *, k: int | None = None, key: PRNGKeyArray | None = None
+) -> Float[Array, " m"]:
+    r"""Eigenvalues of the plain Gram $JJ^T$ of `x`, falling.
+
+    Args:
+        f: Model f(w, x).
+        w: Parameters.
+        x: Inputs (n, ...).
+        k: None: all n*k_out of them, from the dense Gram. A number: the k largest, by matrix-free Lanczos with
+            full re-orthogonalization (2k + 20 products).
+        key: For Lanczos' start vector; None for a fixed one.
+
+    Returns:
+        The eigenvalues; rounding may leave values of either sign near zero.
+
+    Raises:
+        ValueError: k not in 1..n*k_out; inputs as for `gram`.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), supplementary Figure 7(b).
+
+    Example:
+        >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> print(spectrum(lambda w, x: x @ w, jnp.zeros(2), x))
+        [4. 1.]
+    """
+    if k is None:
+        matrix = gram(f, w, x)
+        size = matrix.shape[0] * (matrix.shape[1] if matrix.ndim == 4 else 1)
+        return jnp.linalg.eigvalsh(matrix.reshape(size, size))[::-1]
+    out = check_outputs(f, w, x, name="f")
+    if not 1 <= k <= out.size:
+        msg = f"k must be between 1 and the number of outputs {out.size}, got {k}."
+        raise ValueError(msg)
+    matvec = kernel_matvec(f, w, x)
+    values, _, _ = lanczos(
+        lambda r: matvec(r.reshape(out.shape)).ravel(), out.size, 2 * k + 20, dtype=out.dtype, key=key
+    )
+    return values[::-1][:k]
+
+
+class TangentSolution(eqx.Module):
+    r"""Closed form of the tangent flow of the square loss; made by `solve_tangent`.
+
+    $\bar y(t) = y^* + e^{-tK}(\bar y(0) - y^*)$ and $\bar u(t) = -J^T c\, t\varphi_1(-tK)(\bar y(0) - y^*)$ with
+    $K = c JJ^T$, c the weight of the loss. Eigenvalues below rounding are an exact zero, where the residual stays.
+
+    Attributes:
+        eigenvalues: Of K in F's metric, falling, the zeros at the end.
+        condition: Largest over smallest nonzero eigenvalue.
+    """
+
+    eigenvalues: Float[Array, " m"]
+    condition: Float[Array, ""]
+    _vectors: Float[Array, "m m"]
+    _coefficients: Float[Array, " m"]
+    _start: Outputs
+    _weight: float = eqx.field(static=True)
+
+    def outputs(self, t: Float[Array, ""]) -> Outputs:
+        r"""$\bar y(t)$, t in [0, inf], of the targets' shape."""
+        # inf * 0 must be 0: a zero eigenvalue keeps its residual for ever.
+        exponent = jnp.where(self.eigenvalues > 0, t * self.eigenvalues, 0)
+        change = self._vectors @ (jnp.expm1(-exponent) * self._coefficients)
+        return self._start + change.reshape(self._start.shape)
+
+    def loss(self, t: Float[Array, ""]) -> Float[Array, ""]:
+        r"""$R(\bar y(t))$."""
+        exponent = jnp.where(self.eigenvalues > 0, t * self.eigenvalues, 0)
+        return 0.5 * self._weight * jnp.sum((jnp.exp(-exponent) * self._coefficients) ** 2)
+
+    def cotangent(self, t: Float[Array, ""]) -> Outputs:
+        r"""The r for which $\bar u(t) = J^T r$, so that $D f(w_0, x)\, J^T r$ are the outputs at other inputs."""
+        positive = self.eigenvalues > 0
+        safe = jnp.where(positive, self.eigenvalues, 1)
+        phi = jnp.where(positive, -jnp.expm1(-t * safe) / safe, 0)
+        r = -self._weight * (self._vectors @ (phi * self._coefficients))
+        return r.reshape(self._start.shape)
+
+
+def solve_tangent(matrix: Float[Array, "m m"], start: Outputs, target: Outputs, weight: float) -> TangentSolution:
+    r"""Diagonalize $K = c JJ^T$ once, for the tangent flow of $\frac c2 |y - y^*|^2$ at any time.
+
+    Args:
+        matrix: The plain Gram $JJ^T$ over all n*k outputs.
+        start: $\bar y(0)$, (n,) or (n, k).
+        target: $y^*$, of the same shape.
+        weight: c, the loss's weight.
+
+    Source:
+        Design identity (4.2): $\bar y' = -K(\bar y - y^*)$; Chizat, Oyallon, Bach (2019), section 2.3.
+    """
+    values, vectors = jnp.linalg.eigh(jnp.asarray(weight, matrix.dtype) * matrix)
+    # What rounding leaves of a zero eigenvalue. The customary factor `size` instead of its root would cut modes
+    # that are learnt within any horizon of interest: at 2560 outputs in float32 all below 3e-4 of the largest.
+    cut = values.size**0.5 * jnp.finfo(values.dtype).eps * jnp.maximum(values[-1], 0)
+    values = jnp.where(values > cut, values, 0)
+    condition = values[-1] / jnp.min(jnp.where(values > 0, values, jnp.inf))
+    coefficients = vectors.T @ (start - target.astype(start.dtype)).ravel()
+    return TangentSolution(values[::-1], condition, vectors[:, ::-1], coefficients[::-1], start, weight)
+
+
+def tangent_gram(tangent: Tangent, *, block: int = 128) -> Float[Array, "m m"]:
+    r"""The plain $JJ^T$ of a tangent model over all its outputs, `block` columns (a jvp and a vjp each) at a time."""
+    shape, dtype = tangent.outputs.shape, tangent.outputs.dtype
+    size = tangent.outputs.size
+
+    def column(i: Array) -> Array:
+        basis = (jnp.arange(size) == i).astype(dtype)
+        return tangent.jvp(tangent.vjp(basis.reshape(shape))).ravel()
+
+    columns = jax.lax.map(column, jnp.arange(size), batch_size=min(block, size))
+    return 0.5 * (columns + columns.T)

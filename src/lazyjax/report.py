@@ -1,0 +1,223 @@
+r"""One answer to "how lazily does this model train?": a sweep over alpha beside the tangent model, summed up."""
+
+import textwrap
+import time as clock
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from lazyjax._check import check_alpha
+from lazyjax._field import tree_norm
+from lazyjax._lanes import (
+    MEASURES,
+    Reference,
+    Setting,
+    add_probe,
+    choose_horizon,
+    diagonalize,
+    follow_tangent,
+    measure,
+    prepare,
+    run_lane,
+)
+from lazyjax._summary import Slope, fit_slope, format_slope, format_table, table_columns, write_verdict
+from lazyjax._types import Model, Params
+from lazyjax.loss import Loss
+from lazyjax.model import OnData, center
+from lazyjax.step import lazy_ratio
+from lazyjax.sweep import sweep
+
+if TYPE_CHECKING:
+    import xarray
+
+ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6, 1e7, float("inf"))
+NUM_TIMES = 33
+
+
+class LazinessReport(eqx.Module):
+    r"""How lazily a model trains; made by `diagnose`. Printing it gives one screen of text.
+
+    Attributes:
+        dataset: Everything measured, an `xarray.Dataset` over alpha, time and kernel mode. Per alpha and time:
+            train_loss, output_gap (norm in F), param_gap, displacement ($\|w - w_0\|$), and with test data
+            test_loss, with classes train_accuracy and test_accuracy. Per time the same of the tangent model
+            (tangent_train_loss, ...). Per alpha: kernel_drift, stability, num_steps, failed, message. Per mode:
+            kernel_eigenvalue (F's metric). The attributes hold the settings.
+        slopes: Fitted power laws of "output_gap" and "param_gap" on alpha.
+        verdict: What it comes to, in plain words.
+        notes: What could not be measured, and why.
+    """
+
+    dataset: Any
+    slopes: dict[str, Slope]
+    verdict: str
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One screen: verdict, table, slopes."""
+        a = self.dataset.attrs
+        head = (
+            f"lazyjax report: {a['num_params']} parameters, {a['num_train']} training samples, {a['outputs']} outputs "
+            f"each, {a['loss']} loss, {a['dtype']}, flow time {a['horizon']:.4g}"
+        )
+        lines = [head, "", textwrap.fill(self.verdict, 110), "", format_table(table_columns(self.dataset)), ""]
+        lines += [format_slope(name.replace("_", " "), slope) for name, slope in self.slopes.items()]
+        lines += [textwrap.fill(f"note: {note}", 110) for note in self.notes]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Verdict, slopes, notes, settings and all data as plain Python values, for JSON."""
+        slopes = {
+            name: {field: getattr(slope, field) for field in ("value", "first", "last", "points", "theory")}
+            for name, slope in self.slopes.items()
+        }
+        data = self.dataset.to_dict()
+        return {"verdict": self.verdict, "slopes": slopes, "notes": list(self.notes), "data": data}
+
+
+def diagnose(
+    f: Model,
+    w0: Params,
+    x: Array,
+    y: Array,
+    *,
+    loss: str | Callable[[Array], Loss] = "square",
+    test: tuple[Array, Array] | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    time: float | None = None,
+    key: PRNGKeyArray | None = None,
+    progress: bool = False,
+) -> LazinessReport:
+    r"""Train a model and its tangent model at many scales alpha, and tell how lazily it trains.
+
+    The model is centred (its output at w0 is subtracted), so that every alpha up to inf makes sense.
+
+    Args:
+        f: Model f(w, x) with outputs (n,) or (n, k). If it has `preactivations(w, x)`, the stability of its
+            activations is measured too.
+        w0: Its parameters.
+        x: Training inputs, samples first.
+        y: Training targets: classes (n,) or real values of the outputs' shape.
+        loss: "square" (classes become one-hot rows), "softmax", "logistic" (two classes), or a function of the
+            targets to a loss, such as `lambda y: lj.square_loss(y, mean=False)`.
+        test: (x_test, y_test), for test loss and accuracy.
+        alphas: Scales, each in (0, inf]; sorted, and inf is added, since it shows the numerical floor.
+        time: Flow time to train for; None: until the tangent model's training loss is down to 1 % (square loss),
+            but no more than 1000, or 300 for other losses, over the kernel's largest eigenvalue.
+        key: For the Lanczos starts; None for a fixed one.
+        progress: Show a progress bar.
+
+    Returns:
+        `LazinessReport`.
+
+    Raises:
+        ValueError, TypeError: bad arguments, seen before any long computation.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), sections 1 and 3.2, theorem 2.2.
+
+    Example:
+        >>> import jax.random as jr
+        >>> from lazyjax import init_two_layer, two_layer
+        >>> x = jr.normal(jr.key(1), (8, 3))
+        >>> report = diagnose(two_layer(jnp.tanh), init_two_layer(jr.key(0), 3, 8), x, x[:, 0], alphas=[1.0, 1e4])
+        >>> report.verdict.startswith("At alpha = 1 this model trains")
+        True
+    """
+    started = clock.perf_counter()
+    setting = prepare(f, w0, x, y, loss, test)
+    alphas = _check_alphas(alphas)
+    if time is not None and not (np.isfinite(time) and time > 0):
+        msg = f"time must be a finite positive flow time, got {time}."
+        raise ValueError(msg)
+    setting, notes = add_probe(setting)
+    eigenvalues, solution = diagonalize(setting)
+    horizon = choose_horizon(eigenvalues, solution) if time is None else float(time)
+    ts = jnp.concatenate([jnp.zeros(1), horizon * jnp.geomspace(1e-3, 1.0, NUM_TIMES - 1)])
+    reference = follow_tangent(setting, ts)
+    data = sweep(
+        run_lane,
+        over={"alpha": alphas},
+        shared={"setting": setting, "ts": ts, "reference": reference},
+        dims=dict.fromkeys(MEASURES, ("time",)),
+        coords={"time": np.asarray(ts), "mode": np.arange(1, eigenvalues.size + 1)},
+        progress=progress,
+    )
+    _complete(data, setting, reference, eigenvalues, key)
+    data.attrs["seconds"] = clock.perf_counter() - started
+    slopes = _slopes(data)
+    return LazinessReport(data, slopes, write_verdict(data, slopes), tuple(notes))
+
+
+def _check_alphas(alphas: Sequence[float]) -> list[float]:
+    if len(alphas) == 0:
+        msg = "alphas must hold at least one scale, got none."
+        raise ValueError(msg)
+    for alpha in alphas:
+        check_alpha(alpha)
+    return sorted({*(float(alpha) for alpha in alphas), float("inf")})
+
+
+def _complete(
+    data: "xarray.Dataset", s: Setting, reference: Reference, eigenvalues: np.ndarray, key: PRNGKeyArray | None
+) -> None:
+    """Add to the lanes what is the same for all of them: the tangent model's curves, the kernel, the settings."""
+    for name, values in measure(s, reference.outputs, reference.test_outputs).items():
+        data[f"tangent_{name}"] = ("time", np.asarray(values))
+    data["kernel_eigenvalue"] = ("mode", eigenvalues)
+    h = OnData(center(s.f, s.w0), s.x)
+    coordinates = eqx.filter(s.w0, eqx.is_inexact_array)
+    data.attrs.update(
+        num_params=sum(leaf.size for leaf in jtu.tree_leaves(coordinates)),
+        num_train=s.x.shape[0],
+        num_test=0 if s.x_test is None else s.x_test.shape[0],
+        outputs=s.num_outputs // s.x.shape[0],
+        loss=s.loss_name,
+        dtype=str(reference.outputs.dtype),
+        horizon=float(data["time"][-1]),
+        w0_norm=float(tree_norm(coordinates)),
+        initial_residual=float(s.loss.norm(s.loss.gradient(jnp.zeros_like(reference.outputs[0])))),
+        lazy_ratio=float(lazy_ratio(h, s.loss, s.w0, starts=4, key=key)),
+    )
+    for name, text in _UNITS.items():
+        if name in data.variables:
+            data[name].attrs["long_name"], data[name].attrs["units"] = text
+
+
+_UNITS = {
+    "alpha": ("output scale", "1"),
+    "time": ("flow time", "flow time"),
+    "mode": ("index of the kernel's eigenvalue", "1"),
+    "train_loss": ("training loss R", "loss"),
+    "test_loss": ("test loss R", "loss"),
+    "train_accuracy": ("share of right training answers", "1"),
+    "test_accuracy": ("share of right test answers", "1"),
+    "output_gap": ("norm in F of alpha h(w) - alpha hbar(wbar)", "output"),
+    "param_gap": ("|w - wbar|", "parameter"),
+    "scaled_param_gap": ("alpha |w - wbar|", "parameter"),
+    "displacement": ("|w - w0|", "parameter"),
+    "kernel_drift": ("|K(w) - K(w0)| / |K(w0)| in Frobenius norm", "1"),
+    "stability": ("share of pre-activations that kept their sign", "1"),
+    "kernel_eigenvalue": ("eigenvalue of Dh Dh* in F's metric", "1 / flow time"),
+}
+
+
+def _slopes(data: "xarray.Dataset") -> dict[str, Slope]:
+    """Power laws of the gaps, above the numerical floor that the lane alpha = inf shows."""
+    alphas = np.asarray(data["alpha"], dtype=np.float64)
+    output = np.asarray(data["output_gap"].max("time"), dtype=np.float64)
+    scaled = np.asarray(data["scaled_param_gap"].max("time"), dtype=np.float64)
+    finite = np.isfinite(alphas)
+    moved = np.asarray(data["displacement"].max("time"), dtype=np.float64)[finite] * alphas[finite]
+    return {
+        "output_gap": fit_slope(alphas, output, output[-1], 0.1 * data.attrs["initial_residual"], -1.0),
+        # The floor and the ceiling of the parameters' gap are those of alpha times it.
+        "param_gap": fit_slope(alphas, scaled, scaled[-1], 0.1 * float(np.nanmax(moved, initial=0)), -1.0).shifted(
+            -1.0
+        ),
+    }

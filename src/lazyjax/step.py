@@ -1,0 +1,219 @@
+r"""What one gradient step already tells: how much faster the objective changes than the differential.
+
+Norms in F are in the metric of the loss (see `lazyjax.loss`), norms of parameters are Euclidean.
+"""
+
+import equinox as eqx
+import jax
+import jax.flatten_util as jfu
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lazyjax._check import check_alpha, check_outputs, is_concrete
+from lazyjax._field import ModelField, TangentField, check_start, make_field, tree_norm
+from lazyjax._types import Model, Params, RealScalar
+from lazyjax.difference import finite_jvp
+from lazyjax.loss import Loss, as_loss
+from lazyjax.tangent import Tangent, lanczos, linearize, singular_values
+
+
+class StepCriterion(eqx.Module):
+    r"""What one gradient step does; made by `step_criterion`.
+
+    Attributes:
+        step_size: $\eta$, flow time.
+        objective_change: $\Delta F = |F_\alpha(w_1) - F_\alpha(w_0)| / F_\alpha(w_0)$.
+        jacobian_change: $\Delta Dh = \|Dh(w_1) - Dh(w_0)\| / \|Dh(w_0)\|$.
+        ratio: $\Delta Dh / \Delta F$; far below 1 is lazy.
+    """
+
+    step_size: Float[Array, ""]
+    objective_change: Float[Array, ""]
+    jacobian_change: Float[Array, ""]
+    ratio: Float[Array, ""]
+
+
+def step_criterion(
+    h: Model,
+    loss: Loss,
+    w0: Params,
+    *,
+    alpha: RealScalar = 1.0,
+    step_size: RealScalar | None = None,
+    key: PRNGKeyArray | None = None,
+) -> StepCriterion:
+    r"""Compare the relative changes of the objective and of the differential in one gradient step.
+
+    Args:
+        h: Model h(w).
+        loss: R on outputs.
+        w0: Start.
+        alpha: Output scale in (0, inf].
+        step_size: $\eta$; None: $1/(M \|Dh(w_0)\|^2)$ with the loss's smoothness M (1 for a loss of your own).
+        key: For the Lanczos start; None for a fixed one.
+
+    Returns:
+        `StepCriterion`, operator norms by Lanczos, the change of Dh without cancellation.
+
+    Raises:
+        ValueError, TypeError: as `gradient_flow`; a step size that is not positive.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 1.2.
+
+    Example:
+        >>> from lazyjax import square_loss
+        >>> step = step_criterion(lambda w: jnp.sin(w), square_loss(jnp.ones(2)), jnp.zeros(2), alpha=1e6)
+        >>> bool(step.ratio < 1e-6)
+        True
+    """
+    loss, field, tangent = _at_start(h, loss, w0, alpha)
+    dh_norm = singular_values(tangent, loss, key=key).largest
+    if step_size is None:
+        step_size = 1 / (getattr(loss, "smoothness", 1.0) * dh_norm**2)
+    eta = jnp.asarray(step_size, dh_norm.dtype)
+    if is_concrete(eta) and not eta > 0:
+        msg = f"step_size must be positive, got {step_size}."
+        raise ValueError(msg)
+    u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
+    u1 = jtu.tree_map(lambda g: eta.astype(g.dtype) * g, field(u0))
+    before, after = loss(field.outputs(u0)), loss(field.outputs(u1))
+    objective_change = jnp.abs(after - before) / before
+    jacobian_change = _jacobian_change(h, w0, loss, u1, field.eps, key) / dh_norm
+    return StepCriterion(eta, objective_change, jacobian_change, jacobian_change / objective_change)
+
+
+def _at_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar) -> tuple[Loss, ModelField | TangentField, Tangent]:
+    loss = as_loss(loss)
+    check_alpha(alpha)
+    zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
+    field = make_field(h, loss, w0, alpha, zero_start=zero_start)
+    return loss, field, linearize(h, w0)
+
+
+def _jacobian_change(h: Model, w0: Params, loss: Loss, u: Params, eps: Array, key: PRNGKeyArray | None) -> Array:
+    r"""$\|Dh(w_0 + \varepsilon u) - Dh(w_0)\|$ in F's metric, by Lanczos on the difference times its transpose."""
+    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
+    out = check_outputs(h, w0)
+
+    def difference(v: Params) -> Array:
+        def product(c: Params) -> Array:
+            return jax.jvp(lambda w: h(eqx.combine(w, rest)), (c,), (v,))[1]
+
+        return eps * finite_jvp(product, coordinates, u, eps)
+
+    zero = jtu.tree_map(jnp.zeros_like, coordinates)
+    _, transpose = jax.vjp(difference, zero)
+    weight = jnp.asarray(loss.weight, out.dtype)
+    # The difference is of the size of eps: scaled to O(1), its square does not underflow.
+    scale = jnp.where(eps > 0, 1 / jnp.clip(eps, jnp.finfo(eps.dtype).tiny, 1), 1)
+
+    def product(r: Array) -> Array:
+        (direction,) = transpose(r.reshape(out.shape))
+        direction = jtu.tree_map(lambda d: scale.astype(d.dtype) * d, direction)
+        return weight * scale * difference(direction).ravel()
+
+    theta, _, _ = lanczos(product, out.size, 50, dtype=out.dtype, key=key)
+    return jnp.sqrt(jnp.maximum(theta[-1], 0)) / scale
+
+
+def lazy_ratio(
+    h: Model,
+    loss: Loss,
+    w0: Params,
+    *,
+    alpha: RealScalar = 1.0,
+    starts: int = 10,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, ""]:
+    r"""$F_\alpha \|D^2(\alpha h)\| / (\|\nabla F_\alpha\| \|D(\alpha h)\|)$ at w0: far below 1 is lazy.
+
+    Unlike $\kappa$, it sees whether the residual is aligned with Dh: always lazy_ratio >= kappa/2 for the square
+    loss. $\|D^2h\|$ enters by `hessian_norm_lower`, so the value is a lower estimate.
+
+    Args:
+        h: Model h(w), smooth (a ReLU's kinks have no second derivative and are not seen).
+        loss: R on outputs.
+        w0: Start.
+        alpha: Output scale in (0, inf].
+        starts: Of `hessian_norm_lower`.
+        key: For the random starts; None for a fixed one.
+
+    Raises:
+        ValueError, TypeError: as `gradient_flow`.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 1.2.
+
+    Example:
+        >>> from lazyjax import square_loss
+        >>> print(f"{lazy_ratio(lambda w: w + w**2, square_loss(jnp.ones(1)), jnp.zeros(1)):.3f}")
+        1.000
+    """
+    loss, field, tangent = _at_start(h, loss, w0, alpha)
+    d2h_norm = hessian_norm_lower(h, w0, loss, starts=starts, key=key)
+    dh_norm = singular_values(tangent, loss, key=key).largest
+    gradient_norm = tree_norm(field(jtu.tree_map(jnp.zeros_like, field.coordinates)))
+    return field.eps * loss(field.start) * d2h_norm / (gradient_norm * dh_norm)
+
+
+def hessian_norm_lower(
+    h: Model,
+    w0: Params,
+    loss: Loss,
+    *,
+    starts: int = 10,
+    iterations: int = 20,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, ""]:
+    r"""Lower estimate of $\|D^2h(w_0)\| = \sup_{|u|=1} \|D^2h(w_0)(u, u)\|_F$.
+
+    Alternates $z = D^2h(u, u)/\|\cdot\|$ with u the eigenvector of largest absolute eigenvalue of the Hessian of
+    $\langle z, h\rangle_F$ (Lanczos: plain power iteration fails on its +- pairs), from random starts.
+
+    Args:
+        h: Model h(w).
+        w0: Where.
+        loss: Gives the metric of F.
+        starts: Random starts, vmapped; one start alone often misses the maximum.
+        iterations: Alternations of each.
+        key: For the starts; None for a fixed one.
+
+    Raises:
+        ValueError: `starts` or `iterations` below 1.
+
+    Example:
+        >>> from lazyjax import square_loss
+        >>> print(f"{hessian_norm_lower(lambda w: w**2, jnp.ones(1), square_loss(jnp.ones(1))):.3f}")
+        2.000
+    """
+    if starts < 1 or iterations < 1:
+        msg = f"starts and iterations must be at least 1, got {starts} and {iterations}."
+        raise ValueError(msg)
+    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
+    flat, unravel = jfu.ravel_pytree(coordinates)
+
+    def model(v: Array) -> Array:
+        return h(eqx.combine(unravel(v), rest))
+
+    def second(u: Array) -> Array:
+        return jax.jvp(lambda v: jax.jvp(model, (v,), (u,))[1], (flat,), (u,))[1]
+
+    def improve(u: Array, k: PRNGKeyArray) -> tuple[Array, Array]:
+        z = second(u)
+        norm = loss.norm(z)
+        z = loss.weight * z / jnp.where(norm > 0, norm, 1)
+        hessian = jax.linearize(jax.grad(lambda v: jnp.sum(z * model(v))), flat)[1]
+        theta, _, vectors = lanczos(hessian, flat.size, 20, dtype=flat.dtype, key=k)
+        return vectors[jnp.argmax(jnp.abs(theta))], norm
+
+    def ascend(k: PRNGKeyArray) -> Array:
+        first, *rest_keys = jr.split(k, iterations + 1)
+        u = jr.normal(first, flat.shape, flat.dtype)
+        u, norms = jax.lax.scan(improve, u / jnp.linalg.norm(u), jnp.stack(rest_keys))
+        return jnp.maximum(jnp.max(norms), loss.norm(second(u)))
+
+    keys = jr.split(jr.key(0) if key is None else key, starts)
+    return jnp.max(jax.vmap(ascend)(keys))

@@ -1,0 +1,181 @@
+r"""Many runs as one compiled program: a grid over named axes, in chunks of lanes that fit memory, labelled."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from diffrax import RESULTS
+from jaxtyping import Array
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    import xarray
+
+MEMORY_BYTES = 2 * 2**30
+"""Memory that one chunk of lanes may take, unless `sweep` is told otherwise."""
+
+Run = Callable[..., Mapping[str, Any]]
+
+
+def sweep(
+    run: Run,
+    *,
+    over: Mapping[str, Sequence[Any] | Array],
+    shared: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    memory: int = MEMORY_BYTES,
+    progress: bool = False,
+) -> "xarray.Dataset":
+    r"""Evaluate `run` at every point of a grid, vmapped, and label the results.
+
+    The points of the grid are lanes of one compiled program. If all of them at once would need more than
+    `memory`, they go in equal chunks through the same program, the last one filled up with repeated lanes.
+
+    Args:
+        run: `run(alpha=..., seed=..., ...)` with one traced scalar an axis, to a dict of named arrays. An entry
+            "result" (a diffrax result, as `Flow.result`) marks lanes that failed: call flows with throw=False.
+        over: The axes: name to numbers (one dtype each), for example {"alpha": [1, 10, jnp.inf], "seed": [0, 1]}.
+        shared: Further keyword arguments of `run`, the same in every lane (data, parameters): arrays in them are
+            handed to the program instead of compiled in as constants.
+        dims: Names of the axes of an output, beyond those of the grid, for example {"loss": ("time",)}; unnamed
+            ones are called "<output>_0", ...
+        coords: Coordinates of these axes, for example {"time": ts}.
+        memory: Bytes that one chunk may take, temporaries included.
+        progress: Show a progress bar with an estimate, one tick a lane.
+
+    Returns:
+        A Dataset with the axes of `over` first, coordinates on them, and "failed" (bool) and "message" per lane.
+        A lane fails by its "result" or by a value that is not finite; its numbers are NaN in the variable itself,
+        so that means and plots leave them out, and stay as computed in "<name>_failed".
+
+    Raises:
+        ValueError: no axes or an empty one; `run` returns a reserved name or an axis name; `dims` do not fit.
+        TypeError: an axis that is not numbers; `run` does not return a dict of arrays.
+
+    Example:
+        >>> table = sweep(lambda alpha, shift: {"y": alpha + shift}, over={"alpha": [1.0, 2.0], "shift": [0.0, 0.5]})
+        >>> table["y"].sel(alpha=2.0, shift=0.5).item()
+        2.5
+    """
+    axes = {name: _axis(name, values) for name, values in over.items()}
+    if not axes:
+        msg = 'over must name at least one axis, for example over={"alpha": [1.0, 10.0]}.'
+        raise ValueError(msg)
+    shape = tuple(len(values) for values in axes.values())
+    points = list(itertools.product(*(range(size) for size in shape)))
+    lanes = {name: values[np.asarray([point[i] for point in points])] for i, (name, values) in enumerate(axes.items())}
+    program, size = _compile(run, lanes, dict(shared or {}), memory)
+    parts = []
+    with tqdm(total=len(points), unit="run", desc="sweep", disable=not progress) as bar:
+        for first in range(0, len(points), size):
+            index = np.minimum(np.arange(first, first + size), len(points) - 1)
+            part = jax.device_get(program({name: jnp.asarray(values[index]) for name, values in lanes.items()}))
+            count = min(size, len(points) - first)
+            parts.append(jtu.tree_map(lambda leaf, count=count: leaf[:count], part))
+            bar.update(count)
+    joined = jtu.tree_map(lambda *leaves: np.concatenate(leaves), *parts)
+    return _label(joined, axes, dims or {}, coords or {})
+
+
+def _axis(name: str, values: Any) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.size == 0:
+        msg = f"over[{name!r}] must be a non-empty list of numbers, got shape {array.shape}."
+        raise ValueError(msg)
+    if array.dtype.kind not in "iufb":
+        msg = f"over[{name!r}] must be numbers (jax.vmap runs over them), got {array.dtype}; pass an index instead."
+        raise TypeError(msg)
+    return np.asarray(jnp.asarray(array))
+
+
+def _compile(
+    run: Run, lanes: dict[str, np.ndarray], shared: dict[str, Any], memory: int
+) -> tuple[Callable[[dict[str, Array]], Any], int]:
+    """One program for `size` lanes at a time: all of them, or by the first try's need as many as fit."""
+    total = len(next(iter(lanes.values())))
+    arrays, static = eqx.partition(shared, eqx.is_array)
+
+    def batch(points: dict[str, Array], arrays: dict[str, Any]) -> dict[str, Any]:
+        return jax.vmap(lambda point: _checked(run(**point, **eqx.combine(arrays, static))))(points)
+
+    size = total
+    while True:
+        shapes = {name: jax.ShapeDtypeStruct((size,), values.dtype) for name, values in lanes.items()}
+        program = jax.jit(batch).lower(shapes, arrays).compile()
+        need = program.memory_analysis()
+        used = 0 if need is None else need.temp_size_in_bytes + need.output_size_in_bytes
+        if used <= memory or size == 1:
+            return functools.partial(_call, program, arrays), size
+        chunks = math.ceil(total / max(1, int(size * memory / used)))
+        size = min(size - 1, math.ceil(total / chunks))
+
+
+def _call(program: Callable[..., Any], arrays: dict[str, Any], points: dict[str, Array]) -> Any:
+    return program(points, arrays)
+
+
+def _checked(out: Any) -> dict[str, Any]:
+    if not isinstance(out, Mapping):
+        msg = f"run must return a dict of named arrays, got {type(out).__name__}."
+        raise TypeError(msg)
+    for name in ("failed", "message"):
+        if name in out:
+            msg = f"run must not return {name!r}: sweep makes it; return a diffrax result as 'result'."
+            raise ValueError(msg)
+    return {name: value if isinstance(value, RESULTS) else jnp.asarray(value) for name, value in out.items()}
+
+
+def _label(
+    out: dict[str, Any], axes: dict[str, np.ndarray], dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]
+) -> "xarray.Dataset":
+    import xarray
+
+    shape = tuple(len(values) for values in axes.values())
+    result = out.pop("result", None)
+    failed, messages = _failures(out, result, math.prod(shape))
+    data: dict[str, Any] = {}
+    for name, values in out.items():
+        if name in axes:
+            msg = f"run must not return {name!r}: it is an axis of the sweep."
+            raise ValueError(msg)
+        own = tuple(dims.get(name, [f"{name}_{i}" for i in range(values.ndim - 1)]))
+        if len(own) != values.ndim - 1:
+            msg = f"dims[{name!r}] must name {values.ndim - 1} axes, got {own}."
+            raise ValueError(msg)
+        names = (*axes, *own)
+        full = (*shape, *values.shape[1:])
+        if values.dtype.kind == "f" and failed.any():
+            mask = failed.reshape(-1, *([1] * (values.ndim - 1)))
+            data[f"{name}_failed"] = (names, np.where(mask, values, np.nan).reshape(full))
+            data[name] = (names, np.where(mask, np.nan, values).reshape(full))
+        else:
+            data[name] = (names, values.reshape(full))
+    data["failed"] = (tuple(axes), failed.reshape(shape))
+    data["message"] = (tuple(axes), messages.reshape(shape))
+    return xarray.Dataset(data, coords={**axes, **coords})
+
+
+def _failures(out: dict[str, Any], result: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which lanes failed, and why."""
+    failed = np.zeros(count, bool)
+    messages = np.full(count, "", dtype=object)
+    for name, values in out.items():
+        if values.dtype.kind == "f":
+            bad = ~np.isfinite(values.reshape(count, -1)).all(axis=1)
+            messages[bad & ~failed] = f"{name} is not finite"
+            failed |= bad
+    if result is not None:
+        for lane in range(count):
+            item = jtu.tree_map(lambda leaf, lane=lane: leaf[lane], result)
+            if not bool(item == RESULTS.successful):
+                failed[lane] = True
+                messages[lane] = RESULTS[item]
+    return failed, messages.astype(str)

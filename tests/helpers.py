@@ -1,0 +1,102 @@
+"""What several tests need: comparisons with a tolerance from the dtype, and three tiny problems."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+
+import lazyjax as lj
+
+
+def tolerance(dtype: Any) -> float:
+    """Half the digits of a floating dtype and one more: 10 sqrt(eps); exact for all others."""
+    return 10 * float(jnp.finfo(dtype).eps) ** 0.5 if jnp.issubdtype(dtype, jnp.inexact) else 0.0
+
+
+def tree_allclose(x: Any, y: Any, *, rtol: float | None = None, atol: float | None = None) -> bool:
+    """Whether two pytrees agree in structure, shapes, dtypes, and values up to rtol and atol.
+
+    Both tolerances come from the dtype of each leaf unless they are given.
+    """
+    if jtu.tree_structure(x) != jtu.tree_structure(y):
+        return False
+    return all(
+        _leaf_allclose(a, b, rtol, atol) for a, b in zip(jtu.tree_leaves(x), jtu.tree_leaves(y), strict=True)
+    )
+
+
+def _leaf_allclose(a: Any, b: Any, rtol: float | None, atol: float | None) -> bool:
+    if not (hasattr(a, "dtype") and hasattr(b, "dtype")):
+        # Python numbers and static leaves; an array never equals one of them, its dtype is part of it.
+        return type(a) is type(b) and a == b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    default = tolerance(a.dtype)
+    return bool(
+        np.allclose(
+            np.asarray(a),
+            np.asarray(b),
+            rtol=default if rtol is None else rtol,
+            atol=default if atol is None else atol,
+        )
+    )
+
+
+def relative_error(x: Any, y: Any) -> float:
+    """||x - y|| / ||y|| over all leaves of two pytrees, in float64; y is the truth, and not zero."""
+    a, b = (
+        np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jtu.tree_leaves(t)])
+        for t in (x, y)
+    )
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+class Problem(NamedTuple):
+    """A model h(w), its start w0, a loss and its target; f(w, x) and x where inputs matter."""
+
+    h: Callable[[Any], jax.Array]
+    w0: Any
+    loss: Any
+    target: jax.Array
+    f: Callable[[Any, jax.Array], jax.Array]
+    x: jax.Array
+
+
+def _linear(w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    return x @ w["slope"]
+
+
+def linear_problem(key: Any, *, n: int = 5, d: int = 8, dtype: Any = None) -> Problem:
+    """h(w) = X w, started at 0: it is its own tangent model, and every flow has a closed form."""
+    key_x, key_target = jr.split(key)
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    x = jr.normal(key_x, (n, d), dtype)
+    target = jr.normal(key_target, (n,), dtype)
+    w0 = {"slope": jnp.zeros(d, dtype)}
+    return Problem(partial(_linear, x=x), w0, lj.square_loss(target), target, _linear, x)
+
+
+def centred_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype: Any = None) -> Problem:
+    """A centred two-layer tanh net: the gap of the two flows falls like 1/alpha."""
+    f, w0, x, target = _two_layer(key, n, d, width, dtype)
+    f = lj.center(f, w0)
+    return Problem(partial(f, x=x), w0, lj.square_loss(target), target, f, x)
+
+
+def mirrored_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype: Any = None) -> Problem:
+    """A symmetrized two-layer tanh net: the second order cancels, the gap falls like 1/alpha^2."""
+    f, w0, x, target = _two_layer(key, n, d, width, dtype)
+    f, w0 = lj.symmetrize(f, w0)
+    return Problem(partial(f, x=x), w0, lj.square_loss(target), target, f, x)
+
+
+def _two_layer(key: Any, n: int, d: int, width: int, dtype: Any) -> tuple[Any, Any, jax.Array, jax.Array]:
+    key_w, key_x, key_target = jr.split(key, 3)
+    w0 = lj.init_two_layer(key_w, d, width, dtype=dtype)
+    x = jr.normal(key_x, (n, d), w0["b"].dtype)
+    return lj.two_layer(jnp.tanh), w0, x, jr.normal(key_target, (n,), x.dtype)
