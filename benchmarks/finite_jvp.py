@@ -54,9 +54,7 @@ def init_mlp(key: jax.Array, sizes: tuple[int, ...]) -> list[tuple[jax.Array, ja
 def vgg(w: Any, x: jax.Array) -> jax.Array:
     """Blocks of two 3 x 3 convolutions with ReLU and a 2 x 2 maximum, then a dense net."""
     for i, kernel in enumerate(w["convolutions"]):
-        x = jax.nn.relu(
-            lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        )
+        x = jax.nn.relu(lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
         if i % 2:
             x = lax.reduce_window(x, -np.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     return mlp(w["dense"], x.reshape(len(x), -1), jax.nn.relu)
@@ -67,8 +65,7 @@ def init_vgg(key: jax.Array, image: int, channels: tuple[int, ...], hidden: int)
     shapes = list(itertools.pairwise((3, *channels)))
     keys = jr.split(key_c, len(shapes))
     kernels = [
-        jr.normal(k, (3, 3, m, n), jnp.float32) * (2 / (9 * m)) ** 0.5
-        for k, (m, n) in zip(keys, shapes, strict=True)
+        jr.normal(k, (3, 3, m, n), jnp.float32) * (2 / (9 * m)) ** 0.5 for k, (m, n) in zip(keys, shapes, strict=True)
     ]
     side = image // 2 ** (len(channels) // 2)
     return {"convolutions": kernels, "dense": init_mlp(key_d, (side * side * channels[-1], hidden, 10))}
@@ -79,9 +76,7 @@ def direction(key: jax.Array, w: Any) -> Any:
     leaves, structure = jax.tree.flatten(w)
     keys = jr.split(key, len(leaves))
     scale = float(np.sqrt(sum(float(jnp.sum(z * z)) for z in leaves) / sum(z.size for z in leaves)))
-    return structure.unflatten(
-        [scale * jr.normal(k, z.shape, z.dtype) for k, z in zip(keys, leaves, strict=True)]
-    )
+    return structure.unflatten([scale * jr.normal(k, z.shape, z.dtype) for k, z in zip(keys, leaves, strict=True)])
 
 
 def derivative(f: Forward, w: Any, u: Any, eps: jax.Array, x: jax.Array) -> jax.Array:
@@ -132,9 +127,7 @@ def problems(*, toy: bool) -> dict[str, tuple[Forward, Any, jax.Array]]:
     """Name -> model, parameters, inputs."""
     keys = jr.split(jr.key(0), 4)
     sizes, batch, image, channels, images, hidden = (
-        ((8, 8, 8, 3), 4, 4, (2, 2), 2, 4)
-        if toy
-        else ((784, 512, 512, 10), 256, 32, (32, 32, 64, 64), 64, 128)
+        ((8, 8, 8, 3), 4, 4, (2, 2), 2, 4) if toy else ((784, 512, 512, 10), 256, 32, (32, 32, 64, 64), 64, 128)
     )
     w, x = init_mlp(keys[0], sizes), jr.normal(keys[1], (batch, sizes[0]), jnp.float32)
     pictures = jr.normal(keys[3], (images, image, image, 3), jnp.float32)
@@ -145,9 +138,7 @@ def problems(*, toy: bool) -> dict[str, tuple[Forward, Any, jax.Array]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--toy", action="store_true", help="a size for trying out; writes nothing")
     args = parser.parse_args()

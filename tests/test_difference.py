@@ -1,6 +1,5 @@
 """Divided differences: float64 against independent truths, float32 against float64, and every rule."""
 
-import itertools
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -77,9 +76,9 @@ def pooled(x: jax.Array, size: int = 2, padding: str = "VALID") -> jax.Array:
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, 2, 2, 1), padding)
 
 
-def cnn(w: list[jax.Array], pool: Callable[[jax.Array], jax.Array] = pooled) -> jax.Array:
+def cnn(w: list[jax.Array]) -> jax.Array:
     z = lax.conv_general_dilated(data(w[0], IMAGES), w[0], (1, 1), "SAME", dimension_numbers=DIMENSIONS)
-    z = pool(jax.nn.relu(z + w[1].reshape(1, 1, 1, -1)))
+    z = pooled(jax.nn.relu(z + w[1].reshape(1, 1, 1, -1)))
     z = lax.conv_general_dilated(z, w[2], (1, 1), "VALID", dimension_numbers=DIMENSIONS)
     return jnp.tanh(z).reshape(len(z), -1) @ w[3]
 
@@ -123,6 +122,14 @@ def plain(h: Callable[[Any], Any], w: Any, u: Any, eps: Any) -> Any:
     return jax.tree.map(lambda a, b: (a - b) / eps, moved, h(w))
 
 
+# The truths are quick to run: spare their compilation some work.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def over_eps(truth: Callable[..., Any], h: Callable[[Any], Any], w: Any, u: Any, eps: np.ndarray) -> Any:
+    return quick(jax.vmap(partial(truth, h), in_axes=(None, None, 0)))(w, u, eps)
+
+
 @cache
 def differences(name: str, dtype: str) -> np.ndarray:
     """The difference of a model at all step sizes, 0 among them: one program, vmapped over eps."""
@@ -136,26 +143,19 @@ def differences(name: str, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("name", MODELS)
 class TestModels:
     def test_double_precision_is_the_plain_difference_where_that_has_digits(self, name):
-        h, w0, u = problem(name)
-        truth = jax.jit(partial(plain, h))
-        for alpha, eps, ours in list(zip(ALPHAS, EPS, differences(name, "float64"), strict=False))[:5]:
-            assert relative_error(ours, truth(w0, u, eps)) < 2e-14 + 2e-15 * alpha
+        truth = over_eps(plain, *problem(name), EPS[:5])
+        for alpha, ours, right in zip(ALPHAS, differences(name, "float64"), truth, strict=False):
+            assert relative_error(ours, right) < 2e-14 + 2e-15 * alpha
 
     def test_double_precision_is_the_expansion_where_that_is_exact(self, name):
-        h, w0, u = problem(name)
-        # Beyond alpha = 1e8 the remainder is below rounding, and no kink is crossed.
-        truth = jax.jit(partial(second_order, h))
-        for eps, ours in list(zip(EPS, differences(name, "float64"), strict=True))[8:]:
-            assert relative_error(ours, truth(w0, u, eps)) < 1e-13
+        # Beyond alpha = 1e8 the remainder is below rounding, and no kink is crossed. At eps = 0: the derivative.
+        truth = over_eps(second_order, *problem(name), EPS[8:])
+        for ours, right in zip(differences(name, "float64")[8:], truth, strict=True):
+            assert relative_error(ours, right) < 1e-13
 
     def test_single_precision_keeps_its_digits_at_every_scale(self, name):
         for ours, truth in zip(differences(name, "float32"), differences(name, "float64"), strict=True):
             assert relative_error(ours, truth) < 5e-6
-
-    def test_is_the_derivative_at_zero(self, name):
-        h, w0, u = problem(name)
-        truth = jax.jvp(h, (w0,), (u,))[1]
-        np.testing.assert_allclose(differences(name, "float64")[-1], truth, rtol=1e-12, atol=1e-13)
 
 
 def test_kinks_are_crossed_in_these_tests():
@@ -244,16 +244,365 @@ OPERATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 def test_every_rule(name):
     h = lambda w: OPERATIONS[name](*w)
     w0, u = [A, B], normal_like(jr.key(4), [A, B])
-    # One kink crossed or many, a negative step, none, and the limit.
-    eps = np.float32([1.0, 1 / 3, -0.5, 1e-2, 1e-8, 1e-12, 0.0]).astype(np.float64)
+    # Many kinks crossed, a negative step, few kinks, none, and the limit.
+    eps = np.float32([1.0, 1 / 3, -0.5, 1e-2, 1e-12, 0.0]).astype(np.float64)
     run = jax.jit(jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0)))
     double = np.asarray(run(w0, u, eps))
     single = np.asarray(run(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32)))
     assert single.dtype == jnp.float32
-    truth = [plain(h, w0, u, e) for e in eps[:4]]
-    truth += [jax.jit(partial(second_order, h))(w0, u, e) for e in eps[4:]]
-    for e, ours, small, right in zip(eps, double, single, truth, strict=True):
+    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
+    truth = [*np.asarray(over_eps(plain, h, w0, u, eps[:4])), limit, limit]
+    # The plain difference is right to rounding/eps, the limit to a multiple of eps.
+    bounds = [*(2e-14 / np.abs(eps[:4])), 1e-10, 1e-13]
+    for ours, small, right, bound in zip(double, single, truth, bounds, strict=True):
         scale = 1 + np.linalg.norm(right)
-        # The plain difference is right to rounding/eps only.
-        assert np.linalg.norm(ours - right) < scale * (1e-13 if abs(e) < 1e-3 else 2e-14 / abs(e))
+        assert np.linalg.norm(ours - right) < scale * bound
         assert np.linalg.norm(small - ours) < scale * 5e-6
+
+
+# At a tie the derivative is a convention: `jax.jvp`'s, whatever it is.
+TIES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "abs": jnp.abs,
+    "clip": lambda z: jnp.clip(z, -1.0, 1.0),
+    "hardtanh": jax.nn.hard_tanh,
+    "maximum": lambda z: jnp.maximum(z, 0.0) + jnp.minimum(z, -z),
+    "max": lambda z: z.max() - z.min(),
+    "pool": lambda z: lax.reduce_window(z, -jnp.inf, lax.max, (2,), (1,), "SAME"),
+    "prod": lambda z: z.prod(keepdims=True),
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "sign": lambda z: jnp.sign(z) * z + jnp.round(z),
+    "stop_gradient": lambda z: z * lax.stop_gradient(z**2),
+    "where": lambda z: jnp.where(z > 0, z, 0.1 * z),
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_ties_at_zero_are_those_of_jvp(name):
+    z, u = jnp.array([0.0, 0.0, 1.0, 1.0, -1.0, 6.0, 0.5]), jnp.array([1.0, -2.0, 3.0, 0.7, 1.0, -1.0, 0.3])
+    h = TIES[name]
+    right = jax.jvp(h, (z,), (u,))[1]
+    traced = jax.jit(partial(lj.finite_jvp, h))(z, u, 0.0)
+    np.testing.assert_array_equal(traced, right)
+    np.testing.assert_array_equal(lj.finite_jvp(h, z, u, 0), right)
+    np.testing.assert_array_equal(lj.finite_jvp(h, z, u, np.float64(1e-310)), right)
+
+
+def test_known_and_traced_steps_agree():
+    h, w0, u = problem("relu")
+    traced = jax.jit(partial(finite_value_and_jvp, h))
+    for eps in (0.5, -0.25, np.float32(1e-3)):
+        known = lj.finite_jvp(h, w0, u, eps)
+        value, difference = traced(w0, u, jnp.asarray(eps))
+        assert relative_error(known, difference) < 1e-13
+        assert relative_error(known, plain(h, w0, u, float(eps))) < 1e-12
+    np.testing.assert_allclose(value, h(w0), rtol=1e-13, atol=1e-14)
+
+
+@pytest.fixture(params=["gelu_erf", "attention", "cnn"], scope="module")
+def case(request):
+    h, w0, u = problem(request.param)
+    c = jr.normal(jr.key(8), jax.eval_shape(h, w0).shape)
+    scalar = lambda w: jnp.vdot(c, h(w))
+    ours = lambda w, u, eps: jnp.vdot(c, lj.finite_jvp(h, w, u, eps))
+    eps = jnp.array([0.25, 1e-2, 1e-12, 0.0])
+    grads = jax.jit(jax.vmap(jax.grad(ours, (0, 1, 2)), in_axes=(None, None, 0)))(w0, u, eps)
+    return scalar, w0, u, eps, grads
+
+
+class TestGradients:
+    """Of c . [h(w + eps u) - h(w)]/eps, whose derivatives are known in terms of those of h."""
+
+    def test_all_are_finite(self, case):
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(case[-1]))
+
+    def test_direction(self, case):
+        scalar, w0, u, eps, (_, grads, _) = case
+        moved = jax.vmap(lambda e: jax.tree.map(lambda z, d: z + e * d, w0, u))(eps)
+        assert relative_error(grads, quick(jax.vmap(jax.grad(scalar)))(moved)) < 1e-10
+
+    def test_base_point(self, case):
+        scalar, w0, u, eps, (grads, _, _) = case
+        truth = quick(partial(plain, jax.grad(scalar)))
+        for i in range(2):
+            got = jax.tree.map(lambda g, i=i: g[i], grads)
+            assert relative_error(got, truth(w0, u, eps[i])) < 1e-10
+        limit = quick(lambda w: jax.jvp(jax.grad(scalar), (w,), (u,))[1])(w0)
+        for i in (2, 3):
+            assert relative_error(jax.tree.map(lambda g, i=i: g[i], grads), limit) < 1e-10
+
+    def test_step(self, case):
+        scalar, w0, u, eps, (_, _, grads) = case
+
+        def truth(e):
+            slope = jax.jvp(lambda e: scalar(jax.tree.map(lambda z, d: z + e * d, w0, u)), (e,), (1.0,))[1]
+            return (slope - plain(scalar, w0, u, e)) / e
+
+        np.testing.assert_allclose(grads[:2], quick(jax.vmap(truth))(eps[:2]), rtol=1e-9, atol=1e-10)
+        slope = lambda w: jax.jvp(scalar, (w,), (u,))[1]
+        half = quick(lambda w: jax.jvp(slope, (w,), (u,))[1])(w0) / 2
+        np.testing.assert_allclose(grads[2:], [half, half], rtol=1e-9, atol=1e-10)
+
+
+def cross_entropy(w: list[jax.Array]) -> jax.Array:
+    return -jax.nn.log_softmax(mlp(jnp.tanh, w))[:, 0].mean()
+
+
+DERIVATIVES: dict[str, tuple[Callable[[Any], Any], tuple[tuple[int, ...], ...]]] = {
+    "gradient": (jax.grad(cross_entropy), MLP),
+    "jacobian": (jax.jacrev(partial(mlp, jax.nn.relu)), ((5, 4), (4,), (4, 4), (4, 2))),
+    # The derivative of a maximum compares it with its arguments, which the new winner must equal.
+    "jacobian_of_maxima": (
+        jax.jacrev(lambda w: mlp(lambda z: jnp.maximum(z, 0.0), w).max(1)),
+        ((5, 4), (4,), (4, 4), (4, 3)),
+    ),
+    "pooling_reverse": (jax.grad(lambda w: (cnn(w) ** 2).sum()), CNN),
+    "pooling_forward": (
+        lambda w: jax.jvp(lambda z: pooled(data(z, IMAGES) * z, 3, "SAME"), (w[0],), (jnp.sin(w[0]),))[1],
+        ((2, 6, 6, 2),),
+    ),
+    "attention": (jax.grad(lambda w: (attention(w) ** 2).sum()), ((5, 3), (3, 3), (3, 1))),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_of_a_model_may_be_differenced(name):
+    h, shapes = DERIVATIVES[name]
+    w0 = weights(*shapes)
+    u = normal_like(jr.key(1), w0)
+    eps = EPS[[0, 1, 3, 9, 12, 13]]
+    run = jax.jit(jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0)))
+    double = run(w0, u, eps)
+    single = run(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32))
+    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
+    truth = over_eps(plain, h, w0, u, eps[:3])
+    for i, e in enumerate(eps):
+        ours, small = (jax.tree.map(lambda z, i=i: z[i], t) for t in (double, single))
+        assert relative_error(small, ours) < 5e-6
+        if i < 3:
+            assert relative_error(ours, jax.tree.map(lambda z, i=i: z[i], truth)) < 1e-14 / e + 1e-13
+        else:
+            # The remainder of the first order, a few times eps.
+            assert relative_error(ours, limit) < 1e-12 + 50 * e
+
+
+class EquinoxNet(eqx.Module):
+    convolution: eqx.nn.Conv2d
+    norm: eqx.nn.LayerNorm
+    attention: eqx.nn.MultiheadAttention
+    head: eqx.nn.Linear
+    steps: jax.Array
+    name: str = eqx.field(static=True)
+    activation: Callable[[jax.Array], jax.Array]
+
+    def __init__(self, key):
+        keys = jr.split(key, 3)
+        self.convolution = eqx.nn.Conv2d(2, 4, 3, key=keys[0])
+        self.norm = eqx.nn.LayerNorm(4)
+        self.attention = eqx.nn.MultiheadAttention(2, 4, key=keys[1])
+        self.head = eqx.nn.Linear(4, 2, key=keys[2])
+        self.steps = jnp.arange(2)
+        self.name = "net"
+        self.activation = jax.nn.gelu
+
+    def __call__(self, image):
+        z = eqx.nn.MaxPool2d(2, 1)(self.activation(self.convolution(jnp.moveaxis(image, -1, 0))))
+        z = eqx.nn.AvgPool2d(2, 1)(z).reshape(4, -1).T
+        z = jax.vmap(self.norm)(z)
+        return self.head(self.attention(z, z, z).mean(0)) * self.steps.astype(z.dtype)
+
+
+class FlaxNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3), param_dtype=x.dtype)(x)), (2, 2), (2, 2))
+        x = nn.GroupNorm(2, param_dtype=x.dtype)(nn.avg_pool(x, (2, 2), (1, 1))).reshape(len(x), -1, 4)
+        x = nn.RMSNorm(param_dtype=x.dtype)(nn.LayerNorm(param_dtype=x.dtype)(x))
+        x = nn.MultiHeadDotProductAttention(2, param_dtype=x.dtype)(x)
+        return nn.Dense(2, param_dtype=x.dtype)(nn.silu(x).mean(1))
+
+
+def check_module(h: Callable[[Any], Any], w0: Any) -> None:
+    params, rest = eqx.partition(w0, eqx.is_inexact_array)
+    u = jax.tree.map(lambda z: jr.normal(jr.key(z.size), z.shape, z.dtype), params)
+
+    @quick
+    def run(p, eps):
+        return lj.finite_jvp(h, eqx.combine(p, rest), u, eps)
+
+    @quick
+    def truth(p, eps):
+        of_params = lambda p: h(eqx.combine(p, rest))
+        return plain(of_params, p, u, eps), jax.jvp(of_params, (p,), (u,))[1]
+
+    difference, limit = truth(params, 1e-2)
+    assert relative_error(run(params, 1e-2), difference) < 1e-11
+    assert relative_error(run(params, 0.0), limit) < 1e-13
+
+
+def test_equinox_modules_integer_and_static_leaves():
+    check_module(lambda net: jax.vmap(net)(IMAGES), EquinoxNet(jr.key(0)))
+
+
+@pytest.mark.standard_promotion
+def test_flax_modules():
+    net = FlaxNet()
+    with jax.numpy_rank_promotion("allow"):
+        check_module(lambda w: net.apply(w, IMAGES), quick(net.init)(jr.key(0), IMAGES))
+
+
+def loop(w: dict[str, jax.Array], kind: str) -> jax.Array:
+    """A recurrence whose carry holds a moving state, a fixed counter and a switching flag."""
+
+    def body(carry, x):
+        z, count, flag = carry
+        z = jnp.tanh(w["a"] @ z + x * w["b"][count % 3])
+        flag = flag | (z[0] > 0.2)
+        return (z, count + 1, flag), jnp.where(flag, z, -z)
+
+    start = (jnp.ones(3), 0, False)
+    if kind == "scan":
+        (z, _, flag), ys = lax.scan(body, start, X[:, 0], reverse=True)
+        return jnp.concatenate([z, ys.ravel(), flag[None].astype(z.dtype)])
+    return lax.fori_loop(0, jnp.asarray(4), lambda i, c: body(c, X[i, 1])[0], start)[0]
+
+
+CONTROL: dict[str, Callable[[dict[str, jax.Array]], jax.Array]] = {
+    "scan": partial(loop, kind="scan"),
+    "while": partial(loop, kind="while"),
+    "cond": lambda w: lax.cond(w["b"].sum() > 0, lambda a: (a, 1), lambda a: (jnp.sin(a), 0), w["a"])[0],
+    "cond_fixed": lambda w: lax.cond(X[0, 0] > 0, jnp.sin, lambda a: jnp.ones_like(a), w["a"]),
+    "switch": lambda w: lax.switch(jnp.argmax(w["b"]), [lambda a: 2 * a, jnp.cos, lambda a: jnp.zeros_like(a)], w["a"]),
+    "checkpoint": jax.checkpoint(lambda w: jnp.tanh(w["a"] @ w["b"])),
+    "vmap": lambda w: jax.vmap(lambda a: jax.jit(jnp.vdot)(a, jnp.sin(w["b"])))(w["a"]),
+    "mean_over_axis": lambda w: jax.vmap(lambda z: z * lax.pmean(z, "i"), axis_name="i")(w["a"]),
+    "barrier": lambda w: lax.optimization_barrier((w["a"], 1.0))[0] ** 2,
+    "constant": lambda w: jnp.ones(2) + 0 * jax.lax.stop_gradient(3.0),
+    "callback": lambda w: jax.debug.callback(lambda z: None, w["a"]) or w["a"] ** 2,
+}
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_calls_and_control_flow_are_entered(name):
+    h = CONTROL[name]
+    w0 = {"a": weights((3, 3), seed=2)[0], "b": jnp.array([-0.3, 0.1, 0.2])}
+    u = {"a": jnp.eye(3) - 0.5, "b": jnp.array([1.0, 0.3, -0.5])}
+    run, truth = jax.jit(partial(lj.finite_jvp, h)), jax.jit(partial(plain, h))
+    for eps in (1.0, 0.01):
+        np.testing.assert_allclose(run(w0, u, eps), truth(w0, u, eps), rtol=1e-12, atol=1e-12)
+    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
+    np.testing.assert_allclose(run(w0, u, 0.0), limit, rtol=1e-13, atol=1e-14)
+
+
+def test_a_custom_jvp_rule_holds_in_the_limit_only():
+    @jax.custom_jvp
+    def straight_through(z):
+        return jnp.round(z)
+
+    straight_through.defjvps(lambda dz, out, z: dz)
+    run = jax.jit(partial(lj.finite_jvp, straight_through))
+    np.testing.assert_array_equal(run(jnp.array([0.4]), jnp.array([1.0]), jnp.array([0.5, 0.0])[0]), [2.0])
+    np.testing.assert_array_equal(run(jnp.array([0.4]), jnp.array([1.0]), 0.0), [1.0])
+
+
+def test_a_custom_vjp_function_is_differenced_itself():
+    square = jax.custom_vjp(lambda z: z**2)
+    square.defvjp(lambda z: (z**2, z), lambda z, g: (g * 100.0,))
+    got = jax.jit(partial(lj.finite_jvp, square))(jnp.array([3.0]), jnp.array([1.0]), 0.5)
+    np.testing.assert_allclose(got, [6.5])
+
+
+def test_embedding_rows_move_only_where_looked_up():
+    tokens = jnp.array([[0, 2], [2, 5]])
+    h = lambda w: jnp.take(w["table"], tokens, axis=0, mode="fill")
+    w0 = {"table": jnp.ones((4, 3)), "tokens": tokens}
+    out = lj.finite_jvp(h, w0, {"table": jnp.arange(12.0).reshape(4, 3), "tokens": None}, 1e-9)
+    np.testing.assert_array_equal(out[0, 1], [6.0, 7.0, 8.0])
+    # Out of bounds the table answers NaN, a constant.
+    np.testing.assert_array_equal(out[1, 1], np.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_dtypes_are_kept(dtype):
+    h, w0, u = problem("gelu_erf")
+    w0, u = cast(w0, dtype), cast(u, dtype)
+    w0[2] = w0[2].astype(jnp.float32).astype(dtype)
+    out = jax.jit(partial(lj.finite_jvp, h))(w0, u, jnp.asarray(1e-9))
+    assert out.dtype == dtype
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    assert relative_error(out, differences("gelu_erf", "float64")[9]) < tolerance
+
+
+def test_leaves_that_are_no_coordinates_are_ignored_in_directions():
+    h = lambda w: w["a"] * w["n"] * w["scale"]
+    w0 = {"a": jnp.ones(2), "n": np.array([1, 2]), "scale": 3.0, "f": jnp.tanh, "none": None}
+    full = {"a": jnp.array([1.0, 2.0]), "n": jnp.ones(5), "scale": jnp.tanh, "f": 1, "none": None}
+    with jax.numpy_dtype_promotion("standard"):
+        for u in (full, full | {"n": None, "scale": None, "f": None}):
+            np.testing.assert_allclose(lj.finite_jvp(h, w0, u, 1e-9), [3.0, 12.0], rtol=1e-15)
+
+
+def test_outputs_are_any_pytree_and_directions_are_cast():
+    h = lambda w: {"twice": 2 * w, "none": None, "fixed": jnp.ones(2)}
+    out = lj.finite_jvp(h, jnp.ones(2, jnp.float32), np.array([1.0, 3.0]), 1e-7)
+    right = {"twice": jnp.array([2.0, 6.0], jnp.float32), "none": None, "fixed": jnp.zeros(2)}
+    assert tree_allclose(out, right, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("eps", [0.5, 0.0])
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_plain_difference_serves_any_model(eps, jit):
+    h, w0, u = jnp.sort, jnp.array([1.0, 0.8, 3.0]), jnp.array([1.0, 2.0, -1.0])
+    run = partial(lj.finite_jvp, h, difference="plain")
+    out = (jax.jit(run) if jit else run)(w0, u, eps)
+    np.testing.assert_allclose(out, [1.4, 1.6, -1.0] if eps else [2.0, 1.0, -1.0], rtol=1e-14)
+
+
+class TestErrors:
+    z = np.ones(3)
+
+    def test_a_primitive_without_a_rule(self):
+        with pytest.raises(ValueError, match=r"h applies the primitive 'sort'.*difference='plain'"):
+            lj.finite_jvp(jnp.sort, self.z, self.z, 0.1)
+
+    def test_the_bits_of_a_number(self):
+        with pytest.raises(ValueError, match="h applies the primitive 'bitcast_convert_type'"):
+            lj.finite_jvp(lambda w: w * (w.view(jnp.int64) > 0).astype(w.dtype), self.z, self.z, 0.1)
+
+    def test_complex_values(self):
+        with pytest.raises(ValueError, match="h must be real throughout"):
+            lj.finite_jvp(lambda w: jnp.abs(lax.complex(w, w)), self.z, self.z, 0.1)
+        with pytest.raises(TypeError, match="w0 must have real floating leaves"):
+            lj.finite_jvp(jnp.abs, 1j * self.z, 1j * self.z, 0.1)
+
+    def test_a_loop_of_unknown_length(self):
+        grow = lambda w: lax.while_loop(lambda z: z.sum() < 100, lambda z: 2 * z, w)
+        with pytest.raises(ValueError, match=r"while loop whose number of turns.*jax.lax.scan"):
+            lj.finite_jvp(grow, self.z, self.z, 0.1)
+
+    @pytest.mark.parametrize("h", [jnp.argmax, lambda w: (w, w > 0), lambda w: lax.complex(w, w)])
+    def test_outputs(self, h):
+        with pytest.raises(ValueError, match="h must return real floating arrays"):
+            lj.finite_jvp(h, self.z, self.z, 0.1)
+
+    @pytest.mark.parametrize("u", [np.ones(4), np.ones(3, int), None, 1.0])
+    def test_direction(self, u):
+        with pytest.raises(ValueError, match=r"u must have a floating array.*shape \(3,\)"):
+            lj.finite_jvp(jnp.sin, self.z, u, 0.1)
+
+    def test_structure(self):
+        with pytest.raises(ValueError, match="u must have the structure of w0"):
+            lj.finite_jvp(jnp.sin, self.z, [self.z], 0.1)
+
+    @pytest.mark.parametrize("eps", [np.ones(2), 1j])
+    def test_step(self, eps):
+        with pytest.raises(ValueError, match="eps must be a real scalar"):
+            lj.finite_jvp(jnp.sin, self.z, self.z, eps)
+
+    def test_parameters(self):
+        with pytest.raises(TypeError, match="w0 must hold at least one real floating array"):
+            lj.finite_jvp(lambda w: jnp.ones(2), {"n": 3}, {"n": 3}, 0.1)
+
+    def test_kind(self):
+        with pytest.raises(ValueError, match="difference must be 'exact' or 'plain', got 'fast'"):
+            lj.finite_jvp(jnp.sin, self.z, self.z, 0.1, difference="fast")

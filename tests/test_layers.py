@@ -37,7 +37,12 @@ ORDER = [
     "report",
     "data",
     "experiments",
+    "_plot_axes",
     "plot",
+    "_html",
+    "_user",
+    "_output",
+    "_quiet",
     "cli",
 ]
 # The doors of the package: they may import anything, and nothing imports them.

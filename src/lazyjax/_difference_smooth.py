@@ -87,8 +87,11 @@ def _smooth(slope: MeanSlope, limit: float | Limit) -> Rule:
         (value,), (out,) = values, outs
         e = step.scaled(value.delta)
         small = jnp.abs(e) < (limit(value.old) if callable(limit) else limit)
-        near = value.delta * slope(eqn, value.old, out, jnp.where(small, e, 0))
+        # Series and their polynomials overflow in half precision.
+        work = out.dtype if jnp.finfo(out.dtype).bits >= 32 else jnp.float32
+        mean = slope(eqn, *(t.astype(work) for t in (value.old, out, jnp.where(small, e, 0))))
         (new,) = bind(eqn, [value.old + e])
+        near = value.delta * mean.astype(out.dtype)
         return [jnp.where(small, near, step.quotient(new - out))]
 
     return rule
@@ -169,7 +172,7 @@ def _erf_slope(eqn: core.JaxprEqn, z: Any, out: Any, e: Any) -> Any:
         for k in (2 * j - 1, 2 * j):
             previous, current = current, 2 * m * current - 2 * k * previous
         power = power * square
-        total = total + power * previous / math.factorial(2 * j + 1)
+        total = total + power * previous * (1 / math.factorial(2 * j + 1))
     return 2 / math.sqrt(math.pi) * jnp.exp(-m * m) * total
 
 

@@ -31,13 +31,18 @@ class _Windows:
 
     @classmethod
     def of(cls, eqn: core.JaxprEqn) -> "_Windows":
-        params, ones = eqn.params, (1,) * len(eqn.params["window_dimensions"])
+        ones = (1,) * len(eqn.params["window_dimensions"])
+
+        def ints(name: str) -> tuple[int, ...]:
+            # Some libraries hand in NumPy integers.
+            return tuple(int(n) for n in eqn.params.get(name, ones))
+
         return cls(
-            params["window_dimensions"],
-            params["window_strides"],
-            params["padding"],
-            params.get("base_dilation", ones),
-            params.get("window_dilation", ones),
+            ints("window_dimensions"),
+            ints("window_strides"),
+            tuple((int(low), int(high)) for low, high in eqn.params["padding"]),
+            ints("base_dilation"),
+            ints("window_dilation"),
         )
 
     def _padded(self, z: Any, fill: float) -> Any:

@@ -130,7 +130,8 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
     loss.check(out.shape)
     zero = declares_zero(h, w0)
     if is_concrete((eqx.filter(h, eqx.is_array), eqx.filter(loss, eqx.is_array), w0)):
-        initial, gradient, rounding, residual = _probe(h, loss, w0)
+        with jax.ensure_compile_time_eval():  # values, even inside a user's jit
+            initial, gradient, rounding, residual = _probe(h, loss, w0)
         _check_finite_start(initial, gradient)
         if not zero and is_concrete(alpha):
             _check_zero(np.asarray(initial), float(alpha), float(rounding), rtol * float(residual))
@@ -153,12 +154,12 @@ def _probe(h: Model, loss: Loss, w0: Params) -> tuple[Outputs, Params, Array, Ar
 
 
 def _check_finite_start(initial: Outputs, gradient: Params) -> None:
-    bad = int(jnp.sum(~jnp.isfinite(initial)))
+    bad = int(np.sum(~np.isfinite(initial)))
     if bad:
         msg = f"h(w0) must be finite, but {bad} of its {initial.size} entries are not; check the model and its data."
         raise ValueError(msg)
     for path, leaf in jtu.tree_leaves_with_path(gradient):
-        bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        bad = int(np.sum(~np.isfinite(leaf)))
         if bad:
             msg = (
                 f"h must be differentiable at w0, but {bad} of {leaf.size} entries of the gradient in "

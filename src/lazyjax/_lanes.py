@@ -115,6 +115,19 @@ def choose_horizon(eigenvalues: np.ndarray, solution: TangentSolution | None) ->
     return float(times[np.argmax(losses <= max(0.01 * start, end))])
 
 
+def check_horizon(horizon: float, eigenvalues: np.ndarray, loss: Loss) -> None:
+    """Refuse a flow time that the explicit solver cannot reach within its steps, each about 3 over the stiffness."""
+    stiffness = getattr(loss, "smoothness", 1.0) * float(eigenvalues[0])
+    longest = 2.5 * SOLVE["max_steps"] / stiffness if stiffness > 0 else np.inf
+    if horizon > longest:
+        msg = (
+            f"time must be at most {longest:.3g} for this model, whose kernel's largest eigenvalue is "
+            f"{float(eigenvalues[0]):.3g}, got {horizon:.3g}; an explicit solver cannot go further in "
+            f"{SOLVE['max_steps']} steps."
+        )
+        raise ValueError(msg)
+
+
 class Reference(eqx.Module):
     """The tangent model's flow: displacement and outputs at the save times."""
 

@@ -14,5 +14,5 @@ Outputs = Float[Array, "n"] | Float[Array, "n k"]
 Model = Callable[..., Any]
 """h: parameters to outputs, the data inside; or f: (parameters, inputs) to outputs."""
 
-RealScalar = float | int | Real[Array, ""]
-"""A number, or a traced scalar."""
+RealScalar = float | int | Real[Array, "..."]
+"""A number, or a scalar array, perhaps traced; the checks refuse other shapes with a message of their own."""

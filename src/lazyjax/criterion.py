@@ -4,6 +4,7 @@ Norms in F are in the metric of the loss (see `lazyjax.loss`), norms of paramete
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -13,7 +14,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from lazyjax._field import tree_norm
-from lazyjax._types import Model, Params, RealScalar
+from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax.difference import finite_jvp
 from lazyjax.flow import Flow, gradient_flow
 from lazyjax.loss import Loss, as_loss
@@ -42,7 +43,7 @@ class Comparison(eqx.Module):
 
 def compare(
     h: Model,
-    loss: Loss,
+    loss: Loss | Callable[[Outputs], RealScalar],
     w0: Params,
     ts: Float[Array, " time"],
     *,

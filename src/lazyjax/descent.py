@@ -1,5 +1,7 @@
 r"""Gradient descent on $F_\alpha$ by any optax optimiser, in the displacement coordinates of the flows."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -7,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from diffrax import RESULTS
 from jaxtyping import Array, Float
@@ -40,10 +43,10 @@ class Descent(eqx.Module):
 
 def gradient_descent(
     h: Model,
-    loss: Loss,
+    loss: Loss | Callable[[Outputs], RealScalar],
     w0: Params,
-    optimiser: optax.GradientTransformation,
-    steps: int,
+    optimiser: Any,
+    steps: Any,
     *,
     alpha: RealScalar = 1.0,
     progress: bool = False,
@@ -92,7 +95,7 @@ def gradient_descent(
         msg = f"optimiser must be an optax optimiser such as optax.sgd(0.1), got {type(optimiser).__name__}."
         raise TypeError(msg)
     zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
-    if is_concrete((alpha, w0)) and bool(jnp.isinf(alpha)):
+    if is_concrete((alpha, w0)) and bool(np.isinf(alpha)):
         _check_proportional(optimiser, eqx.filter(w0, eqx.is_inexact_array))
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
     scale = jnp.asarray(alpha, float)
@@ -105,8 +108,18 @@ def _check_proportional(optimiser: optax.GradientTransformation, coordinates: Pa
     gradient = jtu.tree_map(jnp.ones_like, coordinates)
     state = optimiser.init(coordinates)
     extended = optax.with_extra_args_support(optimiser)
-    once, _ = extended.update(gradient, state, coordinates)
-    twice, _ = extended.update(jtu.tree_map(lambda g: 2 * g, gradient), state, coordinates)
+
+    def update(factor: float) -> Params:
+        """The first update for the linear objective whose gradient is everywhere `factor`."""
+
+        def value(w: Params) -> Array:
+            return functools.reduce(jnp.add, [factor * jnp.sum(leaf) for leaf in jtu.tree_leaves(w)])
+
+        scaled = jtu.tree_map(lambda g: factor * g, gradient)
+        line_search = {"value": value(coordinates), "grad": scaled, "value_fn": value}
+        return extended.update(scaled, state, coordinates, **line_search)[0]
+
+    once, twice = update(1.0), update(2.0)
     error = tree_norm(jtu.tree_map(lambda a, b: b - 2 * a, once, twice))
     if float(error) > 1e-3 * float(tree_norm(once)):
         msg = (

@@ -1,27 +1,26 @@
 r"""Gradient flow of $F_\alpha(w) = R(\alpha h(w))/\alpha^2$ for a model or, by the same call, its tangent model."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from diffrax import RESULTS
 from jaxtyping import Array, Float
 
 from lazyjax._check import check_alpha, check_times, is_concrete
 from lazyjax._field import ModelField, TangentField, check_start, make_field, tree_norm
-from lazyjax._types import Model, Params, RealScalar
+from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax.kernel import solve_tangent, tangent_gram
 from lazyjax.loss import Loss, SquareLoss, as_loss
 from lazyjax.tangent import Tangent, linearize
 
 DENSE_OUTPUTS = 4096
 """Up to this many outputs n*k, a tangent flow of the square loss is solved in closed form by default."""
-
-Saved = Literal["outputs", "displacement", "params"]
 
 
 class Flow(eqx.Module):
@@ -53,7 +52,7 @@ class Flow(eqx.Module):
 
 def gradient_flow(
     h: Model,
-    loss: Loss,
+    loss: Loss | Callable[[Outputs], RealScalar],
     w0: Params,
     ts: Float[Array, " time"],
     *,
@@ -63,7 +62,7 @@ def gradient_flow(
     dt0: RealScalar | None = None,
     rtol: float = 1e-6,
     atol: float = 1e-9,
-    save: Sequence[Saved] = ("outputs",),
+    save: Sequence[str] = ("outputs",),
     max_steps: int = 4096,
     progress: bool = False,
     throw: bool = True,
@@ -119,7 +118,7 @@ def gradient_flow(
     _check_options(save, rtol, atol, max_steps)
     zero_start = check_start(h, loss, w0, alpha, rtol)
     options = _Options(solver, stepsize_controller, dt0, rtol, atol, tuple(save), max_steps, progress)
-    endless = is_concrete(ts) and bool(jnp.isinf(ts[-1]))
+    endless = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
     # As an array, so that another alpha is another argument of the same compiled program.
     scale = jnp.asarray(alpha, float)

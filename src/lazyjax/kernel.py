@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._check import check_finite, check_outputs, is_concrete, split_params
 from lazyjax._types import Model, Outputs, Params
-from lazyjax.tangent import Tangent, lanczos
+from lazyjax.tangent import Tangent, lanczos, match_outputs
 
 BLOCK_BYTES = 2**28
 """Memory for the Jacobian rows of one block: two of them are held at a time."""
@@ -72,7 +72,8 @@ def _gram(f: Model, coordinates: Params, rest: Params, x1: Array, x2: Array | No
     k = out.shape[1] if len(out.shape) == 2 else 1
     p = sum(leaf.size for leaf in jtu.tree_leaves(coordinates))
     n1, n2 = x1.shape[0], (x1 if x2 is None else x2).shape[0]
-    size = max(1, min(BLOCK_BYTES // (k * p * out.dtype.itemsize), max(n1, n2)))
+    limit = max(1, BLOCK_BYTES // (k * p * out.dtype.itemsize))
+    size1, size2 = min(limit, n1), min(limit, n2)
 
     def rows(x: Array) -> list[Array]:
         """Jacobian of a block of samples, one (samples * k, p_leaf) matrix a parameter leaf."""
@@ -82,7 +83,7 @@ def _gram(f: Model, coordinates: Params, rest: Params, x1: Array, x2: Array | No
 
         return [leaf.reshape(x.shape[0] * k, -1) for leaf in jtu.tree_leaves(jax.vmap(one)(x))]
 
-    blocks1, blocks2 = _blocks(x1, size), None if x2 is None else _blocks(x2, size)
+    blocks1, blocks2 = _blocks(x1, size1), None if x2 is None else _blocks(x2, size2)
 
     def entry(pair: Array) -> Array:
         first = rows(blocks1[pair[0]])
@@ -90,7 +91,8 @@ def _gram(f: Model, coordinates: Params, rest: Params, x1: Array, x2: Array | No
         products = [a.astype(out.dtype) @ b.T.astype(out.dtype) for a, b in zip(first, second, strict=True)]
         return functools.reduce(jnp.add, products)
 
-    full = _assemble(entry, len(blocks1), None if blocks2 is None else len(blocks2), size * k, out.dtype)
+    counts = len(blocks1), None if blocks2 is None else len(blocks2)
+    full = _assemble(entry, *counts, (size1 * k, size2 * k), out.dtype)
     full = full[: n1 * k, : n2 * k]
     return full if len(out.shape) == 1 else full.reshape(n1, k, n2, k)
 
@@ -102,20 +104,23 @@ def _blocks(x: Array, size: int) -> Array:
     return jnp.concatenate([x, fill]).reshape(count, size, *x.shape[1:])
 
 
-def _assemble(entry: Callable[[Array], Array], count1: int, count2: int | None, size: int, dtype: np.dtype) -> Array:
+def _assemble(
+    entry: Callable[[Array], Array], count1: int, count2: int | None, sizes: tuple[int, int], dtype: np.dtype
+) -> Array:
     """Matrix of blocks `entry((i, j))`; with `count2` None it is symmetric and only j >= i is computed."""
     symmetric = count2 is None
     columns = count1 if symmetric else count2
+    rows, cols = sizes
     pairs = [(i, j) for i in range(count1) for j in range(i if symmetric else 0, columns)]
 
     def write(matrix: Array, pair: Array) -> tuple[Array, None]:
         block = entry(pair)
-        matrix = jax.lax.dynamic_update_slice(matrix, block, (pair[0] * size, pair[1] * size))
+        matrix = jax.lax.dynamic_update_slice(matrix, block, (pair[0] * rows, pair[1] * cols))
         if symmetric:
-            matrix = jax.lax.dynamic_update_slice(matrix, block.T, (pair[1] * size, pair[0] * size))
+            matrix = jax.lax.dynamic_update_slice(matrix, block.T, (pair[1] * rows, pair[0] * cols))
         return matrix, None
 
-    empty = jnp.zeros((count1 * size, columns * size), dtype)
+    empty = jnp.zeros((count1 * rows, columns * cols), dtype)
     return jax.lax.scan(write, empty, jnp.asarray(pairs))[0]
 
 
@@ -140,16 +145,33 @@ def _check_inputs(f: Model, w: Params, x1: Array, x2: Array | None) -> None:
 
 def _check_independent(f: Model, w: Params, x: Array) -> None:
     """Refuse a model whose output for the first sample changes when the other samples do."""
-    first = np.asarray(eqx.filter_jit(f)(w, x[:2]))[0]
-    alone = np.asarray(eqx.filter_jit(f)(w, x[:1]))[0]
-    scale = max(float(np.max(np.abs(first))), float(np.max(np.abs(alone))))
-    if not np.allclose(first, alone, rtol=0, atol=1e3 * float(np.finfo(first.dtype).eps) * max(scale, 1e-30)):
+    first, alone, terms = _first_row(f, *eqx.partition(w, eqx.is_inexact_array), x)
+    if not is_concrete((first, alone, terms)):
+        return
+    check_finite(alone, "f(w, x1[:1])")
+    first, alone = np.asarray(first), np.asarray(alone)
+    if not np.allclose(first, alone, rtol=0, atol=1e3 * float(np.finfo(first.dtype).eps) * float(terms)):
         msg = (
             "f must treat every sample by itself, but its output for x1[0] changes with the other samples "
             f"(by {float(np.max(np.abs(first - alone))):.1e}), as with batch normalisation in training mode; "
             "use the layer's inference mode."
         )
         raise ValueError(msg)
+
+
+@eqx.filter_jit
+def _first_row(f: Model, coordinates: Params, rest: Params, x: Array) -> tuple[Array, Array, Array]:
+    """The first sample's outputs beside the second one, alone, and the size of the terms they are summed from.
+
+    Those terms, and not the outputs, set the rounding: a mirrored or centred model's outputs cancel.
+    """
+    alone, vjp = jax.vjp(lambda c: f(eqx.combine(c, rest), x[:1]), coordinates)
+    (slopes,) = vjp(jnp.ones_like(alone))
+    products = jtu.tree_leaves(
+        jtu.tree_map(lambda a, b: jnp.sum((a * b).astype(alone.dtype) ** 2), coordinates, slopes)
+    )
+    terms = jnp.maximum(jnp.sqrt(sum(products)), jnp.max(jnp.abs(alone)))
+    return f(eqx.combine(coordinates, rest), x[:2])[0], alone[0], terms
 
 
 def kernel_matvec(f: Model, w: Params, x: Float[Array, "n ..."]) -> Callable[[Outputs], Outputs]:
@@ -173,10 +195,10 @@ def kernel_matvec(f: Model, w: Params, x: Float[Array, "n ..."]) -> Callable[[Ou
     """
     coordinates, rest = split_params(w, "w")
     check_finite(x, "x")
-    check_outputs(f, w, x, name="f")
+    out = check_outputs(f, w, x, name="f")
     _, jvp = jax.linearize(lambda c: f(eqx.combine(c, rest), x), coordinates)
     vjp = jax.linear_transpose(jvp, coordinates)
-    return lambda r: jvp(*vjp(r))
+    return lambda r: jvp(*vjp(match_outputs(r, out)))
 
 
 def spectrum(
@@ -189,7 +211,8 @@ def spectrum(
         w: Parameters.
         x: Inputs (n, ...).
         k: None: all n*k_out of them, from the dense Gram. A number: the k largest, by matrix-free Lanczos with
-            full re-orthogonalization (2k + 20 products).
+            full re-orthogonalization, 2k + 20 products and on until the residual of each is below sqrt(eps) of
+            it. Inside jit, where that cannot be looked at, it stops there: Ritz values, from below.
         key: For Lanczos' start vector; None for a fixed one.
 
     Returns:
@@ -215,10 +238,20 @@ def spectrum(
         msg = f"k must be between 1 and the number of outputs {out.size}, got {k}."
         raise ValueError(msg)
     matvec = kernel_matvec(f, w, x)
-    values, _, _ = lanczos(
-        lambda r: matvec(r.reshape(out.shape)).ravel(), out.size, 2 * k + 20, dtype=out.dtype, key=key
-    )
-    return values[::-1][:k]
+    steps = 2 * k + 20
+    while True:
+        values, residuals, _ = lanczos(
+            lambda r: matvec(r.reshape(out.shape)).ravel(), out.size, steps, dtype=out.dtype, key=key
+        )
+        if steps >= out.size or not is_concrete(values) or _converged(values[-k:], residuals[-k:], out.size):
+            return values[::-1][:k]
+        steps *= 2
+
+
+def _converged(values: Array, residuals: Array, size: int) -> bool:
+    """Whether Ritz values are as good as they get: the error is the squared residual over the gap, mostly."""
+    eps = float(jnp.finfo(values.dtype).eps)
+    return bool(jnp.all(residuals <= eps**0.5 * values + 10 * size**0.5 * eps * values[-1]))
 
 
 class TangentSolution(eqx.Module):

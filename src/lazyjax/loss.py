@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lazyjax._check import check_finite, is_concrete
-from lazyjax._types import Outputs, RealScalar
+from lazyjax._types import Outputs
 
 
 class Loss(eqx.Module):
@@ -105,6 +105,7 @@ def square_loss(target: Outputs, *, mean: bool = True) -> SquareLoss:
 
     Raises:
         ValueError: empty or non-finite targets, or not of shape (n,) or (n, k).
+        TypeError: complex targets.
 
     Source:
         Chizat, Oyallon, Bach (2019), section 2.1; theorem 2.3.
@@ -114,6 +115,9 @@ def square_loss(target: Outputs, *, mean: bool = True) -> SquareLoss:
         0.5
     """
     target = jnp.asarray(target)
+    if jnp.iscomplexobj(target):
+        msg = f"target must be real, got {target.dtype}; give real and imaginary parts as two columns."
+        raise TypeError(msg)
     if not jnp.issubdtype(target.dtype, jnp.floating):
         target = target.astype(jnp.result_type(float))
     _check_data(target, "target")
@@ -205,12 +209,13 @@ class SoftmaxCrossEntropy(Loss):
         p = jax.nn.softmax(y, axis=1)
         return p * (v - jnp.sum(p * v, axis=1, keepdims=True))
 
-    def strong_convexity(self, radius: float = float("inf"), *, classes: int = 2) -> float:
+    def strong_convexity(self, radius: float = float("inf"), *, classes: int) -> float:
         r"""$m = 1/(1 + (k-1)e^{2r})$ on zero-sum outputs with $|y_{ic}| \le r$; 0 without a bound on them.
 
         Adding a constant to the outputs of a sample does not change R, so m is 0 on all of F.
         """
-        return float(1 / (1 + (classes - 1) * np.exp(2 * radius)))
+        ratio = np.exp(-2 * radius)  # of the smallest to the largest possible weight; it cannot overflow
+        return float(ratio / (ratio + classes - 1))
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Outputs must be (n, k), one row a label, and every label below k."""
@@ -251,8 +256,9 @@ def softmax_cross_entropy(labels: Int[Array, " n"], *, mean: bool = True) -> Sof
         msg = f"labels must be integer classes, got {labels.dtype}; for one-hot rows use labels.argmax(axis=1)."
         raise TypeError(msg)
     _check_data(labels, "labels", ndims=(1,))
-    if is_concrete(labels) and int(labels.min()) < 0:
-        msg = f"labels must be classes 0, 1, ..., got {int(labels.min())}."
+    # NumPy's minimum: inside a jit, JAX's would be traced even of labels that are not.
+    if is_concrete(labels) and (low := int(np.min(np.asarray(labels)))) < 0:
+        msg = f"labels must be classes 0, 1, ..., got {low}."
         raise ValueError(msg)
     return SoftmaxCrossEntropy(labels=labels, weight=_weight(labels.shape[0], mean))
 
@@ -283,7 +289,7 @@ class UserLoss(Loss):
             raise ValueError(msg)
 
 
-def as_loss(loss: Loss | Callable[[Outputs], RealScalar]) -> Loss:
+def as_loss(loss: Any) -> Loss:
     """The loss itself, or any callable on outputs as a `Loss` in the Euclidean metric.
 
     Raises:

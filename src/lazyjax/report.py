@@ -1,15 +1,18 @@
 r"""One answer to "how lazily does this model train?": a sweep over alpha beside the tangent model, summed up."""
 
+import sys
 import textwrap
 import time as clock
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
+from tqdm.auto import tqdm
 
 from lazyjax._check import check_alpha
 from lazyjax._field import tree_norm
@@ -18,6 +21,7 @@ from lazyjax._lanes import (
     Reference,
     Setting,
     add_probe,
+    check_horizon,
     choose_horizon,
     diagonalize,
     follow_tangent,
@@ -110,7 +114,7 @@ def diagnose(
         time: Flow time to train for; None: until the tangent model's training loss is down to 1 % (square loss),
             but no more than 1000, or 300 for other losses, over the kernel's largest eigenvalue.
         key: For the Lanczos starts; None for a fixed one.
-        progress: Show a progress bar.
+        progress: Say on stderr what is being done, and show a progress bar.
 
     Returns:
         `LazinessReport`.
@@ -135,23 +139,36 @@ def diagnose(
     if time is not None and not (np.isfinite(time) and time > 0):
         msg = f"time must be a finite positive flow time, got {time}."
         raise ValueError(msg)
+    _announce("the tangent kernel and its eigenvalues", progress)
     setting, notes = add_probe(setting)
     eigenvalues, solution = diagonalize(setting)
     horizon = choose_horizon(eigenvalues, solution) if time is None else float(time)
+    check_horizon(horizon, eigenvalues, setting.loss)
     ts = jnp.concatenate([jnp.zeros(1), horizon * jnp.geomspace(1e-3, 1.0, NUM_TIMES - 1)])
+    _announce(f"the tangent model's flow up to time {horizon:.4g}", progress)
     reference = follow_tangent(setting, ts)
+    _announce(f"the model's flows at {len(alphas)} scales alpha (compiled first)", progress)
     data = sweep(
         run_lane,
         over={"alpha": alphas},
         shared={"setting": setting, "ts": ts, "reference": reference},
         dims=dict.fromkeys(MEASURES, ("time",)),
         coords={"time": np.asarray(ts), "mode": np.arange(1, eigenvalues.size + 1)},
+        # On a CPU lanes side by side are no faster than one by one, which shows more progress.
+        chunk=1 if jax.default_backend() == "cpu" else None,
         progress=progress,
     )
+    _announce("the step criterion", progress)
     _complete(data, setting, reference, eigenvalues, key)
     data.attrs["seconds"] = clock.perf_counter() - started
     slopes = _slopes(data)
     return LazinessReport(data, slopes, write_verdict(data, slopes), tuple(notes))
+
+
+def _announce(text: str, progress: bool) -> None:
+    """One line before seconds or minutes of silence, where progress is asked for."""
+    if progress:
+        tqdm.write(f"lazyjax: {text}", file=sys.stderr)
 
 
 def _check_alphas(alphas: Sequence[float]) -> list[float]:

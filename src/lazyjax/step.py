@@ -3,6 +3,8 @@ r"""What one gradient step already tells: how much faster the objective changes 
 Norms in F are in the metric of the loss (see `lazyjax.loss`), norms of parameters are Euclidean.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.flatten_util as jfu
@@ -13,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._check import check_alpha, check_outputs, is_concrete
 from lazyjax._field import ModelField, TangentField, check_start, make_field, tree_norm
-from lazyjax._types import Model, Params, RealScalar
+from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax.difference import finite_jvp
 from lazyjax.loss import Loss, as_loss
 from lazyjax.tangent import Tangent, lanczos, linearize, singular_values
@@ -37,7 +39,7 @@ class StepCriterion(eqx.Module):
 
 def step_criterion(
     h: Model,
-    loss: Loss,
+    loss: Loss | Callable[[Outputs], RealScalar],
     w0: Params,
     *,
     alpha: RealScalar = 1.0,
@@ -85,7 +87,9 @@ def step_criterion(
     return StepCriterion(eta, objective_change, jacobian_change, jacobian_change / objective_change)
 
 
-def _at_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar) -> tuple[Loss, ModelField | TangentField, Tangent]:
+def _at_start(
+    h: Model, loss: Loss | Callable[[Outputs], RealScalar], w0: Params, alpha: RealScalar
+) -> tuple[Loss, ModelField | TangentField, Tangent]:
     loss = as_loss(loss)
     check_alpha(alpha)
     zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
@@ -121,7 +125,7 @@ def _jacobian_change(h: Model, w0: Params, loss: Loss, u: Params, eps: Array, ke
 
 def lazy_ratio(
     h: Model,
-    loss: Loss,
+    loss: Loss | Callable[[Outputs], RealScalar],
     w0: Params,
     *,
     alpha: RealScalar = 1.0,

@@ -31,6 +31,7 @@ def sweep(
     shared: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
+    chunk: int | None = None,
     memory: int = MEMORY_BYTES,
     progress: bool = False,
 ) -> "xarray.Dataset":
@@ -48,6 +49,8 @@ def sweep(
         dims: Names of the axes of an output, beyond those of the grid, for example {"loss": ("time",)}; unnamed
             ones are called "<output>_0", ...
         coords: Coordinates of these axes, for example {"time": ts}.
+        chunk: Lanes in a chunk; None for as many as fit `memory`. Fewer show more progress, and spare lanes that
+            take few solver steps from waiting for those that take many.
         memory: Bytes that one chunk may take, temporaries included.
         progress: Show a progress bar with an estimate, one tick a lane.
 
@@ -57,7 +60,9 @@ def sweep(
         so that means and plots leave them out, and stay as computed in "<name>_failed".
 
     Raises:
-        ValueError: no axes or an empty one; `run` returns a reserved name or an axis name; `dims` do not fit.
+        ValueError: no axes or an empty one; `chunk` below 1; `run` returns a reserved name or an axis name; `dims`
+            do not fit.
+            do not fit.
         TypeError: an axis that is not numbers; `run` does not return a dict of arrays.
 
     Example:
@@ -69,10 +74,13 @@ def sweep(
     if not axes:
         msg = 'over must name at least one axis, for example over={"alpha": [1.0, 10.0]}.'
         raise ValueError(msg)
+    if chunk is not None and chunk < 1:
+        msg = f"chunk must be at least 1 lane, got {chunk}."
+        raise ValueError(msg)
     shape = tuple(len(values) for values in axes.values())
     points = list(itertools.product(*(range(size) for size in shape)))
     lanes = {name: values[np.asarray([point[i] for point in points])] for i, (name, values) in enumerate(axes.items())}
-    program, size = _compile(run, lanes, dict(shared or {}), memory)
+    program, size = _compile(run, lanes, dict(shared or {}), dims or {}, chunk, memory)
     parts = []
     with tqdm(total=len(points), unit="run", desc="sweep", disable=not progress) as bar:
         for first in range(0, len(points), size):
@@ -97,16 +105,21 @@ def _axis(name: str, values: Any) -> np.ndarray:
 
 
 def _compile(
-    run: Run, lanes: dict[str, np.ndarray], shared: dict[str, Any], memory: int
+    run: Run,
+    lanes: dict[str, np.ndarray],
+    shared: dict[str, Any],
+    dims: Mapping[str, Sequence[str]],
+    chunk: int | None,
+    memory: int,
 ) -> tuple[Callable[[dict[str, Array]], Any], int]:
     """One program for `size` lanes at a time: all of them, or by the first try's need as many as fit."""
     total = len(next(iter(lanes.values())))
     arrays, static = eqx.partition(shared, eqx.is_array)
 
     def batch(points: dict[str, Array], arrays: dict[str, Any]) -> dict[str, Any]:
-        return jax.vmap(lambda point: _checked(run(**point, **eqx.combine(arrays, static))))(points)
+        return jax.vmap(lambda point: _checked(run(**point, **eqx.combine(arrays, static)), lanes, dims))(points)
 
-    size = total
+    size = total if chunk is None else min(chunk, total)
     while True:
         shapes = {name: jax.ShapeDtypeStruct((size,), values.dtype) for name, values in lanes.items()}
         program = jax.jit(batch).lower(shapes, arrays).compile()
@@ -122,13 +135,20 @@ def _call(program: Callable[..., Any], arrays: dict[str, Any], points: dict[str,
     return program(points, arrays)
 
 
-def _checked(out: Any) -> dict[str, Any]:
+def _checked(out: Any, axes: Mapping[str, Any], dims: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """What one lane returns, refused while tracing if it cannot be labelled."""
     if not isinstance(out, Mapping):
         msg = f"run must return a dict of named arrays, got {type(out).__name__}."
         raise TypeError(msg)
-    for name in ("failed", "message"):
-        if name in out:
+    for name, value in out.items():
+        if name in ("failed", "message"):
             msg = f"run must not return {name!r}: sweep makes it; return a diffrax result as 'result'."
+            raise ValueError(msg)
+        if name in axes:
+            msg = f"run must not return {name!r}: it is an axis of the sweep."
+            raise ValueError(msg)
+        if name in dims and len(dims[name]) != jnp.ndim(value):
+            msg = f"dims[{name!r}] must name {jnp.ndim(value)} axes, got {tuple(dims[name])}."
             raise ValueError(msg)
     return {name: value if isinstance(value, RESULTS) else jnp.asarray(value) for name, value in out.items()}
 
@@ -143,13 +163,7 @@ def _label(
     failed, messages = _failures(out, result, math.prod(shape))
     data: dict[str, Any] = {}
     for name, values in out.items():
-        if name in axes:
-            msg = f"run must not return {name!r}: it is an axis of the sweep."
-            raise ValueError(msg)
         own = tuple(dims.get(name, [f"{name}_{i}" for i in range(values.ndim - 1)]))
-        if len(own) != values.ndim - 1:
-            msg = f"dims[{name!r}] must name {values.ndim - 1} axes, got {own}."
-            raise ValueError(msg)
         names = (*axes, *own)
         full = (*shape, *values.shape[1:])
         if values.dtype.kind == "f" and failed.any():
@@ -174,7 +188,7 @@ def _failures(out: dict[str, Any], result: Any, count: int) -> tuple[np.ndarray,
             failed |= bad
     if result is not None:
         for lane in range(count):
-            item = jtu.tree_map(lambda leaf, lane=lane: leaf[lane], result)
+            item = jtu.tree_map(lambda leaf, lane=lane: np.asarray(leaf[lane]), result)
             if not bool(item == RESULTS.successful):
                 failed[lane] = True
                 messages[lane] = RESULTS[item]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lazyjax._check import check_outputs, split_params
 from lazyjax._types import Model, Outputs, Params
 from lazyjax.loss import Loss
-from lazyjax.model import declares_zero
+from lazyjax.model import declares_zero, same_params
 
 
 class Tangent(eqx.Module):
@@ -47,12 +47,12 @@ class Tangent(eqx.Module):
     def vjp(self, r: Outputs) -> Params:
         """The plain $J^T r$, a tree of w0's coordinates; $Dh(w_0)^* r$ in F's metric is `weight` times it."""
         coordinates = eqx.filter(self.w0, eqx.is_inexact_array)
-        (out,) = jax.linear_transpose(self._jvp, coordinates)(r)
+        (out,) = jax.linear_transpose(self._jvp, coordinates)(match_outputs(r, self.outputs))
         return out
 
     def declares_zero(self, w: Params) -> bool:
         """Whether w is w0 and h is declared zero there."""
-        return jtu.tree_all(jtu.tree_map(lambda a, b: a is b, w, self.w0)) and declares_zero(self.h, w)
+        return same_params(w, self.w0) and declares_zero(self.h, self.w0)
 
 
 def linearize(h: Model, w0: Params) -> Tangent:
@@ -90,7 +90,23 @@ def linearize(h: Model, w0: Params) -> Tangent:
 def _match(u: Params, w0: Params) -> Params:
     """The coordinates of u in the dtypes of w0's."""
     u, start = (eqx.filter(tree, eqx.is_inexact_array) for tree in (u, w0))
+    got, expected = ([jtu.tree_structure(t), [leaf.shape for leaf in jtu.tree_leaves(t)]] for t in (u, start))
+    if got != expected:
+        msg = (
+            "u must have a floating array of the same shape for each coordinate of w0, "
+            f"expected {expected[0]} with shapes {expected[1]}, got {got[0]} with shapes {got[1]}; "
+            "build it with jax.tree.map over w0."
+        )
+        raise ValueError(msg)
     return jtu.tree_map(lambda a, b: jnp.asarray(a, b.dtype), u, start)
+
+
+def match_outputs(r: Outputs, outputs: Any) -> Outputs:
+    """A cotangent of the outputs' shape, in their dtype."""
+    if jnp.shape(r) != outputs.shape:
+        msg = f"r must have the shape of the outputs, {outputs.shape}, got {jnp.shape(r)}."
+        raise ValueError(msg)
+    return jnp.asarray(r, outputs.dtype)
 
 
 class SingularValues(eqx.Module):
@@ -144,7 +160,8 @@ def singular_values(
         dtype=outputs.dtype,
         key=key,
     )
-    rounding = outputs.size**0.5 * jnp.finfo(outputs.dtype).eps * theta[-1]
+    # Lanczos drops couplings of this size as rounding; that of the products is of the same order.
+    rounding = 10 * outputs.size**0.5 * jnp.finfo(outputs.dtype).eps * theta[-1]
     num_params = sum(leaf.size for leaf in jtu.tree_leaves(eqx.filter(tangent.w0, eqx.is_inexact_array)))
     deficient = num_params < outputs.size
     return SingularValues(

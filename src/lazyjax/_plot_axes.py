@@ -1,0 +1,125 @@
+"""Parts that the figures share: an alpha axis that ends in inf, legends beside the data, scales that fit it.
+
+Everything here acts on matplotlib axes that it is handed; `plot` makes them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+BLUE, ORANGE, BLACK, GREY = "#0072B2", "#D55E00", "#000000", "#999999"
+FONT = 8
+"""Points, at a figure width of one column."""
+
+
+class AlphaAxis:
+    """A logarithmic axis of output scales on which alpha = inf has its own place, to the right of a break.
+
+    Attributes:
+        alphas: The scales, rising.
+        positions: Where each of them is drawn: itself, or for inf a place beyond the largest finite one.
+    """
+
+    def __init__(self, alphas: Any):
+        self.alphas = np.asarray(alphas, dtype=np.float64)
+        finite = self.alphas[np.isfinite(self.alphas)]
+        self._finite = finite if finite.size else np.ones(1)
+        decades = np.log10(self._finite.max() / self._finite.min())
+        self._end = float(self._finite.max() * 10 ** max(0.16 * decades, 0.6))
+        self.positions = np.where(np.isfinite(self.alphas), self.alphas, self._end)
+
+    def plot(self, ax: Any, values: np.ndarray, *, color: str, marker: str, label: str) -> None:
+        """Draw one value a scale: a line through the finite ones, a lone marker at inf."""
+        values = np.asarray(values, dtype=np.float64)
+        finite = np.isfinite(self.alphas)
+        style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2}
+        ax.plot(self.positions[finite], values[finite], label=label, **style)
+        ax.plot(self.positions[~finite], values[~finite], linestyle="none", **style)
+
+    def finish(self, ax: Any) -> None:
+        """Scale, ticks, label and the break; on the lowest of axes that share it."""
+        ax.set_xscale("log")
+        ax.set_xlabel(r"output scale $\alpha$")
+        positions, labels = self._ticks()
+        ax.set_xticks(positions, labels)
+        ax.minorticks_off()
+        decades = np.log10(self.positions.max() / self._finite.min()) or 1.0
+        margin = 10 ** (0.05 * decades)
+        ax.set_xlim(self._finite.min() / margin, self.positions.max() * margin)
+        if np.isinf(self.alphas).any():
+            self._draw_break(ax)
+
+    def _ticks(self) -> tuple[list[float], list[str]]:
+        low, high = np.log10(self._finite.min()), np.log10(self._finite.max())
+        exponents = np.arange(int(np.ceil(low - 1e-9)), int(np.floor(high + 1e-9)) + 1)
+        exponents = exponents[:: max(1, -(-exponents.size // 6))]
+        if exponents.size >= 2:
+            positions, labels = [10.0**e for e in exponents], [f"$10^{{{e}}}$" for e in exponents]
+        else:
+            positions, labels = [float(a) for a in self._finite], [f"{a:g}" for a in self._finite]
+        if np.isinf(self.alphas).any():
+            positions, labels = [*positions, self._end], [*labels, r"$\infty$"]
+        return positions, labels
+
+    def _draw_break(self, ax: Any) -> None:
+        """Two strokes across the lower edge, where the axis jumps to inf."""
+        middle = np.sqrt(self._finite.max() * self._end)
+        apart = 10 ** (0.012 * np.log10(self._end / self._finite.min()))
+        places = {"transform": ax.get_xaxis_transform(), "clip_on": False, "zorder": 5, "linestyle": "none"}
+        ax.plot([middle], [0], marker="s", markersize=5, color="white", **places)
+        strokes = [middle / apart, middle * apart]
+        ax.plot(strokes, [0, 0], marker=[(-0.5, -1), (0.5, 1)], markersize=8, color=BLACK, markeredgewidth=1, **places)
+
+
+def style_axes(ax: Any) -> None:
+    """Small type, a light grid, no box."""
+    ax.tick_params(labelsize=FONT, which="both")
+    ax.grid(visible=True, color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    for label in (ax.xaxis.label, ax.yaxis.label):
+        label.set_fontsize(FONT + 1)
+
+
+def draw_legend(ax: Any, *, columns: int = 2) -> None:
+    """The legend above the axes, where it covers nothing."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=columns,
+            fontsize=FONT,
+            frameon=False,
+            handlelength=1.8,
+            columnspacing=1.2,
+            borderaxespad=0.2,
+        )
+
+
+def mark_failed(ax: Any, axis: AlphaAxis, failed: Any) -> None:
+    """Crosses on the lower edge at scales whose flow failed: they have no value to draw."""
+    failed = np.asarray(failed, dtype=bool)
+    if failed.any():
+        ax.plot(
+            axis.positions[failed],
+            np.full(int(failed.sum()), 0.04),
+            "x",
+            color=BLACK,
+            transform=ax.get_xaxis_transform(),
+            label="flow failed",
+        )
+
+
+def choose_scale(ax: Any, values: Sequence[float]) -> None:
+    """A logarithmic y axis where the positive values span more than one decade, else a linear one."""
+    shown = np.asarray(values, dtype=np.float64)
+    shown = shown[np.isfinite(shown)]
+    if shown.size and shown.min() > 0 and shown.max() > 10 * shown.min():
+        ax.set_yscale("log")
+
+
+def only_positive(values: Any) -> np.ndarray:
+    """Values that a logarithmic axis can show; NaN, a gap in the line, for the others."""
+    values = np.asarray(values, dtype=np.float64)
+    return np.where(values > 0, values, np.nan)

@@ -1,0 +1,158 @@
+"""Data to train on: real digits that come with scikit-learn, or arrays of your own from a `.npz` file."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lazyjax._check import check_finite
+
+NUM_DIGITS = 1797
+"""Images that scikit-learn bundles."""
+
+
+class DataSet(NamedTuple):
+    """Training and test samples; without test data, `x_test` and `y_test` are None."""
+
+    x: Array
+    y: Array
+    x_test: Array | None = None
+    y_test: Array | None = None
+
+    @property
+    def test(self) -> tuple[Array, Array] | None:
+        """(x_test, y_test) as `lazyjax.diagnose` takes it, or None."""
+        return None if self.x_test is None or self.y_test is None else (self.x_test, self.y_test)
+
+
+def digits(num_train: int = 256, *, seed: int = 0, dtype: Any = None) -> DataSet:
+    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, shuffled and split with equal shares of classes.
+
+    Pixels are shifted and scaled by two numbers, the same for all, to mean 0 and variance 1 over all images.
+
+    Args:
+        num_train: Training images; the rest is for testing. From 10 to 1787, so that every class is in both.
+        seed: Of the shuffle.
+        dtype: Floating dtype of the images; None for JAX's default.
+
+    Returns:
+        `DataSet`: x (num_train, 64), labels y (num_train,) in 0..9 as int32, x_test, y_test.
+
+    Raises:
+        ValueError: num_train out of its range.
+
+    Source:
+        Alpaydin and Kaynak (1998), Optical Recognition of Handwritten Digits, UCI; bundled with scikit-learn.
+
+    Example:
+        >>> x, y, x_test, y_test = digits(100)
+        >>> x.shape, y.shape, x_test.shape
+        ((100, 64), (100,), (1697, 64))
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if not 10 <= num_train <= NUM_DIGITS - 10:
+        msg = (
+            f"num_train must lie in 10..{NUM_DIGITS - 10}, so that each of the ten classes is in both parts of the "
+            f"{NUM_DIGITS} digits, got {num_train}."
+        )
+        raise ValueError(msg)
+    images, labels = load_digits(return_X_y=True)
+    images = (images - images.mean()) / images.std()
+    x, x_test, y, y_test = train_test_split(images, labels, train_size=num_train, stratify=labels, random_state=seed)
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    return DataSet(
+        jnp.asarray(x, dtype), jnp.asarray(y, jnp.int32), jnp.asarray(x_test, dtype), jnp.asarray(y_test, jnp.int32)
+    )
+
+
+def load_arrays(path: str | Path) -> DataSet:
+    """Read your own data from a `.npz` file, as `numpy.savez("my.npz", x=x, y=y)` writes it.
+
+    Args:
+        path: The file, with arrays `x` (samples first) and `y`, and optionally `x_test` and `y_test`.
+
+    Returns:
+        `DataSet`: inputs and real targets in JAX's default floating dtype, integer and boolean targets as integers.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a readable `.npz`; an array is missing, empty, of objects, or not finite; sizes differ.
+        TypeError: an array that does not hold real numbers.
+
+    Example:
+        >>> import tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "my.npz")
+        >>> np.savez(path, x=np.ones((4, 3)), y=np.array([0, 1, 1, 0]))
+        >>> load_arrays(path).y
+        Array([0, 1, 1, 0], dtype=int...)
+    """
+    path = Path(path)
+    raw = _read(path)
+    missing = [name for name in ("x", "y") if name not in raw]
+    if missing:
+        there = ", ".join(sorted(raw)) or "none"
+        msg = f"{path} must hold arrays x and y, but {missing[0]} is missing (there: {there}); save it by name."
+        raise ValueError(msg)
+    if ("x_test" in raw) != ("y_test" in raw):
+        have, lack = ("x_test", "y_test") if "x_test" in raw else ("y_test", "x_test")
+        msg = f"{path} must hold x_test and y_test both or neither, but {lack} is missing beside {have}."
+        raise ValueError(msg)
+    arrays = {name: _as_array(raw[name], name, path) for name in ("x", "y", "x_test", "y_test") if name in raw}
+    for suffix in ("", "_test"):
+        if f"x{suffix}" in arrays:
+            _check_sizes(arrays[f"x{suffix}"], arrays[f"y{suffix}"], suffix, path)
+    if "x_test" in arrays and arrays["x_test"].shape[1:] != arrays["x"].shape[1:]:
+        msg = (
+            f"x_test must have samples of the shape of x's, {arrays['x'].shape[1:]}, "
+            f"got {arrays['x_test'].shape[1:]} in {path}."
+        )
+        raise ValueError(msg)
+    return DataSet(**arrays)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        msg = f"data file {path} does not exist; give the path of a .npz file with arrays x and y."
+        raise FileNotFoundError(msg)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            msg = "it holds one bare array"
+            raise ValueError(msg)  # noqa: TRY004, TRY301 - one message for all unreadable files, below
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        msg = (
+            f"{path} must be a .npz file of plain numeric arrays, but reading it failed ({error}); write it with "
+            f"numpy.savez({path.with_suffix('.npz').name!r}, x=x, y=y)."
+        )
+        raise ValueError(msg) from error
+
+
+def _as_array(raw: Any, name: str, path: Path) -> Array:
+    """A NumPy array as JAX takes it: labels stay integers, all else becomes JAX's default float."""
+    kind = getattr(getattr(raw, "dtype", None), "kind", "?")
+    if kind not in "iufb":
+        got = getattr(raw, "dtype", type(raw).__name__)
+        msg = f"{name} in {path} must hold real numbers, got {got}; convert it before saving."
+        raise TypeError(msg)
+    if raw.ndim == 0 or raw.size == 0:
+        msg = f"{name} in {path} must hold at least one sample, got shape {raw.shape}."
+        raise ValueError(msg)
+    keep = name.startswith("y") and kind != "f"
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused below
+        array = jnp.asarray(raw.astype(jnp.result_type(int) if keep else jnp.result_type(float)))
+    check_finite(array, name)
+    return array
+
+
+def _check_sizes(x: Array, y: Array, suffix: str, path: Path) -> None:
+    if x.shape[0] != y.shape[0]:
+        msg = f"x{suffix} and y{suffix} must hold as many samples each, got {x.shape[0]} and {y.shape[0]} in {path}."
+        raise ValueError(msg)

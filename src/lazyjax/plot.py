@@ -1,0 +1,287 @@
+"""A report as figures: one function a figure, each one column (3.5 inches) wide.
+
+matplotlib is imported here only, inside the functions, by its object interface: no window, no global state.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; no line is told by colour alone.
+"""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lazyjax._plot_axes import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    AlphaAxis,
+    choose_scale,
+    draw_legend,
+    mark_failed,
+    only_positive,
+    style_axes,
+)
+from lazyjax._summary import Slope, relative_gap
+from lazyjax.report import LazinessReport
+
+if TYPE_CHECKING:
+    import xarray
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Source = LazinessReport | Any
+"""A report, or its dataset."""
+
+PARTS = {"train": (BLUE, "o"), "test": (ORANGE, "s")}
+
+
+def report_figures(report: LazinessReport) -> "dict[str, Figure]":
+    """All figures of a report, by name, in the order to read them in.
+
+    Args:
+        report: From `lazyjax.diagnose`.
+
+    Returns:
+        "scores", "gaps", "drift", "curves", "eigenvalues", each a `matplotlib.figure.Figure`.
+    """
+    return {
+        "scores": plot_scores(report),
+        "gaps": plot_gaps(report),
+        "drift": plot_drift(report),
+        "curves": plot_curves(report),
+        "eigenvalues": plot_eigenvalues(report),
+    }
+
+
+def encode(figure: "Figure", kind: str, *, dpi: int = 200) -> bytes:
+    """A figure as the bytes of a "png" or "svg" file; the same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        kind: "png" or "svg".
+        dpi: Dots per inch of a png.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    # No date and ids from a fixed salt: what a rerun writes differs only where its numbers do.
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with mpl.rc_context({"svg.hashsalt": "lazyjax"}):
+        FigureCanvasAgg(figure).print_figure(buffer, format=kind, dpi=dpi, facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
+def plot_scores(report: Source) -> "Figure":
+    """Accuracy (where there are classes) and loss at the end of training against alpha, beside the tangent model.
+
+    Args:
+        report: A `LazinessReport` or its dataset.
+    """
+    data = _dataset(report)
+    last = data.isel(time=-1)
+    kinds = [kind for kind in ("accuracy", "loss") if f"train_{kind}" in data]
+    axis = AlphaAxis(data["alpha"])
+    figure, axes = _make_axes(len(kinds))
+    for ax, kind in zip(axes, kinds, strict=True):
+        scale = 100.0 if kind == "accuracy" else 1.0
+        shown = []
+        for part, (color, marker) in PARTS.items():
+            if f"{part}_{kind}" not in data:
+                continue
+            values = scale * np.asarray(last[f"{part}_{kind}"], dtype=np.float64)
+            tangent = scale * float(last[f"tangent_{part}_{kind}"])
+            axis.plot(ax, values, color=color, marker=marker, label=part)
+            ax.axhline(tangent, color=color, linestyle="--", linewidth=1, label=f"{part}, tangent model", zorder=1)
+            shown += [*values, tangent]
+        if kind == "loss":
+            choose_scale(ax, shown)
+        mark_failed(ax, axis, data["failed"])
+        ax.set_ylabel("accuracy (%)" if kind == "accuracy" else "loss R")
+    draw_legend(axes[0])
+    axis.finish(axes[-1])
+    return figure
+
+
+def plot_gaps(report: Source) -> "Figure":
+    """Distance of the model from its tangent model against alpha, in outputs and in parameters.
+
+    Args:
+        report: A `LazinessReport`, whose fitted slopes are drawn too, or its dataset.
+    """
+    data = _dataset(report)
+    slopes = report.slopes if isinstance(report, LazinessReport) else {}
+    axis = AlphaAxis(data["alpha"])
+    norm = data.attrs["w0_norm"]
+    alphas = np.asarray(data["alpha"], dtype=np.float64)
+    floor = float(relative_gap(data)[-1]) if np.isinf(alphas[-1]) else np.nan
+    # The parameters' error is one of u = alpha (w - w0), so in w it falls with alpha.
+    scaled = float(data["scaled_param_gap"].isel(alpha=-1).max("time")) if np.isinf(alphas[-1]) else np.nan
+    with np.errstate(divide="ignore"):
+        param_floor = scaled / alphas / norm
+    figure, axes = _make_axes(2)
+    _draw_gap(axes[0], axis, relative_gap(data), np.full(alphas.size, floor), slopes.get("output_gap"))
+    param_gap = np.asarray(data["param_gap"].max("time"), dtype=np.float64) / norm
+    _draw_gap(axes[1], axis, param_gap, param_floor, slopes.get("param_gap"))
+    axes[0].set_ylabel("output gap /\ninitial residual")
+    axes[1].set_ylabel(r"parameter gap / $\|w_0\|$")
+    for ax in axes:
+        mark_failed(ax, axis, data["failed"])
+        draw_legend(ax)
+    axis.finish(axes[-1])
+    return figure
+
+
+def _draw_gap(ax: "Axes", axis: AlphaAxis, values: np.ndarray, floor: np.ndarray, slope: Slope | None) -> None:
+    ax.set_yscale("log")
+    axis.plot(ax, only_positive(values), color=BLUE, marker="o", label="largest over time")
+    if slope is not None and np.isfinite(slope.value):
+        used = (axis.alphas >= slope.first) & (axis.alphas <= slope.last) & (values > 0)
+        level = np.mean(np.log(values[used]) - slope.value * np.log(axis.alphas[used]))
+        ends = np.array([slope.first, slope.last])
+        label = rf"fit: $\alpha^{{{slope.value:.2f}}}$"
+        ax.plot(ends, np.exp(level) * ends**slope.value, color=ORANGE, linewidth=4, alpha=0.5, label=label, zorder=1)
+    floor = only_positive(floor)
+    if np.isfinite(floor).any():
+        bottom = min(ax.get_ylim()[0], float(np.nanmin(floor)) / 3)
+        ax.set_ylim(bottom=bottom)
+        ax.fill_between(
+            axis.positions,
+            bottom,
+            floor,
+            color=GREY,
+            alpha=0.35,
+            linewidth=0,
+            label=r"numerical floor ($\alpha=\infty$)",
+        )
+
+
+def plot_drift(report: Source) -> "Figure":
+    """How far parameters, tangent kernel and activations move until the end of training, against alpha.
+
+    Args:
+        report: A `LazinessReport` or its dataset.
+    """
+    data = _dataset(report)
+    axis = AlphaAxis(data["alpha"])
+    moved = np.asarray(data["displacement"].isel(time=-1), dtype=np.float64) / data.attrs["w0_norm"]
+    lines = [(r"parameters: $\|w-w_0\|\,/\,\|w_0\|$", moved, BLUE, "o")]
+    if "kernel_drift" in data:
+        values = np.asarray(data["kernel_drift"], dtype=np.float64)
+        lines.append((r"kernel: $\|K-K_0\|\,/\,\|K_0\|$", values, ORANGE, "s"))
+    if "stability" in data:
+        values = 1 - np.asarray(data["stability"], dtype=np.float64)
+        lines.append(("activations that changed sign", values, BLACK, "^"))
+    figure, (ax,) = _make_axes(1)
+    ax.set_yscale("log")
+    for label, values, color, marker in lines:
+        axis.plot(ax, only_positive(values), color=color, marker=marker, label=label)
+    mark_failed(ax, axis, data["failed"])
+    ax.set_ylabel("relative change")
+    draw_legend(ax, columns=1)
+    axis.finish(ax)
+    return figure
+
+
+def plot_curves(report: Source) -> "Figure":
+    """Training loss and test accuracy (or loss) of the model at a few alphas and of its tangent model, over time.
+
+    Args:
+        report: A `LazinessReport` or its dataset.
+    """
+    import matplotlib as mpl
+
+    data = _dataset(report)
+    test = next((name for name in ("test_accuracy", "test_loss") if name in data), None)
+    names = ["train_loss", *([] if test is None else [test])]
+    chosen = _choose_lanes(data)
+    colors = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(chosen), 2)))
+    times = np.asarray(data["time"], dtype=np.float64)
+    later = times > 0  # the start has no place on a logarithmic axis
+    figure, axes = _make_axes(len(names))
+    for ax, name in zip(axes, names, strict=True):
+        scale = 100.0 if name.endswith("accuracy") else 1.0
+        shown = []
+        for lane, color, width in zip(chosen, colors, (3.5, 2.6, 1.9, 1.3), strict=False):
+            values = scale * np.asarray(data[name].isel(alpha=lane), dtype=np.float64)
+            label = rf"$\alpha={_power(float(data['alpha'][lane]))}$"
+            ax.plot(times[later], values[later], color=color, linewidth=width, label=label)
+            shown += [*values[later]]
+        tangent = scale * np.asarray(data[f"tangent_{name}"], dtype=np.float64)
+        ax.plot(times[later], tangent[later], color=BLACK, linestyle="--", linewidth=1, label="tangent model")
+        ax.set_xscale("log")
+        if name.endswith("loss"):
+            choose_scale(ax, [*shown, *tangent[later]])
+    labels = {"train_loss": "training loss R", "test_loss": "test loss R", "test_accuracy": "test accuracy (%)"}
+    for ax, name in zip(axes, names, strict=True):
+        ax.set_ylabel(labels[name])
+    axes[-1].set_xlabel("flow time t (learning rate x steps)")
+    draw_legend(axes[0], columns=3)
+    return figure
+
+
+def _choose_lanes(data: "xarray.Dataset") -> list[int]:
+    """The three smallest scales, where the curves differ, and the largest finite one."""
+    alphas = np.asarray(data["alpha"], dtype=np.float64)
+    usable = [i for i in range(alphas.size) if np.isfinite(alphas[i]) and not bool(data["failed"][i])]
+    return usable if len(usable) <= 4 else [*usable[:3], usable[-1]]
+
+
+def _power(alpha: float) -> str:
+    exponent = np.log10(alpha)
+    whole = round(exponent)
+    return f"10^{{{whole}}}" if abs(exponent - whole) < 1e-6 and abs(whole) > 2 else f"{alpha:g}"
+
+
+def plot_eigenvalues(report: Source) -> "Figure":
+    """Eigenvalues of the tangent kernel at the start, relative to the largest one.
+
+    Args:
+        report: A `LazinessReport` or its dataset.
+    """
+    data = _dataset(report)
+    values = np.asarray(data["kernel_eigenvalue"], dtype=np.float64)
+    modes = np.asarray(data["mode"])
+    largest = float(values[0])
+    figure, (ax,) = _make_axes(1)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    # Below rounding of the largest eigenvalue there is no telling one from zero.
+    rounding = float(np.finfo(data.attrs["dtype"]).eps)
+    shown = only_positive(np.where(values > rounding * largest, values / largest, np.nan))
+    style = "o-" if values.size <= 30 else "-"
+    ax.plot(
+        modes,
+        shown,
+        style,
+        color=BLUE,
+        markersize=3,
+        linewidth=1.5,
+        label=rf"$\lambda_i/\lambda_1$, $\lambda_1={largest:.3g}$",
+    )
+    ax.axhline(
+        1 / (largest * data.attrs["horizon"]),
+        color=ORANGE,
+        linestyle="--",
+        linewidth=1,
+        label=r"$\lambda_i T=1$: learnt above, by the end $T$",
+    )
+    ax.set_xlabel("index i of the eigenvalue")
+    ax.set_ylabel("kernel eigenvalue /\nlargest")
+    draw_legend(ax, columns=1)
+    return figure
+
+
+def _make_axes(rows: int) -> "tuple[Figure, list[Axes]]":
+    """A figure one column wide of panels below each other, on one horizontal axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.5, 0.7 + 1.9 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    for ax in axes:
+        style_axes(ax)
+    return figure, axes
+
+
+def _dataset(report: Source) -> "xarray.Dataset":
+    return report.dataset if isinstance(report, LazinessReport) else report
