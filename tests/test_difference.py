@@ -209,7 +209,7 @@ OPERATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "gather": lambda a, b: a[jnp.array([0, 3, 3])] * b[-1:],
     "gather_fill": lambda a, b: jnp.take(a, jnp.array([0, 2]), axis=0, mode="fill"),
     "integer_pow": lambda a, b: a**5 + b**2 + (1 + POSITIVE(b)) ** -3,
-    "log": lambda a, b: jnp.log(0.1 + POSITIVE(a)) + jnp.log1p(POSITIVE(b)),
+    "log": lambda a, b: jnp.log(0.1 + POSITIVE(a)) + jnp.log1p(POSITIVE(b)) * jnp.log2(0.1 + POSITIVE(a)),
     "logaddexp": lambda a, b: jnp.logaddexp(a, 2 * b),
     "logistic": lambda a, b: jax.nn.sigmoid(5 * a),
     "mask": lambda a, b: a * (b > 0).astype(a.dtype),
@@ -228,9 +228,11 @@ OPERATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "sin": lambda a, b: jnp.sin(3 * a) * jnp.sin(b),
     "sinh": lambda a, b: jnp.sinh(2 * a),
     "sort_of_dims": lambda a, b: jnp.flip(a, 0).T.reshape(5, 7) - jnp.squeeze(b[:, None]),
+    "unstack": lambda a, b: jnp.subtract(*jnp.unstack(a[:2])),
     "split": lambda a, b: jnp.subtract(*jnp.split(a[:, :6], 2, axis=1)),
     "sqrt": lambda a, b: jnp.sqrt(POSITIVE(a)),
     "square": lambda a, b: jnp.square(a),
+    "stack": lambda a, b: jnp.tile(jnp.stack([a, jnp.ones_like(b), b], axis=1), (1, 2, 1)),
     "tan": lambda a, b: jnp.tan(jnp.tanh(a)),
     "window_dilated": lambda a, b: lax.reduce_window(
         a, -jnp.inf, lax.max, (2, 3), (1, 2), ((1, 0), (-1, 2)), base_dilation=(2, 1), window_dilation=(1, 2)
@@ -378,7 +380,8 @@ def test_derivatives_of_a_model_may_be_differenced(name):
     truth = over_eps(plain, h, w0, u, eps[:3])
     for i, e in enumerate(eps):
         ours, small = (jax.tree.map(lambda z, i=i: z[i], t) for t in (double, single))
-        assert relative_error(small, ours) < 5e-6
+        # At alpha = 1 the attention net's gradient changes 40-fold: its new end is old + delta.
+        assert relative_error(small, ours) < 1e-5
         if i < 3:
             assert relative_error(ours, jax.tree.map(lambda z, i=i: z[i], truth)) < 1e-14 / e + 1e-13
         else:
@@ -426,18 +429,19 @@ def check_module(h: Callable[[Any], Any], w0: Any) -> None:
     params, rest = eqx.partition(w0, eqx.is_inexact_array)
     u = jax.tree.map(lambda z: jr.normal(jr.key(z.size), z.shape, z.dtype), params)
 
+    # The direction is an argument: with all operands constant, XLA of JAX 0.7 folds convolutions wrongly.
     @quick
-    def run(p, eps):
+    def run(p, u, eps):
         return lj.finite_jvp(h, eqx.combine(p, rest), u, eps)
 
     @quick
-    def truth(p, eps):
+    def truth(p, u, eps):
         of_params = lambda p: h(eqx.combine(p, rest))
         return plain(of_params, p, u, eps), jax.jvp(of_params, (p,), (u,))[1]
 
-    difference, limit = truth(params, 1e-2)
-    assert relative_error(run(params, 1e-2), difference) < 1e-11
-    assert relative_error(run(params, 0.0), limit) < 1e-13
+    difference, limit = truth(params, u, 1e-2)
+    assert relative_error(run(params, u, 1e-2), difference) < 1e-11
+    assert relative_error(run(params, u, 0.0), limit) < 1e-13
 
 
 def test_equinox_modules_integer_and_static_leaves():

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import relative_error
 
 import lazyjax as lj
+from helpers import relative_error
 from lazyjax.loss import as_loss
 
 N, K = 6, 3
@@ -191,7 +191,9 @@ def test_unfit_targets_labels_and_outputs_are_refused(call, error, match):
 
 def test_targets_of_the_wrong_kind_are_refused():
     # The shape annotations that tests check would speak first; users do not have them.
-    square, softmax, convert = (getattr(f, "__wrapped__", f) for f in (lj.square_loss, lj.softmax_cross_entropy, as_loss))
+    square, softmax, convert = (
+        getattr(f, "__wrapped__", f) for f in (lj.square_loss, lj.softmax_cross_entropy, as_loss)
+    )
     with pytest.raises(TypeError, match="target must be real, got complex128"):
         square(jnp.ones(2, complex))
     with pytest.raises(ValueError, match=r"\(n,\) or \(n, k\), got shape \(\)"):

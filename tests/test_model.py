@@ -297,7 +297,7 @@ def test_center_and_symmetrize_take_models_of_the_parameters_alone():
 def test_a_difference_of_outputs_that_are_not_finite_is_not_finite():
     # The guard of the exact zero must not turn an overflow into a number.
     for bad in (jnp.inf, jnp.nan):
-        out = lj.center(lambda w: w * jnp.array([1.0, bad]), jnp.ones(2))(jnp.array([2.0, 2.0]))
+        out = lj.center(lambda w, c: w * c, jnp.ones(2))(jnp.array([2.0, 2.0]), jnp.array([1.0, bad]))
         assert float(out[0]) == 1
         assert not bool(jnp.isfinite(out[1]))
 

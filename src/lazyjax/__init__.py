@@ -31,6 +31,7 @@ from lazyjax.loss import square_loss as square_loss
 from lazyjax.difference import finite_jvp as finite_jvp
 from lazyjax.tangent import Tangent as Tangent
 from lazyjax.tangent import linearize as linearize
+from lazyjax.tangent import singular_values as singular_values
 
 # The tangent kernel.
 from lazyjax.kernel import gram as gram
@@ -44,6 +45,12 @@ from lazyjax.descent import Descent as Descent
 from lazyjax.descent import gradient_descent as gradient_descent
 from lazyjax.criterion import Comparison as Comparison
 from lazyjax.criterion import compare as compare
+
+# How lazy: along a flow, and in one step.
+from lazyjax.criterion import activation_stability as activation_stability
+from lazyjax.criterion import measure_kernel_drift as measure_kernel_drift
+from lazyjax.step import lazy_ratio as lazy_ratio
+from lazyjax.step import step_criterion as step_criterion
 
 # Many runs, and one answer.
 from lazyjax.sweep import sweep as sweep

@@ -66,13 +66,16 @@ def check_finite(tree: Any, name: str) -> None:
 
 
 def check_alpha(alpha: Any) -> None:
-    """Refuse a scale that is not a number in (0, inf]."""
+    """Refuse a scale that is not a real number (TypeError), or one outside (0, inf] (ValueError)."""
     if not is_concrete(alpha):
         return
     value = np.asarray(alpha)
     if value.shape != ():
         msg = f"alpha must be a scalar, got shape {value.shape}; use jax.vmap or lazyjax.sweep over alpha."
         raise ValueError(msg)
+    if value.dtype.kind not in "iuf":
+        msg = f"alpha must be a real number in (0, inf], got {alpha!r}."
+        raise TypeError(msg)
     if not value > 0:
         msg = f"alpha must be a scale in (0, inf], got {value}; use alpha=1 for the unscaled model."
         raise ValueError(msg)

@@ -109,10 +109,19 @@ def _lift_all(values: Sequence[Value], avals: Sequence[Any], flags: Sequence[boo
     return [_lifted(v, a, f) for v, a, f in zip(values, avals, flags, strict=True)]
 
 
+def _scan_carries(params: dict[str, Any]) -> tuple[int, int]:
+    """Where the carries lie among a scan's operands: constants, carries, scanned arrays."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_consts"] + params["num_carry"]
+    # From JAX 0.11 on a tree of the three groups stands in place of the two numbers.
+    constants, carries, _ = params["ft_in"].unpack()
+    return len(constants), len(constants) + len(carries)
+
+
 def _scan(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     params = eqn.params
     jaxpr, consts = params["jaxpr"].jaxpr, params["jaxpr"].consts
-    start, stop = params["num_consts"], params["num_consts"] + params["num_carry"]
+    start, stop = _scan_carries(params)
     flags = _reached_carries(jaxpr, [is_pair(v) for v in values], slice(start, stop))
     avals = [v.aval for v in jaxpr.invars[start:stop]]
     carry_flags = flags[start:stop]

@@ -30,11 +30,9 @@ _LINEAR = (
     "concatenate",
     "convert_element_type",
     "copy",
-    "copy_p",
     "cumsum",
     "dynamic_slice",
     "dynamic_update_slice",
-    "expand_dims",
     "layout_constraint",
     "mesh_cast",
     "name",
@@ -63,7 +61,10 @@ _LINEAR = (
     "slice",
     "split",
     "squeeze",
+    "stack",
+    "tile",
     "transpose",
+    "unstack",
 )
 
 
@@ -141,6 +142,10 @@ def _square(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]
     return [values[0].delta * (values[0].old + step.new_of(values[0]))]
 
 
+def _one_minus_square(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
+    return [-delta for delta in _square(step, eqn, outs, values)]
+
+
 def multiply_moved(step: Step, x: Moved, y: Moved) -> Moved:
     """The product of two moved values."""
     return Moved(x.old * y.old, x.delta * step.new_of(y) + x.old * y.delta)
@@ -177,5 +182,6 @@ ALGEBRAIC_RULES: dict[str, Rule] = {
     "cbrt": _cbrt,
     "div": _div,
     "square": _square,
+    "one_minus_square": _one_minus_square,
     "integer_pow": _integer_pow,
 }

@@ -215,14 +215,14 @@ def _log_delta(step: Step, y: Any, delta: Any) -> Any:
     return jnp.where(small, near, step.quotient(far))
 
 
-def _log(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
-    del eqn, outs
-    return [_log_delta(step, values[0].old, values[0].delta)]
+def _log(shift: float, factor: float) -> Rule:
+    """The rule of factor * log(shift + z)."""
 
+    def rule(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
+        del eqn, outs
+        return [factor * _log_delta(step, shift + values[0].old, values[0].delta)]
 
-def _log1p(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
-    del eqn, outs
-    return [_log_delta(step, 1 + values[0].old, values[0].delta)]
+    return rule
 
 
 def _pow(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
@@ -291,8 +291,9 @@ SMOOTH_RULES: dict[str, Rule] = {
     "erf_inv": _smooth(_quadrature_slope, _fraction_of(_distance_to_one)),
     "asinh": _smooth(_quadrature_slope, _fraction_of(jnp.ones_like)),
     "acosh": _smooth(_quadrature_slope, _fraction_of(lambda z: z - 1)),
-    "log": _log,
-    "log1p": _log1p,
+    "log": _log(0.0, 1.0),
+    "log1p": _log(1.0, 1.0),
+    "log2": _log(0.0, 1 / math.log(2)),
     "pow": _pow,
     "atan2": _atan2,
 }

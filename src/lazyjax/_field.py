@@ -25,6 +25,11 @@ from lazyjax.model import declares_zero
 from lazyjax.tangent import Tangent
 
 
+def move(coordinates: Params, eps: Float[Array, ""], u: Params) -> Params:
+    r"""$w_0 + \varepsilon u$, leaf by leaf in its own dtype."""
+    return jtu.tree_map(lambda w, v: w + eps.astype(w.dtype) * v, coordinates, u)
+
+
 class ModelField(eqx.Module):
     """The flow of a model in displacement coordinates."""
 
@@ -35,10 +40,9 @@ class ModelField(eqx.Module):
     eps: Float[Array, ""]
     start: Outputs
 
-    def params(self, u: Params) -> Params:
-        """$w = w_0 + u/alpha$, with the leaves that are no coordinates."""
-        moved = jtu.tree_map(lambda w, v: w + self.eps.astype(w.dtype) * v, self.coordinates, u)
-        return eqx.combine(moved, self.rest)
+    def moved(self, u: Params) -> Params:
+        """The coordinates of $w = w_0 + u/alpha$."""
+        return move(self.coordinates, self.eps, u)
 
     def outputs(self, u: Params) -> Outputs:
         """$alpha h(w_0 + u/alpha)$, (n,) or (n, k)."""
@@ -48,8 +52,7 @@ class ModelField(eqx.Module):
     def __call__(self, u: Params) -> Params:
         """$u'$."""
         cotangent = self.loss.cotangent(self.outputs(u))
-        moved = eqx.filter(self.params(u), eqx.is_inexact_array)
-        _, vjp = jax.vjp(lambda w: self.h(eqx.combine(w, self.rest)), moved)
+        _, vjp = jax.vjp(lambda w: self.h(eqx.combine(w, self.rest)), self.moved(u))
         return jtu.tree_map(jnp.negative, vjp(cotangent)[0])
 
 
@@ -63,10 +66,9 @@ class TangentField(eqx.Module):
     eps: Float[Array, ""]
     start: Outputs
 
-    def params(self, u: Params) -> Params:
-        """$w = w_0 + u/alpha$, with the leaves that are no coordinates."""
-        moved = jtu.tree_map(lambda w, v: w + self.eps.astype(w.dtype) * v, self.coordinates, u)
-        return eqx.combine(moved, self.rest)
+    def moved(self, u: Params) -> Params:
+        """The coordinates of $w = w_0 + u/alpha$."""
+        return move(self.coordinates, self.eps, u)
 
     def outputs(self, u: Params) -> Outputs:
         r"""$\alpha \bar h(w_0 + u/\alpha) = \alpha h(w_0) + Dh(w_0) u$."""

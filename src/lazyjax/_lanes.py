@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lazyjax._check import check_finite, check_outputs
-from lazyjax._field import check_start, tree_norm
+from lazyjax._field import check_start, move, tree_norm
 from lazyjax._task import Accuracy, make_task
 from lazyjax._types import Model, Params
 from lazyjax.criterion import activation_stability, measure_kernel_drift
@@ -183,9 +183,8 @@ def run_lane(alpha: Array, *, setting: Setting, ts: Array, reference: Reference)
     if s.probe is not None:
         out["kernel_drift"] = measure_kernel_drift(OnData(s.f, s.probe), s.w0, last, eps)
     if hasattr(s.f, "preactivations"):
-        moved = jtu.tree_map(lambda w, u: w + eps.astype(w.dtype) * u, eqx.filter(s.w0, eqx.is_inexact_array), last)
-        rest = eqx.filter(s.w0, eqx.is_inexact_array, inverse=True)
-        out["stability"] = activation_stability(s.f, s.w0, eqx.combine(moved, rest), s.x)
+        coordinates, rest = eqx.partition(s.w0, eqx.is_inexact_array)
+        out["stability"] = activation_stability(s.f, s.w0, eqx.combine(move(coordinates, eps, last), rest), s.x)
     return out
 
 

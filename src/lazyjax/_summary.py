@@ -59,14 +59,15 @@ def write_verdict(data: "xarray.Dataset", slopes: dict[str, Slope]) -> str:
     if bool(first["failed"]):
         start = f"The flow at alpha = {alphas[0]:g} failed ({first['message'].item()}), so nothing is said of it."
     else:
-        lazy = "lazily" if gap[0] < LAZY else "almost lazily" if gap[0] < 10 * LAZY else "not lazily"
+        near = "trains almost lazily" if gap[0] < 10 * LAZY else "does not train lazily"
+        lazy = "trains lazily" if gap[0] < LAZY else near
         start = (
-            f"At alpha = {alphas[0]:g} this model trains {lazy}: its outputs part from its tangent model's by up to "
-            f"{100 * gap[0]:.2g} % of the initial residual, and its parameters move by "
-            f"{100 * float(first['displacement'][-1]) / data.attrs['w0_norm']:.2g} % of their norm."
+            f"At alpha = {alphas[0]:g} this model {lazy}: its outputs part from its tangent model's by up to "
+            f"{_short(100 * gap[0])} % of the initial residual, and its parameters move by "
+            f"{_movement(float(first['displacement'][-1]), data.attrs['w0_norm'])}."
         )
         if "kernel_drift" in data:
-            start += f" Its tangent kernel changes by {100 * float(first['kernel_drift']):.2g} %."
+            start += f" Its tangent kernel changes by {_short(100 * float(first['kernel_drift']))} %."
     sentences = [start, _onset(alphas, gap), *_price(data)]
     slope = slopes["output_gap"]
     if np.isfinite(slope.value):
@@ -75,6 +76,15 @@ def write_verdict(data: "xarray.Dataset", slopes: dict[str, Slope]) -> str:
             f"(theorem 2.2: {slope.theory:g} or faster)."
         )
     return " ".join(sentences)
+
+
+def _short(value: float) -> str:
+    """Two digits, without an exponent for large numbers."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
+
+
+def _movement(distance: float, norm: float) -> str:
+    return f"{_short(100 * distance / norm)} % of their norm" if norm > 0 else f"{_short(distance)}, from zero"
 
 
 def _onset(alphas: np.ndarray, gap: np.ndarray) -> str:

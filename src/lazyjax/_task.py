@@ -48,7 +48,7 @@ def make_task(
         labels = made.labels
         if loss == "square":
             made = square_loss(jnp.eye(shape[1])[labels])
-        return made, lambda outputs: jnp.mean(jnp.argmax(outputs, axis=1) == labels)
+        return made, lambda outputs: jnp.mean(jnp.argmax(outputs, axis=1).astype(labels.dtype) == labels)
     made = square_loss(jnp.asarray(y, jnp.result_type(float)))
     made.check(shape)
     if classes and set(np.unique(y)) == {-1, 1}:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lazyjax._check import check_alpha
+from lazyjax._check import check_alpha, split_params
 from lazyjax._types import Model, Params
 from lazyjax.data import DataSet
 from lazyjax.model import MLP, init_mlp, mlp
@@ -173,9 +173,11 @@ def check_model(f: Model, w0: Params, data: DataSet, spec: str) -> None:
     """Run the shapes through a user's model, so that its own errors name it.
 
     Raises:
-        ValueError: f(params, x) fails.
+        ValueError: f(params, x) fails; parameters that are not finite.
+        TypeError: no real floating parameters.
     """
     path, _ = split_spec(spec)
+    split_params(w0, "params")
     for name, x in (("x", data.x), ("x_test", data.x_test)):
         if x is None:
             continue

@@ -121,18 +121,18 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         msg = f"data file {path} does not exist; give the path of a .npz file with arrays x and y."
         raise FileNotFoundError(msg)
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            msg = "it holds one bare array"
-            raise ValueError(msg)  # noqa: TRY004, TRY301 - one message for all unreadable files, below
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        msg = (
-            f"{path} must be a .npz file of plain numeric arrays, but reading it failed ({error}); write it with "
-            f"numpy.savez({path.with_suffix('.npz').name!r}, x=x, y=y)."
-        )
-        raise ValueError(msg) from error
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.lib.npyio.NpzFile):
+                return {name: loaded[name] for name in loaded.files}
+        error: Exception = ValueError("it holds one bare array")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as caught:
+        error = caught
+    msg = (
+        f"{path} must be a .npz file of plain numeric arrays, but reading it failed ({error}); write it with "
+        f"numpy.savez({path.with_suffix('.npz').name!r}, x=x, y=y)."
+    )
+    raise ValueError(msg) from error
 
 
 def _as_array(raw: Any, name: str, path: Path) -> Array:

@@ -155,7 +155,7 @@ def _gradient_descent(
 
     def step(carry: tuple[Params, Any, Any], i: Array) -> tuple[tuple[Params, Any, Any], Array]:
         u, state, meter_state = carry
-        w = eqx.filter(field.params(u), eqx.is_inexact_array)
+        w = field.moved(u)
         value = loss(field.outputs(u))
         gradient = jtu.tree_map(lambda g: -g / scale.astype(g.dtype), field(u))
         updates, state = extended.update(gradient, state, w, value=value / scale**2, grad=gradient, value_fn=objective)
@@ -169,4 +169,4 @@ def _gradient_descent(
     outputs = field.outputs(u)
     finite = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(outputs))
     result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)  # pyright: ignore[reportArgumentType]
-    return Descent(field.params(u), u, outputs, losses, alpha, result)
+    return Descent(eqx.combine(field.moved(u), field.rest), u, outputs, losses, alpha, result)

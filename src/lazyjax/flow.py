@@ -31,7 +31,8 @@ class Flow(eqx.Module):
         outputs: $\alpha h(w_\alpha(t))$, (time, n) or (time, n, k); None unless saved.
         displacement: $u = \alpha(w_\alpha(t) - w_0)$, a tree of w0's coordinates with a leading time axis; None
             unless saved.
-        params: $w_\alpha(t)$, a tree of w0's coordinates with a leading time axis; None unless saved.
+        params: $w_\alpha(t)$, of w0's structure: its coordinates with a leading time axis, other leaves as they are;
+            None unless saved.
         loss: $R(\alpha h(w_\alpha(t)))$, (time,).
         alpha: The scale.
         result: `diffrax.RESULTS.successful`, or why it stopped early (then later values are infinite):
@@ -180,7 +181,7 @@ def _gradient_flow(
         ts=ts,
         outputs=saved["outputs"] if "outputs" in options.save else None,
         displacement=displacement if "displacement" in options.save else None,
-        params=jax.vmap(field.params)(displacement) if "params" in options.save else None,
+        params=eqx.combine(jax.vmap(field.moved)(displacement), field.rest) if "params" in options.save else None,
         loss=values,
         alpha=jnp.asarray(alpha, dtype),
         result=result,

@@ -25,9 +25,9 @@ from lazyjax._summary import Slope, relative_gap
 from lazyjax.report import LazinessReport
 
 if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
     import xarray
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Source = LazinessReport | Any
 """A report, or its dataset."""
@@ -35,25 +35,25 @@ Source = LazinessReport | Any
 PARTS = {"train": (BLUE, "o"), "test": (ORANGE, "s")}
 
 
-def report_figures(report: LazinessReport) -> "dict[str, Figure]":
+def report_figures(report: LazinessReport) -> "dict[str, matplotlib.figure.Figure]":
     """All figures of a report, by name, in the order to read them in.
 
     Args:
         report: From `lazyjax.diagnose`.
 
     Returns:
-        "scores", "gaps", "drift", "curves", "eigenvalues", each a `matplotlib.figure.Figure`.
+        "scores", "gaps", "drift", "eigenvalues", "curves", each a `matplotlib.figure.Figure`.
     """
     return {
         "scores": plot_scores(report),
         "gaps": plot_gaps(report),
         "drift": plot_drift(report),
-        "curves": plot_curves(report),
         "eigenvalues": plot_eigenvalues(report),
+        "curves": plot_curves(report),
     }
 
 
-def encode(figure: "Figure", kind: str, *, dpi: int = 200) -> bytes:
+def encode(figure: "matplotlib.figure.Figure", kind: str, *, dpi: int = 200) -> bytes:
     """A figure as the bytes of a "png" or "svg" file; the same figure gives the same bytes.
 
     Args:
@@ -72,7 +72,7 @@ def encode(figure: "Figure", kind: str, *, dpi: int = 200) -> bytes:
     return buffer.getvalue()
 
 
-def plot_scores(report: Source) -> "Figure":
+def plot_scores(report: Source) -> "matplotlib.figure.Figure":
     """Accuracy (where there are classes) and loss at the end of training against alpha, beside the tangent model.
 
     Args:
@@ -103,7 +103,7 @@ def plot_scores(report: Source) -> "Figure":
     return figure
 
 
-def plot_gaps(report: Source) -> "Figure":
+def plot_gaps(report: Source) -> "matplotlib.figure.Figure":
     """Distance of the model from its tangent model against alpha, in outputs and in parameters.
 
     Args:
@@ -112,7 +112,7 @@ def plot_gaps(report: Source) -> "Figure":
     data = _dataset(report)
     slopes = report.slopes if isinstance(report, LazinessReport) else {}
     axis = AlphaAxis(data["alpha"])
-    norm = data.attrs["w0_norm"]
+    norm, unit = _parameter_unit(data)
     alphas = np.asarray(data["alpha"], dtype=np.float64)
     floor = float(relative_gap(data)[-1]) if np.isinf(alphas[-1]) else np.nan
     # The parameters' error is one of u = alpha (w - w0), so in w it falls with alpha.
@@ -124,7 +124,7 @@ def plot_gaps(report: Source) -> "Figure":
     param_gap = np.asarray(data["param_gap"].max("time"), dtype=np.float64) / norm
     _draw_gap(axes[1], axis, param_gap, param_floor, slopes.get("param_gap"))
     axes[0].set_ylabel("output gap /\ninitial residual")
-    axes[1].set_ylabel(r"parameter gap / $\|w_0\|$")
+    axes[1].set_ylabel(f"parameter gap{unit}")
     for ax in axes:
         mark_failed(ax, axis, data["failed"])
         draw_legend(ax)
@@ -132,7 +132,9 @@ def plot_gaps(report: Source) -> "Figure":
     return figure
 
 
-def _draw_gap(ax: "Axes", axis: AlphaAxis, values: np.ndarray, floor: np.ndarray, slope: Slope | None) -> None:
+def _draw_gap(
+    ax: "matplotlib.axes.Axes", axis: AlphaAxis, values: np.ndarray, floor: np.ndarray, slope: Slope | None
+) -> None:
     ax.set_yscale("log")
     axis.plot(ax, only_positive(values), color=BLUE, marker="o", label="largest over time")
     if slope is not None and np.isfinite(slope.value):
@@ -156,7 +158,7 @@ def _draw_gap(ax: "Axes", axis: AlphaAxis, values: np.ndarray, floor: np.ndarray
         )
 
 
-def plot_drift(report: Source) -> "Figure":
+def plot_drift(report: Source) -> "matplotlib.figure.Figure":
     """How far parameters, tangent kernel and activations move until the end of training, against alpha.
 
     Args:
@@ -164,11 +166,12 @@ def plot_drift(report: Source) -> "Figure":
     """
     data = _dataset(report)
     axis = AlphaAxis(data["alpha"])
-    moved = np.asarray(data["displacement"].isel(time=-1), dtype=np.float64) / data.attrs["w0_norm"]
-    lines = [(r"parameters: $\|w-w_0\|\,/\,\|w_0\|$", moved, BLUE, "o")]
+    norm, unit = _parameter_unit(data)
+    moved = np.asarray(data["displacement"].isel(time=-1), dtype=np.float64) / norm
+    lines = [(rf"parameters: $\|w-w_0\|${unit}", moved, BLUE, "o")]
     if "kernel_drift" in data:
         values = np.asarray(data["kernel_drift"], dtype=np.float64)
-        lines.append((r"kernel: $\|K-K_0\|\,/\,\|K_0\|$", values, ORANGE, "s"))
+        lines.append((r"kernel: $\|K-K_0\|$ / $\|K_0\|$", values, ORANGE, "s"))
     if "stability" in data:
         values = 1 - np.asarray(data["stability"], dtype=np.float64)
         lines.append(("activations that changed sign", values, BLACK, "^"))
@@ -183,7 +186,7 @@ def plot_drift(report: Source) -> "Figure":
     return figure
 
 
-def plot_curves(report: Source) -> "Figure":
+def plot_curves(report: Source) -> "matplotlib.figure.Figure":
     """Training loss and test accuracy (or loss) of the model at a few alphas and of its tangent model, over time.
 
     Args:
@@ -233,7 +236,7 @@ def _power(alpha: float) -> str:
     return f"10^{{{whole}}}" if abs(exponent - whole) < 1e-6 and abs(whole) > 2 else f"{alpha:g}"
 
 
-def plot_eigenvalues(report: Source) -> "Figure":
+def plot_eigenvalues(report: Source) -> "matplotlib.figure.Figure":
     """Eigenvalues of the tangent kernel at the start, relative to the largest one.
 
     Args:
@@ -272,7 +275,7 @@ def plot_eigenvalues(report: Source) -> "Figure":
     return figure
 
 
-def _make_axes(rows: int) -> "tuple[Figure, list[Axes]]":
+def _make_axes(rows: int) -> "tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]":
     """A figure one column wide of panels below each other, on one horizontal axis."""
     from matplotlib.figure import Figure
 
@@ -281,6 +284,12 @@ def _make_axes(rows: int) -> "tuple[Figure, list[Axes]]":
     for ax in axes:
         style_axes(ax)
     return figure, axes
+
+
+def _parameter_unit(data: "xarray.Dataset") -> tuple[float, str]:
+    """What to measure distances of parameters in: the norm at the start, unless they start from zero."""
+    norm = float(data.attrs["w0_norm"])
+    return (norm, r" / $\|w_0\|$") if norm > 0 else (1.0, "")
 
 
 def _dataset(report: Source) -> "xarray.Dataset":
