@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -20,19 +21,20 @@ from lazyjax._html import render_html
 from lazyjax._output import encode_numbers
 from lazyjax._quiet import without_cache_noise
 from lazyjax._user import Network, default_model
-from lazyjax.data import DataSet
+from lazyjax.data import DataSet, digits
 
 FIGURES = ("scores", "gaps", "drift", "eigenvalues", "curves")
-X = np.linspace(-1, 1, 24).reshape(8, 3)
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A regression from a `.npz` with the default network: folder, arguments, output, and the report itself."""
+    """The Equinox example on ten images from a file: folder, arguments, output, and the report itself."""
     home = tmp_path_factory.mktemp("cli")
-    np.savez(home / "my.npz", x=X, y=np.sin(3 * X[:, 0]), x_test=X[::2], y_test=np.sin(3 * X[::2, 0]))
-    argv = ["report", "--data", str(home / "my.npz"), "--alphas", "1", "1000", "1e4", "1e5", "--time", "0.5"]
-    argv += ["--no-cache", "--out", str(home / "deep" / "out")]
+    data = digits(10)
+    np.savez(home / "my.npz", x=data.x, y=data.y, x_test=data.x_test[:10], y_test=data.y_test[:10])
+    argv = ["report", "--model", f"{EXAMPLES / 'equinox_cnn.py'}:build", "--data", str(home / "my.npz")]
+    argv += ["--alphas", "1", "1e4", "--time", "0.1", "--no-cache", "--out", str(home / "deep" / "out")]
     reports, diagnose = [], cli.diagnose
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -66,22 +68,22 @@ class TestReport:
     def test_says_what_it_is_doing(self, made):
         for stage in ("reading the data", "tangent kernel", "scales alpha", "drawing the figures"):
             assert stage in made.err
-        assert "5/5" in made.err
+        assert "3/3" in made.err
 
     def test_json_is_strict_and_complete(self, made):
         content = strict((made.folder / "report.json").read_text())
         assert content["verdict"] == made.report.verdict
         assert content["slopes"]["output_gap"]["theory"] == -1
-        assert content["configuration"]["alphas"] == [1, 1e3, 1e4, 1e5, "inf"]
-        assert content["configuration"]["time"] == 0.5
+        assert content["configuration"]["alphas"] == [1, 1e4, "inf"]
+        assert content["configuration"]["time"] == 0.1
         assert set(content["versions"]) >= {"python", "lazyjax", "jax"}
         assert set(content["timings_s"]) == {"input", "diagnose", "figures"}
         assert content["command"].startswith("lazyjax report --data")
-        assert content["settings"]["num_train"] == 8
+        assert content["settings"]["num_train"] == 10
 
     def test_json_table_has_a_row_a_scale_and_the_tangent_model(self, made):
         table = strict((made.folder / "report.json").read_text())["table"]
-        assert [row["alpha"] for row in table] == [1, 1e3, 1e4, 1e5, "inf", "tangent"]
+        assert [row["alpha"] for row in table] == [1, 1e4, "inf", "tangent"]
         data = made.report.dataset
         assert table[0]["output_gap"] == pytest.approx(float(data["output_gap"][0].max()))
         assert table[1]["test_loss"] == pytest.approx(float(data["test_loss"][1, -1]))
@@ -109,11 +111,36 @@ class TestReport:
         for text in (
             "How lazily does this model train?",
             "Its tangent kernel changes",
-            "tanh network",
+            "equinox_cnn.py:build",
             "lazyjax report",
         ):
             assert text in page
-        assert page.count("<tr>") > 12
+        assert page.count("<tr>") > 10
+
+    def test_the_law_of_the_gap_is_seen(self, made):
+        first, lazy, *_ = strict((made.folder / "report.json").read_text())["table"]
+        # Theorem 2.2: ten thousand times the scale, ten thousandth of the gap.
+        assert lazy["output_gap"] < 1e-3 * first["output_gap"]
+        assert made.report.notes == ()
+
+    def test_without_arguments_it_is_a_small_network_on_digits(self, monkeypatch, tmp_path):
+        called = {}
+
+        def diagnose(f, w0, x, y, **options):
+            called.update(options, w0=w0, outputs=f(w0, x), x=x, y=y)
+            raise ValueError("enough")  # noqa: EM101
+
+        monkeypatch.setattr(cli, "diagnose", diagnose)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit):
+            cli.main(["report", "--no-cache"])
+        assert [layer["weight"].shape for layer in called["w0"]] == [(64, 64), (64, 64), (10, 64)]
+        assert called["x"].shape == (256, 64)
+        assert called["outputs"].shape == (256, 10)
+        assert called["test"][0].shape == (1541, 64)
+        assert (called["alphas"][0], called["alphas"][-1], called["loss"]) == (1, math.inf, "square")
+        assert called["time"] is None
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestFolder:
@@ -135,9 +162,9 @@ class TestFolder:
         ("options", "change"),
         [
             (["--seed", "1"], r"seed 0 there and 1 here\)"),
-            (["--alphas", "1"], r"alphas \[1.0, 1000.0, 10000.0, 100000.0, 'inf'\] there and \[1.0, 'inf'\] here"),
-            (["--loss", "logistic"], "loss square there and logistic here"),
-            (["--time", "2"], "time 0.5 there and 2.0 here"),
+            (["--alphas", "1"], r"alphas \[1.0, 10000.0, 'inf'\] there and \[1.0, 'inf'\] here"),
+            (["--loss", "softmax"], "loss square there and softmax here"),
+            (["--time", "2"], "time 0.1 there and 2.0 here"),
         ],
     )
     def test_another_configuration_is_refused(self, made, fails, options, change):
@@ -146,7 +173,7 @@ class TestFolder:
         assert (made.folder / "report.json").read_bytes() == before
 
     def test_other_data_are_another_configuration(self, made, fails, tmp_path):
-        np.savez(tmp_path / "my.npz", x=X, y=X[:, 0])
+        np.savez(tmp_path / "my.npz", x=np.ones((10, 64)), y=np.arange(10))
         fails([*made.argv, "--data", str(tmp_path / "my.npz")], "data own arrays, sha256 .* here")
 
     @pytest.mark.parametrize("name", ["notes.txt", "report.json"])

@@ -248,9 +248,9 @@ def test_every_rule(name):
     w0, u = [A, B], normal_like(jr.key(4), [A, B])
     # Many kinks crossed, a negative step, few kinks, none, and the limit.
     eps = np.float32([1.0, 1 / 3, -0.5, 1e-2, 1e-12, 0.0]).astype(np.float64)
-    run = jax.jit(jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0)))
-    double = np.asarray(run(w0, u, eps))
-    single = np.asarray(run(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32)))
+    run = jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0))
+    double = np.asarray(quick(run)(w0, u, eps))
+    single = np.asarray(jax.jit(run)(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32)))
     assert single.dtype == jnp.float32
     limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
     truth = [*np.asarray(over_eps(plain, h, w0, u, eps[:4])), limit, limit]
@@ -373,7 +373,7 @@ def test_derivatives_of_a_model_may_be_differenced(name):
     w0 = weights(*shapes)
     u = normal_like(jr.key(1), w0)
     eps = EPS[[0, 1, 3, 9, 12, 13]]
-    run = jax.jit(jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0)))
+    run = quick(jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0)))
     double = run(w0, u, eps)
     single = run(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32))
     limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)

@@ -1,37 +1,40 @@
-"""The example networks, through the command line at toy size."""
+"""The example networks at toy size; the Equinox one goes through the whole command in test_cli.py."""
 
 import json
+import runpy
 from pathlib import Path
 
+import jax
+import jax.random as jr
+import numpy as np
 import pytest
 
 from lazyjax import cli
+from lazyjax.data import digits
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*_cnn.py")), ids=lambda path: path.stem)
-def test_example_network_is_diagnosed(path, tmp_path, capsys):
-    argv = [
-        "report",
-        "--model",
-        f"{path}:build",
-        "--train",
-        "10",
-        "--alphas",
-        "1",
-        "1e4",
-        "--time",
-        "0.1",
-        "--no-cache",
-    ]
-    cli.main([*argv, "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_a_batch_gives_a_row_an_image_jitted_or_not(path):
+    f, params = runpy.run_path(str(path))["build"](jr.key(0))
+    x = digits(10).x
+    outputs = f(params, x)
+    assert outputs.shape == (10, 10)
+    assert outputs.dtype == x.dtype
+    np.testing.assert_allclose(jax.jit(f)(params, x), outputs, rtol=1e-10)
+    np.testing.assert_allclose(f(params, x[:3]), outputs[:3], rtol=1e-10)
+
+
+def test_the_flax_network_is_diagnosed_by_the_command(tmp_path, capsys):
+    data = digits(10)
+    np.savez(tmp_path / "my.npz", x=data.x, y=data.y)
+    argv = ["report", "--model", f"{EXAMPLES / 'flax_cnn.py'}:build", "--data", str(tmp_path / "my.npz")]
+    cli.main([*argv, "--alphas", "1", "1e4", "--time", "0.1", "--no-cache", "--out", str(tmp_path / "out")])
     assert "scales alpha" in capsys.readouterr().err
     content = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert content["notes"] == []
     first, lazy, *_ = content["table"]
-    assert not first["failed"]
-    assert not lazy["failed"]
-    # Theorem 2.2: ten thousand times the scale, ten thousandth of the gap.
     assert lazy["output_gap"] < 1e-3 * first["output_gap"]
-    assert path.name in content["configuration"]["model"]
+    assert content["notes"] == []
+    assert content["settings"]["num_test"] == 0
+    assert "flax_cnn.py:build" in content["configuration"]["model"]
