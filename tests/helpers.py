@@ -25,9 +25,7 @@ def tree_allclose(x: Any, y: Any, *, rtol: float | None = None, atol: float | No
     """
     if jtu.tree_structure(x) != jtu.tree_structure(y):
         return False
-    return all(
-        _leaf_allclose(a, b, rtol, atol) for a, b in zip(jtu.tree_leaves(x), jtu.tree_leaves(y), strict=True)
-    )
+    return all(_leaf_allclose(a, b, rtol, atol) for a, b in zip(jtu.tree_leaves(x), jtu.tree_leaves(y), strict=True))
 
 
 def _leaf_allclose(a: Any, b: Any, rtol: float | None, atol: float | None) -> bool:
@@ -49,10 +47,7 @@ def _leaf_allclose(a: Any, b: Any, rtol: float | None, atol: float | None) -> bo
 
 def relative_error(x: Any, y: Any) -> float:
     """||x - y|| / ||y|| over all leaves of two pytrees, in float64; y is the truth, and not zero."""
-    a, b = (
-        np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jtu.tree_leaves(t)])
-        for t in (x, y)
-    )
+    a, b = (np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jtu.tree_leaves(t)]) for t in (x, y))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 

@@ -78,7 +78,7 @@ class TestReport:
         assert content["configuration"]["time"] == 0.1
         assert set(content["versions"]) >= {"python", "lazyjax", "jax"}
         assert set(content["timings_s"]) == {"input", "diagnose", "figures"}
-        assert content["command"].startswith("lazyjax report --data")
+        assert content["command"].startswith("lazyjax report --model")
         assert content["settings"]["num_train"] == 10
 
     def test_json_table_has_a_row_a_scale_and_the_tangent_model(self, made):

@@ -24,7 +24,8 @@ def test_every_gap_is_what_its_name_says():
     difference = np.asarray(both.flow.outputs - both.tangent_flow.outputs)
     np.testing.assert_allclose(both.output_gap, np.linalg.norm(difference, axis=1) / np.sqrt(n), rtol=1e-12)
     w, wbar = (
-        jtu.tree_map(lambda w0, u: w0[None] + u / 4.0, CENTRED.w0, run.displacement) for run in (both.flow, both.tangent_flow)
+        jtu.tree_map(lambda w0, u: w0[None] + u / 4.0, CENTRED.w0, run.displacement)
+        for run in (both.flow, both.tangent_flow)
     )
     for i in range(3):
         squares = [np.sum((np.asarray(w[k][i]) - np.asarray(wbar[k][i])) ** 2) for k in "ab"]

@@ -214,8 +214,8 @@ def test_lanes_of_a_vmap_are_single_flows_and_a_bad_lane_stays_alone():
     good = np.asarray(jax.vmap(lambda r: r == diffrax.RESULTS.successful)(run.result))
     np.testing.assert_array_equal(good, [True, False, True, True])
     for i in (0, 2, 3):
-        single = flow(CENTRED, alpha=alphas[i])
-        assert relative_error(run.outputs[i], single.outputs) < 1e-12
+        # Not to rounding: the step-size controller amplifies it, as far as the tolerance 1e-6 lets it.
+        assert relative_error(run.outputs[i], flow(CENTRED, alpha=alphas[i]).outputs) < 1e-8
 
 
 class Net(eqx.Module):

@@ -13,7 +13,7 @@ import scipy.linalg
 
 import lazyjax as lj
 from lazyjax import kernel
-from lazyjax.kernel import solve_tangent, tangent_gram
+from lazyjax.closed_form import solve_tangent, tangent_gram
 
 F, F3 = lj.two_layer(jnp.tanh), lj.mlp(jnp.tanh)
 W = lj.init_two_layer(jr.key(0), 4, 5)

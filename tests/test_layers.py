@@ -22,6 +22,7 @@ ORDER = [
     "difference",
     "tangent",
     "kernel",
+    "closed_form",
     "arccos",
     "exponential",
     "_field",
@@ -99,9 +100,7 @@ class TestEveryFile:
             there = rest.partition(".")[0]
             assert there in ORDER, f"{path.name} imports {name}: import from the module that defines it"
             inside = there == here == "experiments"
-            assert inside or ORDER.index(there) < ORDER.index(here), (
-                f"{here} imports {there}, which is below it"
-            )
+            assert inside or ORDER.index(there) < ORDER.index(here), f"{here} imports {there}, which is below it"
 
     def test_uses_public_jax_only(self, path):
         assert "jax._src" not in path.read_text(encoding="utf-8")
@@ -129,11 +128,7 @@ class TestEveryFile:
         assert module_of(path) == "cli" or not (touched or imports), f"jax.config in lines {touched}"
 
     def test_only_cli_sweeps_and_reports_write_files(self, path):
-        writes = [
-            node.lineno
-            for node in ast.walk(parse(path))
-            if isinstance(node, ast.Call) and writes_a_file(node)
-        ]
+        writes = [node.lineno for node in ast.walk(parse(path)) if isinstance(node, ast.Call) and writes_a_file(node)]
         assert module_of(path) in {"cli", "sweep", "report"} or not writes, f"files written in lines {writes}"
 
 

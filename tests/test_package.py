@@ -25,9 +25,7 @@ def test_types_are_shipped():
 def test_import_leaves_heavy_libraries_alone():
     heavy = ["matplotlib", "xarray", "pandas", "sklearn", "tyro", "netCDF4", "h5netcdf", "flax"]
     code = f"import sys, lazyjax; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]"
 
 
@@ -37,9 +35,7 @@ def test_import_leaves_the_configuration_of_jax_alone():
         "before = [getattr(jax.config, n) for n in names]; import lazyjax;"
         "print(before == [getattr(jax.config, n) for n in names])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "True"
 
 

@@ -15,10 +15,10 @@ from lazyjax._check import check_finite, check_outputs
 from lazyjax._field import check_start, move, tree_norm
 from lazyjax._task import Accuracy, make_task
 from lazyjax._types import Model, Params
+from lazyjax.closed_form import TangentSolution, solve_tangent, tangent_gram
 from lazyjax.criterion import activation_stability, measure_kernel_drift
 from lazyjax.difference import finite_jvp
 from lazyjax.flow import DENSE_OUTPUTS, gradient_flow
-from lazyjax.kernel import TangentSolution, solve_tangent, tangent_gram
 from lazyjax.loss import Loss, SquareLoss
 from lazyjax.model import OnData, center
 from lazyjax.tangent import lanczos, linearize

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from lazyjax._check import check_alpha, check_times, is_concrete
 from lazyjax._field import ModelField, TangentField, check_start, make_field, tree_norm
 from lazyjax._types import Model, Outputs, Params, RealScalar
-from lazyjax.kernel import solve_tangent, tangent_gram
+from lazyjax.closed_form import solve_tangent, tangent_gram
 from lazyjax.loss import Loss, SquareLoss, as_loss
 from lazyjax.tangent import Tangent, linearize
 
