@@ -133,7 +133,7 @@ def environment() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.machine()}",
             "backend": device.platform,
             "device": device.device_kind,
             "devices": jax.device_count(),

@@ -391,11 +391,11 @@ def test_only_the_false_alarms_of_the_cache_are_dropped(monkeypatch, capfd):
 
 def test_html_escapes_everything(made):
     report = made.report.__class__(made.report.dataset, made.report.slopes, "<b>1 & 2</b>", ("<script>",))
-    page = render_html(report, {"mine": 'x" onerror="y'}, {"command": ["a<b", 0.123456, {"k": "<i>"}]})
+    page = render_html(report, {"mine": 'x" onerror="y'}, {"command": ["a<b", 0.123456, {"k": "<i>"}, None]})
     assert "&lt;b&gt;1 &amp; 2&lt;/b&gt;" in page
     assert "<script>" not in page
     assert 'x&quot; onerror=&quot;y"' in page
-    assert "a&lt;b, 0.1235, k &lt;i&gt;" in page
+    assert "a&lt;b, 0.1235, k &lt;i&gt;, not given" in page
 
 
 def test_json_values_are_plain():

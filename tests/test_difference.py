@@ -122,7 +122,7 @@ def plain(h: Callable[[Any], Any], w: Any, u: Any, eps: Any) -> Any:
     return jax.tree.map(lambda a, b: (a - b) / eps, moved, h(w))
 
 
-# The truths are quick to run: spare their compilation some work.
+# For float64 truths: quick to compile. Single precision is judged as it is compiled by default.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -373,15 +373,17 @@ def test_derivatives_of_a_model_may_be_differenced(name):
     w0 = weights(*shapes)
     u = normal_like(jr.key(1), w0)
     eps = EPS[[0, 1, 3, 9, 12, 13]]
-    run = quick(jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0)))
-    double = run(w0, u, eps)
-    single = run(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32))
+    run = jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0))
+    double = quick(run)(w0, u, eps)
+    single = jax.jit(run)(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32))
     limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
     truth = over_eps(plain, h, w0, u, eps[:3])
+    # At alpha = 1 the attention scores move by 80 and saturate the softmax: the new end of the step, old plus
+    # delta, is rounded in proportion to that move, where the plain difference would have exact zeros and ones.
+    bound = 3e-5 if name == "attention" else 5e-6
     for i, e in enumerate(eps):
         ours, small = (jax.tree.map(lambda z, i=i: z[i], t) for t in (double, single))
-        # At alpha = 1 the attention net's gradient changes 40-fold: its new end is old + delta.
-        assert relative_error(small, ours) < 1e-5
+        assert relative_error(small, ours) < bound
         if i < 3:
             assert relative_error(ours, jax.tree.map(lambda z, i=i: z[i], truth)) < 1e-14 / e + 1e-13
         else:

@@ -165,6 +165,8 @@ def _notes(notes: tuple[str, ...]) -> str:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "not given"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_text(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import tyro
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments; None for the process's own.
 
     Raises:
-        SystemExit: with code 2 and one line on stderr, for bad input.
+        SystemExit: with one line on stderr: code 2 for bad input, 1 for a flow that failed, 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = tyro.cli(
@@ -100,6 +101,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, OSError) as error:
         print(f"lazyjax: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except eqx.EquinoxRuntimeError as error:
+        reason = str(error).split("-------------------")[0].strip().splitlines()[-1]
+        print(f"lazyjax: error: {reason}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("lazyjax: interrupted, nothing written", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def describe_machine() -> dict[str, str]:

@@ -56,8 +56,9 @@ def finite_jvp(
     small multiple of `jax.jvp`, and passes through `jit`, `vmap` (also over `eps`, zeros included)
     and `grad` with respect to `w0`, `u` and `eps`.
 
-    Maxima, comparisons and branches are followed where the step crosses a kink; what remains there
-    is the rounding of the crossing value itself, divided by $\epsilon$. A `jax.lax.stop_gradient`
+    Rounding is relative to the values of h and to how far they move. Maxima, comparisons and branches
+    are followed where the step crosses a kink; what remains there is the rounding of the crossing value
+    itself, divided by $\epsilon$. A `jax.lax.stop_gradient`
     only stops the limit $\epsilon = 0$, a `jax.custom_jvp` rule is used there and its function is
     differenced elsewhere; a `jax.custom_vjp` function is always differenced itself.
 

@@ -269,6 +269,10 @@ def plot_eigenvalues(report: Source) -> "matplotlib.figure.Figure":
         linewidth=1,
         label=r"$\lambda_i T=1$: learnt above, by the end $T$",
     )
+    if values.size < 100:  # matplotlib would write 2 x 10^0, 3 x 10^0, ... on top of each other
+        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if tick <= values.size]
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.set_xticks([], minor=True)
     ax.set_xlabel("index i of the eigenvalue")
     ax.set_ylabel("kernel eigenvalue /\nlargest")
     draw_legend(ax, columns=1)
