@@ -93,9 +93,7 @@ def compare(
     return results | {"ratios": {name: results[name]["run_s"] / base for name in names}}
 
 
-def _first_call(
-    fn: Callable[..., Any], args: tuple[Any, ...], jit: bool
-) -> tuple[Callable[..., Any], float, Any]:
+def _first_call(fn: Callable[..., Any], args: tuple[Any, ...], jit: bool) -> tuple[Callable[..., Any], float, Any]:
     """What to time from now on, the seconds to get there, and a result; the timed runs start warm."""
     if not jit:
         first_s, out = _seconds(fn, args)
@@ -114,10 +112,7 @@ def _seconds(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[float, Any]
 
 def relative_error(x: Any, truth: Any) -> float:
     """||x - truth|| / ||truth|| over all leaves, in float64."""
-    a, b = (
-        np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jtu.tree_leaves(t)])
-        for t in (x, truth)
-    )
+    a, b = (np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jtu.tree_leaves(t)]) for t in (x, truth))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
@@ -127,8 +122,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "command": _command(),
-        "versions": {"python": platform.python_version()}
-        | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "machine": {
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -43,9 +43,7 @@ def run_report(out: Path, cache: Path, options: list[str]) -> dict[str, Any]:
 def reported_timings(out: Path) -> dict[str, Any]:
     """The timings that the report wrote into its report.json."""
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return {
-        key: value for key, value in report.items() if "time" in key or "timing" in key or key.endswith("_s")
-    }
+    return {key: value for key, value in report.items() if "time" in key or "timing" in key or key.endswith("_s")}
 
 
 def keep_figures(folder: Path) -> None:
@@ -57,9 +55,7 @@ def keep_figures(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="pairs of a cold and a warm run")
     parser.add_argument("options", nargs="*", help="options of `lazyjax report`, after --")
     args = parser.parse_args()

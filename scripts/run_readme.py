@@ -20,10 +20,7 @@ BLOCK = re.compile(
 
 def blocks(text: str) -> list[tuple[str, str | None, int, str]]:
     """(language, marker, lines before the code, code) of every fenced block of a document."""
-    return [
-        (m["language"], m["marker"], text[: m.start("code")].count("\n"), m["code"])
-        for m in BLOCK.finditer(text)
-    ]
+    return [(m["language"], m["marker"], text[: m.start("code")].count("\n"), m["code"]) for m in BLOCK.finditer(text)]
 
 
 def marked(path: Path, marker: str) -> str:
@@ -46,12 +43,8 @@ def run(path: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--print", metavar="MARKER", help="print the bash block under this marker, run nothing"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", metavar="MARKER", help="print the bash block under this marker, run nothing")
     parser.add_argument("documents", nargs="+", type=Path)
     args = parser.parse_args()
     for path in args.documents:

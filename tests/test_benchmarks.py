@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import harness
+import readme_numbers
 
 
 def test_measure_keeps_compile_and_run_apart():
@@ -66,3 +67,11 @@ def test_index_names_every_benchmark():
     index = (folder / "README.md").read_text(encoding="utf-8")
     for path in folder.glob("*.py"):
         assert path.name == "harness.py" or f"`{path.name}`" in index
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_records():
+    text = (harness.ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- numbers: ") == 2
+    assert readme_numbers.rewritten(text) == text
+    # It can fail: another number is seen.
+    assert readme_numbers.rewritten(text.replace(" s on the first run", "0 s on the first run")) == text

@@ -207,7 +207,7 @@ def test_lanes_of_a_vmap_are_single_flows_and_a_bad_lane_stays_alone():
     h, w0 = CENTRED.h, CENTRED.w0
 
     def lane(alpha, target):
-        return lj.gradient_flow(h, lj.square_loss(target), w0, TIMES, alpha=alpha, throw=False, max_steps=500)
+        return lj.gradient_flow(h, lj.square_loss(target), w0, TIMES, alpha=alpha, throw=False)
 
     targets = jnp.stack([CENTRED.target] * 4).at[1, 0].set(jnp.nan)
     run = jax.jit(jax.vmap(lane))(alphas, targets)
@@ -315,7 +315,23 @@ def test_alpha_inf_needs_a_zero_output():
     with pytest.raises(ValueError, match=r"alpha=inf needs a model with h\(w0\) = 0.*lazyjax.center"):
         lj.gradient_flow(h, CENTRED.loss, CENTRED.w0, TIMES, alpha=jnp.inf)
     with pytest.raises(eqx.EquinoxRuntimeError, match="alpha=inf needs a model"):
-        jax.jit(lambda a: lj.gradient_flow(h, CENTRED.loss, CENTRED.w0, TIMES, alpha=a).outputs)(jnp.inf)
+        eqx.filter_jit(lambda a: lj.gradient_flow(h, CENTRED.loss, CENTRED.w0, TIMES, alpha=a).outputs)(
+            jnp.array(jnp.inf)
+        )
+
+
+def test_a_lane_without_a_start_fails_alone():
+    h = functools.partial(lj.two_layer(jnp.tanh), x=CENTRED.x)
+
+    def lane(alpha):
+        return lj.gradient_flow(h, CENTRED.loss, CENTRED.w0, TIMES, alpha=alpha, throw=False)
+
+    run = jax.jit(jax.vmap(lane))(jnp.array([1.0, jnp.inf]))
+    good = np.asarray(jax.vmap(lambda r: r == diffrax.RESULTS.successful)(run.result))
+    np.testing.assert_array_equal(good, [True, False])
+    assert relative_error(run.outputs[0], lane(1.0).outputs) < 1e-8
+    # It ends at the smallest step, not after all of max_steps.
+    assert int(run.stats["num_steps"][1]) < 100
 
 
 def test_a_rounding_residue_that_alpha_makes_large_is_warned_of():

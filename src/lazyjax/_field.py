@@ -83,27 +83,34 @@ class TangentField(eqx.Module):
         return jtu.tree_map(jnp.negative, self.vjp(self.loss.cotangent(self.outputs(u))))
 
 
-def make_field(h: Model, loss: Loss, w0: Params, alpha: RealScalar, *, zero_start: bool) -> ModelField | TangentField:
-    """The vector field of the flow of $F_alpha$; call it under jit, with `zero_start` from `check_start`."""
+def make_field(
+    h: Model, loss: Loss, w0: Params, alpha: RealScalar, *, zero_start: bool, throw: bool = True
+) -> ModelField | TangentField:
+    """The vector field of the flow of $F_alpha$; call it under jit, with `zero_start` from `check_start`.
+
+    An infinite alpha with a nonzero start raises at run time; with `throw` False the start is infinite instead,
+    so that one bad lane of a sweep fails alone.
+    """
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
     if isinstance(h, Tangent):
         anchor = eqx.filter(h.w0, eqx.is_inexact_array)
         outputs, jvp = jax.linearize(lambda w: h.h(eqx.combine(w, rest)), anchor)
         # Off its own anchor the tangent model does not start at h(w0).
         initial = outputs + jvp(jtu.tree_map(lambda a, b: jnp.asarray(a - b, b.dtype), coordinates, anchor))
-        start, eps = _scaled_start(initial, alpha, zero_start)
+        start, eps = _scaled_start(initial, alpha, zero_start, throw)
         return TangentField(jvp, coordinates, rest, loss, eps, start)
-    start, eps = _scaled_start(h(w0), alpha, zero_start)
+    start, eps = _scaled_start(h(w0), alpha, zero_start, throw)
     return ModelField(h, coordinates, rest, loss, eps, start)
 
 
-def _scaled_start(initial: Outputs, alpha: RealScalar, zero_start: bool) -> tuple[Outputs, Array]:
+def _scaled_start(initial: Outputs, alpha: RealScalar, zero_start: bool, throw: bool) -> tuple[Outputs, Array]:
     """Alpha h(w0), exactly zero where that is declared, and eps."""
     alpha = jnp.asarray(alpha, initial.dtype)
     if zero_start:
         return jnp.zeros_like(initial), 1 / alpha
     nonzero = initial != 0
-    initial = eqx.error_if(initial, jnp.isinf(alpha) & jnp.any(nonzero), _INFINITE_START)
+    if throw:
+        initial = eqx.error_if(initial, jnp.isinf(alpha) & jnp.any(nonzero), _INFINITE_START)
     # The guard keeps alpha = inf exact (and its derivatives finite) where the output is zero.
     return jnp.where(nonzero, jnp.where(nonzero, alpha, 0) * initial, 0), 1 / alpha
 

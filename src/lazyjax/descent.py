@@ -99,7 +99,9 @@ def gradient_descent(
         _check_proportional(optimiser, eqx.filter(w0, eqx.is_inexact_array))
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
     scale = jnp.asarray(alpha, float)
-    descent = _gradient_descent(model, loss, w0, optimiser, steps, scale, zero_start, progress)
+    descent = _gradient_descent(
+        model, loss, w0, optimiser, steps, scale, zero_start=zero_start, progress=progress, throw=throw
+    )
     return descent.result.error_if(descent, descent.result != RESULTS.successful) if throw else descent
 
 
@@ -138,11 +140,14 @@ def _gradient_descent(
     optimiser: optax.GradientTransformation,
     steps: int,
     alpha: RealScalar,
+    *,
     zero_start: bool,
     progress: bool,
+    throw: bool,
 ) -> Descent:
     h, anchor = model
-    field = make_field(h if anchor is None else linearize(h, anchor), loss, w0, alpha, zero_start=zero_start)
+    h = h if anchor is None else linearize(h, anchor)
+    field = make_field(h, loss, w0, alpha, zero_start=zero_start, throw=throw)
     alpha = jnp.asarray(alpha, field.start.dtype)
     # At alpha = inf a proportional optimiser has the same steps in u as at alpha = 1.
     scale = jnp.where(jnp.isinf(alpha), 1, alpha)

@@ -118,7 +118,7 @@ def gradient_flow(
     check_times(ts)
     _check_options(save, rtol, atol, max_steps)
     zero_start = check_start(h, loss, w0, alpha, rtol)
-    options = _Options(solver, stepsize_controller, dt0, rtol, atol, tuple(save), max_steps, progress)
+    options = _Options(solver, stepsize_controller, dt0, rtol, atol, tuple(save), max_steps, progress, throw)
     endless = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
     # As an array, so that another alpha is another argument of the same compiled program.
@@ -136,6 +136,7 @@ class _Options(eqx.Module):
     save: tuple[str, ...] = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
     progress: bool = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
 
 
 def _check_options(save: Sequence[str], rtol: float, atol: float, max_steps: int) -> None:
@@ -165,7 +166,7 @@ def _gradient_flow(
     h, anchor = model
     # A Tangent is linearized again here: its residuals from outside would be compiled in as constants.
     h = h if anchor is None else linearize(h, anchor)
-    field = make_field(h, loss, w0, alpha, zero_start=zero_start)
+    field = make_field(h, loss, w0, alpha, zero_start=zero_start, throw=options.throw)
     dtype = field.start.dtype
     ts = ts.astype(dtype)
     quadratic = isinstance(loss, SquareLoss) and options.solver is None and field.start.size <= DENSE_OUTPUTS
@@ -210,8 +211,12 @@ def _integrate(
     rtol = max(options.rtol, 32 * float(jnp.finfo(dtype).eps))
     controller = options.stepsize_controller
     if controller is None:
+        # A lane that turned NaN rejects every step: the smallest step ends it, far below any step of use.
+        dtmin = 1e-6 * float(jnp.finfo(dtype).eps) * (finite[-1] - finite[0])
         # Polynomial dense output is too rough for gaps at large alpha: step exactly onto the save times.
-        controller = diffrax.ClipStepSizeController(diffrax.PIDController(rtol, options.atol), step_ts=finite)
+        controller = diffrax.ClipStepSizeController(
+            diffrax.PIDController(rtol, options.atol, dtmin=dtmin, force_dtmin=False), step_ts=finite
+        )
     solver = diffrax.Tsit5() if options.solver is None else options.solver
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
     keep_displacement = "displacement" in options.save or "params" in options.save
