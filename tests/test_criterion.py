@@ -50,6 +50,16 @@ def test_the_metric_of_the_gap_is_that_of_the_loss():
     np.testing.assert_allclose(total.param_gap[1:], mean.param_gap[1:], rtol=1e-4)
 
 
+def test_the_gradient_of_a_gap_is_finite_though_it_starts_at_zero():
+    def gap(scale):
+        both = lj.compare(CENTRED.h, CENTRED.loss, CENTRED.w0, TIMES, alpha=scale, solver=diffrax.Tsit5(), rtol=1e-8)
+        return jnp.stack([both.output_gap[-1], both.displacement_norm[-1], both.param_gap[-1]])
+
+    step = 1e-3
+    difference = (gap(4.0 + step) - gap(4.0 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.jacrev(gap)(4.0), difference, rtol=1e-3)
+
+
 def test_a_linear_model_has_no_gap_and_no_drift():
     problem = linear_problem(jr.key(1))
     both = lj.compare(problem.h, problem.loss, problem.w0, TIMES, alpha=1.0, kernel_drift=True, solver=diffrax.Tsit5())

@@ -121,7 +121,7 @@ def test_progress_is_shown_on_demand(capfd):
     assert "100.00%" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5])
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "ten"])
 def test_a_bad_number_of_steps_is_refused(steps):
     with pytest.raises(ValueError, match="steps must be a whole number"):
         descend(steps=steps)

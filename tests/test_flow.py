@@ -243,6 +243,24 @@ def test_equinox_modules_with_integer_leaves_and_several_outputs_flow():
     assert relative_error(run.outputs, plain.outputs) < 1e-10
 
 
+def test_flax_parameters_flow_and_descend():
+    import optax
+    from flax import linen
+
+    net = linen.Dense(2, param_dtype=float)
+    x, target = jr.normal(jr.key(8), (4, 3)), jr.normal(jr.key(9), (4, 2))
+    w0 = net.init(jr.key(7), x)
+    h = lj.center(lambda w: net.apply(w, x), w0)
+    kernel = x @ x.T + 1  # of the weights, and of the bias
+    values, vectors = np.linalg.eigh(np.asarray(kernel) / 4)
+    exact = target - (vectors * np.exp(-8.0 * values)) @ vectors.T @ target
+    run = lj.gradient_flow(h, lj.square_loss(target), w0, TIMES, alpha=10.0, **TIGHT)
+    assert relative_error(run.outputs[-1], exact) < 1e-8
+    descent = lj.gradient_descent(h, lj.square_loss(target), w0, optax.sgd(8.0 / 4000), 4000, alpha=10.0)
+    assert jtu.tree_structure(descent.params) == jtu.tree_structure(w0)
+    assert relative_error(descent.outputs, exact) < 1e-2
+
+
 def test_a_flow_may_start_from_an_output_that_is_not_zero():
     w0 = CENTRED.w0
     h = functools.partial(lj.two_layer(jnp.tanh), x=CENTRED.x)

@@ -1,4 +1,4 @@
-"""Compiled against eager, to rounding, for every model we ship and every operation on it.
+"""Compiled against eager, to rounding: every model we ship, and what is computed from models and losses.
 
 XLA for CPU has miscompiled derivatives: of pooling by `x.max()`, of mapped matrix-vector products. Our models and
 the pooling that we recommend (`lax.reduce_window`, `jax.nn.relu`, `where`) must not be among them.
@@ -6,15 +6,18 @@ the pooling that we recommend (`lax.reduce_window`, `jax.nn.relu`, `where`) must
 
 from functools import partial
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 
 import lazyjax as lj
+from lazyjax.closed_form import solve_tangent
 
 
 def conv_net(w, x):
@@ -44,6 +47,7 @@ def cases():
         "two_layer relu": (lj.two_layer(), two, x),
         "two_layer tanh": (lj.two_layer(jnp.tanh), two, x),
         "mlp relu": (lj.mlp(), layers, x),
+        "mlp tanh": (lj.mlp(jnp.tanh), layers, x),
         "diagonal_linear": (lj.diagonal_linear, diagonal, x),
         "centred": (lj.center(lj.two_layer(jnp.tanh), two), moved, x),
         "symmetrized": (f2, (w2[0], moved), x),
@@ -71,7 +75,7 @@ def reference(f, w, x, u):
 
 @eqx.filter_jit
 def compiled(f, w, x, u, r):
-    """All that is done to a model, in one program."""
+    """The derivatives and products of a model, in one program."""
     h = partial(_on, f, x)
     tangent = lj.linearize(h, w)
     return {
@@ -137,3 +141,74 @@ def test_compiled_jacobians_of_pooling_agree_with_eager_ones_also_in_float32():
     scale = np.max(np.abs(eager))
     np.testing.assert_allclose(double, eager, rtol=0, atol=1e-12 * scale)
     np.testing.assert_allclose(single, eager, rtol=0, atol=1e-5 * scale)
+
+
+LOSSES = {
+    "square": (lj.square_loss(jr.normal(jr.key(4), (4, 3))), (4, 3)),
+    "logistic": (lj.logistic_loss(jnp.array([0, 1, 1, 0])), (4,)),
+    "softmax": (lj.softmax_cross_entropy(jnp.array([0, 2, 1, 1])), (4, 3)),
+}
+
+
+def agree(operation, *args, rtol=1e-12):
+    """One program of the whole against one primitive at a time, number by number of the result."""
+    got = eqx.filter_jit(operation)(*args)
+    with jax.disable_jit():
+        expected = operation(*args)
+    for a, b in zip(jtu.tree_leaves(got), jtu.tree_leaves(expected), strict=True):
+        scale = np.max(np.abs(b))
+        assert scale > 0
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_losses_agree_with_eager_ones(name):
+    loss, shape = LOSSES[name]
+    y, v = jr.normal(jr.key(5), shape), jr.normal(jr.key(6), shape)
+    agree(lambda y, v: (loss(y), loss.gradient(y), loss.hvp(y, v), loss.norm(y), jax.grad(loss)(y)), y, v)
+
+
+def small(n=3):
+    """h(w) of n outputs with a loss and a start, as small as may be."""
+    x, w = jr.normal(jr.key(7), (n, 2)), lj.init_two_layer(jr.key(8), 2, 3)
+    return partial(_on, lj.two_layer(jnp.tanh), x), lj.square_loss(jnp.arange(1.0, n + 1)), w
+
+
+def test_compiled_singular_values_and_closed_form_agree_with_eager_ones():
+    h, loss, w = small(2)
+
+    def values(w):
+        found = lj.singular_values(lj.linearize(h, w), loss)
+        return found.largest, found.smallest
+
+    def solution(matrix, start):
+        solved = solve_tangent(matrix, start, loss.minimizer, loss.weight)
+        time = jnp.asarray(0.7)
+        return solved.outputs(time), solved.loss(time), solved.cotangent(time)
+
+    agree(values, w, rtol=1e-11)
+    agree(solution, lj.gram(lambda w, x: x @ w["b"].T @ w["a"], w, jr.normal(jr.key(9), (2, 2))), jnp.ones(2))
+
+
+def test_compiled_measures_of_laziness_agree_with_eager_ones():
+    h, loss, w = small(2)
+    alpha = 1e4
+    u = jtu.tree_map(jnp.cos, w)
+    agree(lambda w, u: lj.measure_kernel_drift(h, w, u, 1 / alpha), w, u)
+    model = lj.center(h, w)
+    agree(lambda w: lj.step_criterion(model, loss, w, alpha=alpha).jacobian_change, w, rtol=1e-9)
+
+
+def test_a_compiled_flow_agrees_with_the_eager_one_and_with_descent():
+    h, loss, w = small()
+    euler = {"solver": diffrax.Euler(), "stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.1}
+
+    def flow(w):
+        return lj.gradient_flow(h, loss, w, jnp.array([0.0, 0.3]), alpha=2.0, **euler).outputs
+
+    def descent(w):
+        return lj.gradient_descent(h, loss, w, optax.sgd(0.1), 3, alpha=2.0).params
+
+    agree(flow, w)
+    # Three steps of each are the same numbers.
+    np.testing.assert_allclose(flow(w)[-1], 2.0 * h(descent(w)), rtol=1e-12)

@@ -14,6 +14,7 @@ import scipy.linalg
 import lazyjax as lj
 from lazyjax import kernel
 from lazyjax.closed_form import solve_tangent, tangent_gram
+from lazyjax.tangent import top_eigenvalues
 
 F, F3 = lj.two_layer(jnp.tanh), lj.mlp(jnp.tanh)
 W = lj.init_two_layer(jr.key(0), 4, 5)
@@ -204,7 +205,8 @@ def test_the_spectrum_is_that_of_the_gram_falling():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_the_leading_eigenvalues_are_converged_where_they_lie_close(dtype):
+def test_the_leading_eigenvalues_are_converged_where_they_lie_close(monkeypatch, dtype):
+    monkeypatch.setattr(kernel, "DENSE_SIZE", 0)
     # A Wishart spectrum has no gaps: 2k + 20 = 30 products leave the fifth 3 % too small.
     x = jr.normal(jr.key(5), (300, 310), dtype)
     linear = lambda w, x: x @ w
@@ -213,6 +215,43 @@ def test_the_leading_eigenvalues_are_converged_where_they_lie_close(dtype):
     assert values.dtype == dtype
     # Converged to residual sqrt(eps): then the error is its square over the gap, and rounding.
     np.testing.assert_allclose(values, exact, rtol=300 * float(jnp.finfo(dtype).eps))
+
+
+def repeated(samples, inputs, outputs):
+    """x @ W has the Gram K ⊗ I: every eigenvalue of x x^T, `outputs` times."""
+    x = jr.normal(jr.key(6), (samples, inputs))
+    exact = np.repeat(np.linalg.svd(np.asarray(x), compute_uv=False) ** 2, outputs)
+    return jnp.zeros((inputs, outputs)), x, exact
+
+
+def linear(w, x):
+    return x @ w
+
+
+# Either fewer distinct eigenvalues than products (21, 44), or more (60, 34), where one start sees each only once.
+@pytest.mark.parametrize(("samples", "inputs", "outputs", "k"), [(60, 20, 10, 12), (60, 60, 4, 7)])
+def test_repeated_eigenvalues_are_counted_as_often_as_they_are(monkeypatch, samples, inputs, outputs, k):
+    w, x, exact = repeated(samples, inputs, outputs)
+    np.testing.assert_allclose(lj.spectrum(linear, w, x, k=k), exact[:k], rtol=1e-12)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "DENSE_SIZE", 0)
+        found = lj.spectrum(linear, w, x, k=k)
+        once = jax.jit(lambda w: lj.spectrum(linear, w, x, k=k))(w)
+    np.testing.assert_allclose(found, exact[:k], rtol=1e-12)
+    # One run alone, as under a trace, is not enough: the test would see it.
+    assert once[1] < exact[1] * (1 + 1e-9)
+    assert once[-1] < 0.99 * exact[k - 1]
+
+
+def test_the_leading_eigenvalues_of_any_operator():
+    top = partial(top_eigenvalues, dtype=jnp.float64)
+    np.testing.assert_allclose(top(lambda r: 2 * r, 9, 9), np.full(9, 2.0), rtol=1e-14)
+    np.testing.assert_array_equal(top(lambda r: 0 * r, 50, 3), np.zeros(3))
+    # Rank 2, the first value twice; the rest of what was asked for is zero.
+    np.testing.assert_allclose(top(lambda r: jnp.where(jnp.arange(50) < 2, 3 * r, 0), 50, 4), [3, 3, 0, 0], atol=1e-13)
+    values = jnp.asarray(np.repeat([5.0, 4.999, 1.0, 0.5], [7, 3, 40, 350]))
+    np.testing.assert_allclose(top(lambda r: values * r, 400, 11, key=jr.key(1)), values[:11], rtol=1e-12)
+    assert bool(jnp.isnan(top(lambda r: jnp.nan * r, 9, 2)).all())
 
 
 def test_the_dense_gram_of_a_tangent_model_is_that_of_the_model():

@@ -12,6 +12,7 @@ ORDER = [
     "_types",
     "_check",
     "model",
+    "maps",
     "loss",
     "_difference_pair",
     "_difference_linear",

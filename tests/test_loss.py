@@ -52,6 +52,17 @@ def test_value_gradient_and_hessian_are_those_of_the_formula_in_the_metric_of_f(
 
 
 @pytest.mark.parametrize("mean", [True, False])
+def test_the_norm_has_a_zero_gradient_at_zero_and_its_own_elsewhere(mean):
+    loss, shape = make("square", mean)
+    zero, y = jnp.zeros(shape), jr.normal(jr.key(2), shape)
+    np.testing.assert_array_equal(jax.grad(loss.norm)(zero), zero)
+    np.testing.assert_array_equal(jax.jacfwd(loss.norm)(zero), zero)
+    assert loss.norm(zero) == 0
+    np.testing.assert_allclose(loss.norm(y), np.sqrt(loss.weight) * np.linalg.norm(y), rtol=1e-15)
+    np.testing.assert_allclose(jax.grad(loss.norm)(y), np.sqrt(loss.weight) * y / np.linalg.norm(y), rtol=1e-14)
+
+
+@pytest.mark.parametrize("mean", [True, False])
 def test_the_square_loss_is_half_the_squared_distance_to_its_minimizer(mean):
     loss, shape = make("square", mean)
     y = jr.normal(jr.key(4), shape)

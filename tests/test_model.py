@@ -12,7 +12,7 @@ import pytest
 from flax import linen
 
 import lazyjax as lj
-from lazyjax.model import OnData, declares_zero
+from lazyjax.maps import OnData, declares_zero
 
 
 class ConvNet(eqx.Module):
@@ -179,7 +179,8 @@ def test_inits_have_the_dtype_asked_for_or_jaxs_default():
         assert {leaf.dtype for leaf in jax.tree.leaves(trees)} == {jnp.dtype(expected)}
 
 
-def test_tau_may_be_traced_so_that_a_sweep_compiles_once():
+def test_tau_and_gain_may_be_traced_so_that_a_sweep_compiles_once():
+    jax.jit(lambda s: (lj.init_mlp(jr.key(0), [2, 3], gain=s), lj.init_diagonal_linear(2, tau=s)))(2.0)
     lanes = jax.jit(jax.vmap(lambda tau: lj.init_two_layer(jr.key(0), 2, 3, tau=tau)["b"]))(jnp.array([1.0, 2.0]))
     np.testing.assert_array_equal(lanes[1], 2 * lanes[0])
     np.testing.assert_array_equal(lanes[0], lj.init_two_layer(jr.key(0), 2, 3)["b"])
@@ -195,7 +196,11 @@ def test_tau_may_be_traced_so_that_a_sweep_compiles_once():
         (lambda: lj.init_two_layer(jr.key(0), 3, 5, symmetric=True), "width must be even .* got 5; use 6"),
         (lambda: lj.init_mlp(jr.key(0), [3]), r"at least two positive widths .* got \(3,\)"),
         (lambda: lj.init_mlp(jr.key(0), [3, 0, 1]), r"got \(3, 0, 1\)"),
+        (lambda: lj.init_mlp(jr.key(0), [3, 1], gain=0.0), "gain must be a positive factor, got 0.0"),
+        (lambda: lj.init_mlp(jr.key(0), [3, 1], gain=jnp.nan), "gain must be a positive"),
         (lambda: lj.init_diagonal_linear(0), "d must be at least 1, got 0"),
+        (lambda: lj.init_diagonal_linear(2, tau=-1.0), "tau must be a positive scale, got -1.0"),
+        (lambda: lj.init_diagonal_linear(2, tau=jnp.nan), "tau must be a positive"),
         (lambda: lj.rescale(lj.diagonal_linear, jnp.inf), "factor must be a finite number, got inf"),
         (lambda: lj.rescale(lj.diagonal_linear, jnp.nan), "factor must be a finite number, got nan"),
         (lambda: lj.center(jnp.sin, jnp.array([1.0, jnp.nan])), "w0 must be finite, but 1 of its 2"),
@@ -309,6 +314,16 @@ def test_preactivations_pass_through_the_maps():
     np.testing.assert_array_equal(lj.center(f, w0).preactivations(w0, x)[0], expected)
     np.testing.assert_array_equal(lj.rescale(f, 2.0).preactivations(w0, x)[0], expected)
     assert [bool(jnp.all(z == expected)) for z in f2.preactivations(w2, x)] == [True, True]
+
+
+def test_maps_have_preactivations_only_where_their_model_has_them():
+    f, plain, w0 = lj.two_layer(), lambda w, x: x @ w["b"].T @ w["a"], lj.init_two_layer(jr.key(0), 3, 6)
+    for wrap in (lambda g: lj.center(g, w0), lambda g: lj.symmetrize(g, w0)[0], lambda g: lj.rescale(g, 2.0)):
+        assert hasattr(wrap(wrap(f)), "preactivations")
+        assert not hasattr(wrap(wrap(plain)), "preactivations")
+    x = jr.normal(jr.key(1), (5, 3))
+    report = lj.diagnose(*lj.symmetrize(plain, w0), x, jnp.sin(x[:, 0]), alphas=(1.0, 10.0))
+    assert "stability" not in report.dataset
 
 
 def test_rescaling_multiplies_the_outputs_in_their_dtype():

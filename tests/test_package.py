@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -61,3 +62,22 @@ def test_this_jax_compiles_vmapped_reductions_right(dtype, n):
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(jax.jit(square_norms)(rows), expected, rtol=4 * eps)
     np.testing.assert_allclose(square_norms(rows), expected, rtol=4 * eps)
+
+
+def test_this_jax_compiles_derivatives_of_vmapped_convolutions_right():
+    # Up to 0.8.0 this was wrong by 100 % on CPU, silently, for directions that are constants; hence the lower bound.
+    keys = jr.split(jr.key(0), 5)
+    w, v = (
+        {"k": jr.normal(a, (4, 1, 3, 3)), "b": jr.normal(b, (4, 1, 1))}
+        for a, b in ((keys[0], keys[1]), (keys[2], keys[3]))
+    )
+    x = jr.normal(keys[4], (6, 1, 8, 8))
+
+    def one(w, x):
+        return jax.lax.conv_general_dilated(x[None], w["k"], (1, 1), "VALID")[0] + w["b"]
+
+    def slope(w):
+        return jax.jvp(lambda w: jax.vmap(lambda x: one(w, x))(x), (w,), (v,))[1]
+
+    expected = slope(w)
+    np.testing.assert_allclose(jax.jit(slope)(w), expected, rtol=0, atol=1e-12 * float(jnp.max(jnp.abs(expected))))

@@ -1,6 +1,5 @@
 """The report: what it measures agrees with the modules it is made of, and bad input stops it at once."""
 
-import json
 import math
 
 import jax.numpy as jnp
@@ -90,10 +89,9 @@ def test_the_verdict_and_the_screen_say_what_the_numbers_say(report):
         assert word in screen
 
 
-def test_the_report_goes_through_json_and_netcdf(report, tmp_path):
+def test_the_dataset_goes_through_netcdf(report, tmp_path):
     import xarray
 
-    json.dumps(report.to_dict(), default=str)
     report.dataset.to_netcdf(tmp_path / "sweep.nc")
     with xarray.open_dataset(tmp_path / "sweep.nc") as back:
         np.testing.assert_array_equal(back["alpha"], report.dataset["alpha"])
@@ -145,6 +143,7 @@ def test_a_failed_lane_is_told_of_not_hidden():
         ({"y": jnp.sin(X)}, "outputs and target must have the same shape"),
         ({"y": LABELS + 1}, r"labels must lie in 0..2"),
         ({"y": X[:, 0], "loss": "softmax"}, "y must be integer classes"),
+        ({"y": jnp.asarray(1.0)}, r"y must hold one target a sample, got shape \(\)"),
         ({"loss": "hinge"}, '"square", "softmax", "logistic"'),
         ({"alphas": []}, "at least one scale"),
         ({"alphas": [1.0, -2.0]}, "alpha must be a scale"),
@@ -160,6 +159,48 @@ def test_bad_input_is_refused_before_any_long_work(change, match):
     arguments = {"f": F, "w0": W0, "x": X, "y": LABELS, **change}
     with pytest.raises(ValueError, match=match):
         lj.diagnose(**arguments)
+
+
+@pytest.mark.parametrize("loss", [lj.square_loss(jnp.eye(3)[LABELS]), lambda y: jnp.sum(y)])
+def test_what_makes_no_loss_is_refused(loss):
+    with pytest.raises(TypeError, match="a function of the targets that returns a loss"):
+        lj.diagnose(F, W0, X, LABELS, loss=loss)
+
+
+@pytest.mark.parametrize("loss", ["square", "softmax"])
+def test_a_model_that_is_flat_at_w0_is_refused(loss):
+    flat = {"u": jnp.zeros((4, 3))}
+    with pytest.raises(ValueError, match="tangent kernel on x is zero at w0"):
+        lj.diagnose(lambda w, x: x @ w["u"] ** 3, flat, X, LABELS, loss=loss)
+
+
+def test_a_doubled_model_is_diagnosed_with_or_without_preactivations():
+    for f, stable in ((F, True), (lambda w, x: F(w, x), False)):
+        report = lj.diagnose(*lj.symmetrize(f, W0), X, LABELS, alphas=[100.0], time=0.5)
+        assert ("stability" in report.dataset) == stable
+
+
+def test_lazy_begins_where_no_later_scale_is_not():
+    import xarray
+
+    from lazyjax._summary import write_verdict
+
+    alphas = np.array([1.0, 10.0, 100.0, 1e3, np.inf])
+    gaps = np.array([0.5, 0.001, 0.03, 0.001, 0.0])
+    data = xarray.Dataset(
+        {
+            "output_gap": (("alpha", "time"), gaps[:, None]),
+            "displacement": (("alpha", "time"), gaps[:, None]),
+            "failed": ("alpha", np.zeros(5, bool)),
+            "message": ("alpha", [""] * 5),
+        },
+        coords={"alpha": alphas},
+        attrs={"initial_residual": 1.0, "w0_norm": 1.0},
+    )
+    slopes = {"output_gap": fit_slope(alphas, gaps, 1.0, 0.1, -1.0)}
+    assert "from alpha = 1000 of this sweep on" in write_verdict(data, slopes)
+    data["output_gap"][3] = np.nan  # a failed lane is not lazy
+    assert "No finite alpha of this sweep is lazy" in write_verdict(data, slopes)
 
 
 def test_targets_of_every_kind_become_a_loss():

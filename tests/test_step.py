@@ -96,6 +96,13 @@ def test_the_lazy_ratio_is_its_formula_and_at_least_half_of_kappa():
     assert ratio >= 0.5 * kappa
 
 
+def test_a_start_with_nothing_to_train_is_refused():
+    for h, w0 in ((lambda w: w, jnp.ones(3)), (lambda w: w**2, jnp.zeros(3))):
+        for criterion in (step_criterion, lazy_ratio):
+            with pytest.raises(ValueError, match="w0 must not be a stationary point"):
+                criterion(h, lj.square_loss(jnp.ones(3)), w0)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="step_size must be positive"):
         step_criterion(CENTRED.h, CENTRED.loss, CENTRED.w0, step_size=-0.1)

@@ -53,9 +53,15 @@ def test_the_last_chunk_is_filled_up_and_cut_off_again():
 
 
 def test_shared_arrays_are_arguments_not_constants():
-    table = lj.sweep(lambda a, data, name: {"y": a * data["x"].sum()}, over={"a": [1.0, 2.0]},
-                     shared={"data": {"x": jnp.ones(3)}, "name": "static"})  # fmt: skip
-    np.testing.assert_allclose(table["y"], [3.0, 6.0])
+    kinds = []
+
+    def one(a, data, name):
+        kinds.append([isinstance(leaf, jax.core.Tracer) for leaf in data])
+        return {"y": a * (jnp.sum(data[0]) + jnp.sum(data[1])) + len(name)}
+
+    table = lj.sweep(one, over={"a": [1.0, 2.0]}, shared={"data": [jnp.ones(3), np.ones(2)], "name": "x"})
+    np.testing.assert_allclose(table["y"], [6.0, 11.0])
+    assert kinds == [[True, True]]
 
 
 def test_flows_over_alpha_and_targets_are_single_flows():

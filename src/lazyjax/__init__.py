@@ -12,15 +12,15 @@ Start with `lj.diagnose` for one answer, with `lj.compare` for the two flows, wi
 from importlib.metadata import version as _version
 
 # Models, and maps between models.
-from lazyjax.model import center as center
 from lazyjax.model import diagonal_linear as diagonal_linear
 from lazyjax.model import init_diagonal_linear as init_diagonal_linear
 from lazyjax.model import init_mlp as init_mlp
 from lazyjax.model import init_two_layer as init_two_layer
 from lazyjax.model import mlp as mlp
-from lazyjax.model import rescale as rescale
-from lazyjax.model import symmetrize as symmetrize
 from lazyjax.model import two_layer as two_layer
+from lazyjax.maps import center as center
+from lazyjax.maps import rescale as rescale
+from lazyjax.maps import symmetrize as symmetrize
 
 # Losses on outputs.
 from lazyjax.loss import logistic_loss as logistic_loss

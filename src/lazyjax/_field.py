@@ -5,8 +5,8 @@ r"""Displacement coordinates $u = \alpha(w - w_0)$, $\varepsilon = 1/\alpha$: wh
 At eps = 0 this is the tangent model's flow, u is O(1) for every alpha, and no digits are lost.
 """
 
+import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -21,7 +21,7 @@ from lazyjax._check import check_outputs, is_concrete, split_params
 from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax.difference import finite_jvp
 from lazyjax.loss import Loss
-from lazyjax.model import declares_zero
+from lazyjax.maps import declares_zero
 from lazyjax.tangent import Tangent
 
 
@@ -59,7 +59,7 @@ class ModelField(eqx.Module):
 class TangentField(eqx.Module):
     """The flow of a tangent model: the same at every alpha, but for the start."""
 
-    jvp: Callable[[Params], Outputs]
+    tangent: Tangent
     coordinates: Params
     rest: Params
     loss: Loss
@@ -72,15 +72,11 @@ class TangentField(eqx.Module):
 
     def outputs(self, u: Params) -> Outputs:
         r"""$\alpha \bar h(w_0 + u/\alpha) = \alpha h(w_0) + Dh(w_0) u$."""
-        return self.start + self.jvp(u)
-
-    def vjp(self, r: Outputs) -> Params:
-        """$J^T r$."""
-        return jax.linear_transpose(self.jvp, self.coordinates)(r)[0]
+        return self.start + self.tangent.jvp(u)
 
     def __call__(self, u: Params) -> Params:
         """$u'$."""
-        return jtu.tree_map(jnp.negative, self.vjp(self.loss.cotangent(self.outputs(u))))
+        return jtu.tree_map(jnp.negative, self.tangent.vjp(self.loss.cotangent(self.outputs(u))))
 
 
 def make_field(
@@ -93,12 +89,10 @@ def make_field(
     """
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
     if isinstance(h, Tangent):
-        anchor = eqx.filter(h.w0, eqx.is_inexact_array)
-        outputs, jvp = jax.linearize(lambda w: h.h(eqx.combine(w, rest)), anchor)
         # Off its own anchor the tangent model does not start at h(w0).
-        initial = outputs + jvp(jtu.tree_map(lambda a, b: jnp.asarray(a - b, b.dtype), coordinates, anchor))
+        initial = h(w0)
         start, eps = _scaled_start(initial, alpha, zero_start, throw)
-        return TangentField(jvp, coordinates, rest, loss, eps, start)
+        return TangentField(h, coordinates, rest, loss, eps, start)
     start, eps = _scaled_start(h(w0), alpha, zero_start, throw)
     return ModelField(h, coordinates, rest, loss, eps, start)
 
@@ -191,5 +185,6 @@ def _check_zero(initial: np.ndarray, alpha: float, rounding: float, tolerance: f
 
 
 def tree_norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm of a tree of arrays."""
-    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jtu.tree_leaves(tree)))
+    """Euclidean norm of a tree of arrays, with the gradient zero at zero."""
+    squares = functools.reduce(jnp.add, [jnp.sum(leaf**2) for leaf in jtu.tree_leaves(tree)])
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)

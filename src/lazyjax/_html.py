@@ -32,7 +32,7 @@ COLUMNS = {
     "out gap %": "largest output gap between model and tangent model over time, in percent of the initial residual",
     "|w-wbar|": "largest distance of the parameters from those of the tangent model over time",
     "|w-w0|": "distance of the parameters from their start at the end",
-    "drift %": "relative change of the tangent kernel at the end",
+    "drift %": "relative change of the tangent kernel at the end, on the first training samples (up to 320 outputs)",
     "stable %": "pre-activations with the sign of the start at the end",
     "steps": "steps that the solver took",
 }

@@ -20,11 +20,14 @@ from lazyjax.criterion import activation_stability, measure_kernel_drift
 from lazyjax.difference import finite_jvp
 from lazyjax.flow import DENSE_OUTPUTS, gradient_flow
 from lazyjax.loss import Loss, SquareLoss
-from lazyjax.model import OnData, center
-from lazyjax.tangent import lanczos, linearize
+from lazyjax.maps import OnData, center
+from lazyjax.tangent import linearize, top_eigenvalues
 
 PROBE_OUTPUTS = 320
 """The kernel's drift is measured on as many samples as give at most this many outputs."""
+
+LEADING = 20
+"""So many eigenvalues of the kernel are computed where it is too large to diagonalize."""
 
 MEASURES = (
     "train_loss",
@@ -84,25 +87,48 @@ def _check_inputs(f: Model, w0: Params, x: Any, name: str) -> tuple[Array, tuple
 
 
 def diagonalize(setting: Setting) -> tuple[np.ndarray, TangentSolution | None]:
-    """Leading eigenvalues of the kernel at w0, in F's metric, falling; the closed form where it is feasible."""
+    """Leading eigenvalues of the kernel at w0, in F's metric, falling; the closed form where there is one.
 
-    @eqx.filter_jit
-    def dense(s: Setting) -> TangentSolution:
-        tangent = linearize(OnData(s.f, s.x), s.w0)
-        target = s.loss.minimizer if isinstance(s.loss, SquareLoss) else tangent.outputs
-        return solve_tangent(tangent_gram(tangent), jnp.zeros_like(tangent.outputs), target, s.loss.weight)
+    Raises:
+        ValueError: the kernel is zero: no first-order change of the outputs, nothing for a tangent model to learn.
+    """
+    solution = None
+    if setting.num_outputs > DENSE_OUTPUTS:
+        eigenvalues = np.asarray(_leading(setting))
+    elif isinstance(setting.loss, SquareLoss):
+        solution = _solve(setting)
+        eigenvalues = np.asarray(solution.eigenvalues)
+    else:
+        eigenvalues = np.asarray(_all(setting))
+    if not eigenvalues[0] > 0:
+        msg = (
+            "f must depend on w0 to first order, but its tangent kernel on x is zero at w0 (all parameters zero, or "
+            "every unit dead?); start from another w0."
+        )
+        raise ValueError(msg)
+    return eigenvalues, solution
 
-    @eqx.filter_jit
-    def leading(s: Setting) -> Array:
-        tangent = linearize(OnData(s.f, s.x), s.w0)
-        shape, dtype = tangent.outputs.shape, tangent.outputs.dtype
-        matvec = lambda r: s.loss.weight * tangent.jvp(tangent.vjp(r.reshape(shape))).ravel()  # noqa: E731
-        return lanczos(matvec, tangent.outputs.size, 60, dtype=dtype)[0][::-1]
 
-    if check_outputs(OnData(setting.f, setting.x), setting.w0).size > DENSE_OUTPUTS:
-        return np.asarray(leading(setting))[:20], None
-    solution = dense(setting)
-    return np.asarray(solution.eigenvalues), solution if isinstance(setting.loss, SquareLoss) else None
+@eqx.filter_jit
+def _solve(s: Setting) -> TangentSolution:
+    assert isinstance(s.loss, SquareLoss)
+    tangent = linearize(OnData(s.f, s.x), s.w0)
+    return solve_tangent(tangent_gram(tangent), jnp.zeros_like(tangent.outputs), s.loss.minimizer, s.loss.weight)
+
+
+@eqx.filter_jit
+def _all(s: Setting) -> Array:
+    return s.loss.weight * jnp.linalg.eigvalsh(tangent_gram(linearize(OnData(s.f, s.x), s.w0)))[::-1]
+
+
+def _leading(s: Setting) -> Array:
+    tangent = linearize(OnData(s.f, s.x), s.w0)
+    shape, dtype = tangent.outputs.shape, tangent.outputs.dtype
+
+    def product(r: Array) -> Array:
+        return s.loss.weight * tangent.jvp(tangent.vjp(r.reshape(shape))).ravel()
+
+    return top_eigenvalues(product, tangent.outputs.size, LEADING, dtype=dtype)
 
 
 def choose_horizon(eigenvalues: np.ndarray, solution: TangentSolution | None) -> float:

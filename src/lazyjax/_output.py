@@ -1,5 +1,6 @@
 """What the command line writes, as values: the configuration and its fingerprints, strict JSON, the checked folder."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -123,10 +124,7 @@ def report_json(
     report: LazinessReport, configuration: Mapping[str, Any], command: str, seconds: Mapping[str, float]
 ) -> str:
     """The report without its curves, as strict JSON; `ABOUT` says how to read it."""
-    slopes = {
-        name: {field: getattr(slope, field) for field in ("value", "first", "last", "points", "theory")}
-        for name, slope in report.slopes.items()
-    }
+    slopes = {name: dataclasses.asdict(slope) for name, slope in report.slopes.items()}
     content = {
         "about": ABOUT,
         "verdict": report.verdict,

@@ -88,10 +88,13 @@ def _movement(distance: float, norm: float) -> str:
 
 
 def _onset(alphas: np.ndarray, gap: np.ndarray) -> str:
-    lazy = [a for a, g in zip(alphas, gap, strict=True) if np.isfinite(a) and g < LAZY]
-    if not lazy:
+    finite = np.isfinite(alphas)
+    # From there on: the smallest alpha after which no gap is larger (or missing, for a failed lane).
+    above = ~(gap[finite] < LAZY)
+    first = int(np.max(np.nonzero(above)[0], initial=-1)) + 1
+    if first == finite.sum():
         return f"No finite alpha of this sweep is lazy (gap below {100 * LAZY:g} %)."
-    return f"It is lazy (gap below {100 * LAZY:g} %) from alpha = {min(lazy):g} of this sweep on."
+    return f"It is lazy (gap below {100 * LAZY:g} %) from alpha = {alphas[first]:g} of this sweep on."
 
 
 def _price(data: "xarray.Dataset") -> list[str]:

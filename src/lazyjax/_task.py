@@ -26,14 +26,22 @@ def make_task(
 
     Raises:
         ValueError: sizes or values do not fit.
+        TypeError: `loss` is a loss already, or a function that returns none.
     """
     y = np.asarray(y)
-    if y.size == 0 or y.shape[0] != shape[0]:
+    if y.ndim == 0 or y.size == 0 or y.shape[0] != shape[0]:
         msg = f"{name} must hold one target a sample, got shape {y.shape} for {shape[0]} samples."
         raise ValueError(msg)
     check_finite(jnp.asarray(y), name)
     if callable(loss):
-        return loss(jnp.asarray(y)), None
+        made = None if isinstance(loss, Loss) else loss(jnp.asarray(y))
+        if not isinstance(made, Loss):
+            msg = (
+                "loss must be a name or a function of the targets that returns a loss, such as "
+                f"lambda y: lj.square_loss(y, mean=False), got {type(loss).__name__}."
+            )
+            raise TypeError(msg)
+        return made, None
     if loss not in ("square", "softmax", "logistic"):
         msg = f'loss must be "square", "softmax", "logistic" or a function of the targets, got {loss!r}.'
         raise ValueError(msg)

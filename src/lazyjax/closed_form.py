@@ -58,7 +58,8 @@ def solve_tangent(matrix: Float[Array, "m m"], start: Outputs, target: Outputs, 
         weight: c, the loss's weight.
 
     Source:
-        Design identity (4.2): $\bar y' = -K(\bar y - y^*)$; Chizat, Oyallon, Bach (2019), section 2.3.
+        $\bar y' = c JJ^T (y^* - \bar y) = -K(\bar y - y^*)$, so $\bar y(t) - y^* = e^{-tK}(\bar y(0) - y^*)$; the flow
+        of Chizat, Oyallon, Bach (2019), section 2.3.
     """
     values, vectors = jnp.linalg.eigh(jnp.asarray(weight, matrix.dtype) * matrix)
     # What rounding leaves of a zero eigenvalue. The customary factor `size` instead of its root would cut modes

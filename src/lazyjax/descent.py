@@ -55,7 +55,7 @@ def gradient_descent(
     r"""Minimize $F_\alpha(w) = R(\alpha h(w))/\alpha^2$ by an optax optimiser from w0, all steps in one scan.
 
     The optimiser sees the true gradient $\nabla F_\alpha(w)$ and the parameters w; its updates are added to
-    $u = \alpha(w - w_0)$, so that no digits are lost at large alpha. A step of `optax.sgd(eta)` advances the
+    $u = \alpha(w - w_0)$, where they keep their digits at large alpha. A step of `optax.sgd(eta)` advances the
     flow time by eta.
 
     Args:
@@ -63,7 +63,8 @@ def gradient_descent(
         loss: R on outputs.
         w0: Start; any pytree, its floating arrays are the coordinates.
         optimiser: Any optax optimiser. Those that divide by the gradient's size (Adam) do not become lazy:
-            their steps in w do not shrink with alpha.
+            their steps in w do not shrink with alpha. A line search (as in `optax.lbfgs`) asks for the objective
+            at parameters w, and w - w0 rounds: use it where alpha times rounding is small.
         steps: Number of steps.
         alpha: Output scale in (0, inf]; inf needs h(w0) = 0 and an optimiser whose updates are proportional to
             the gradients (SGD with or without momentum), which has a limit.
@@ -88,7 +89,7 @@ def gradient_descent(
     """
     loss = as_loss(loss)
     check_alpha(alpha)
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, (int, np.integer)) or steps < 1:
         msg = f"steps must be a whole number of at least 1, got {steps!r}."
         raise ValueError(msg)
     if not isinstance(optimiser, optax.GradientTransformation):
@@ -100,7 +101,7 @@ def gradient_descent(
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
     scale = jnp.asarray(alpha, float)
     descent = _gradient_descent(
-        model, loss, w0, optimiser, steps, scale, zero_start=zero_start, progress=progress, throw=throw
+        model, loss, w0, optimiser, int(steps), scale, zero_start=zero_start, progress=progress, throw=throw
     )
     return descent.result.error_if(descent, descent.result != RESULTS.successful) if throw else descent
 

@@ -86,11 +86,11 @@ def finite_jvp(
         Chizat, Oyallon, Bach (2019), equation (2), in the coordinates $u = \alpha(w - w_0)$.
 
     Example:
-        >>> w0, u = jnp.array([1.0, 2.0], jnp.float32), jnp.array([1.0, -1.0], jnp.float32)
+        >>> w0, u = jnp.array([1.0, 2.0], jnp.float32), jnp.array([1.0, 1.0], jnp.float32)
         >>> print(f"{finite_jvp(lambda w: w[0] * w[1] ** 2, w0, u, 1e-12):.5f}")
-        0.00000
+        8.00000
         >>> print(f"{finite_jvp(lambda w: w[0] * w[1] ** 2, w0, u, 0.5):.5f}")
-        -1.25000
+        10.75000
     """
     return finite_value_and_jvp(h, w0, u, eps, difference=difference)[1]
 

@@ -37,8 +37,9 @@ class Flow(eqx.Module):
         alpha: The scale.
         result: `diffrax.RESULTS.successful`, or why it stopped early (then later values are infinite):
             `max_steps_reached` (with ts ending in inf: not stationary by then), `nonfinite`, ...
-        stats: "num_steps", "num_accepted_steps", "num_rejected_steps", and "num_vector_field", the gradient
-            evaluations (-1 for an implicit solver, whose iterations are not counted). All 0 in closed form.
+        stats: "num_steps", "num_accepted_steps", "num_rejected_steps", and "num_vector_field", the gradients
+            taken by the Runge-Kutta stages (-1 for an implicit solver, whose iterations are not counted; the choice
+            of the first step and the search for a stationary point take a few more). All 0 in closed form.
     """
 
     ts: Float[Array, " time"]
@@ -197,7 +198,7 @@ def _closed_form(tangent: Tangent, field: TangentField, ts: Array) -> tuple[dict
     times = ts - ts[0]
     saved = {
         "outputs": jax.vmap(solution.outputs)(times),
-        "displacement": jax.lax.map(lambda t: field.vjp(solution.cotangent(t)), times),
+        "displacement": jax.lax.map(lambda t: field.tangent.vjp(solution.cotangent(t)), times),
     }
     names = ("num_steps", "num_accepted_steps", "num_rejected_steps", "num_vector_field")
     return saved, RESULTS.successful, {name: jnp.asarray(0) for name in names}

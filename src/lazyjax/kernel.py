@@ -16,10 +16,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._check import check_finite, check_outputs, is_concrete, split_params
 from lazyjax._types import Model, Outputs, Params
-from lazyjax.tangent import lanczos, match_outputs
+from lazyjax.tangent import match_outputs, top_eigenvalues
 
 BLOCK_BYTES = 2**28
 """Memory for the Jacobian rows of one block: two of them are held at a time."""
+
+DENSE_SIZE = 4096
+"""Outputs up to which `spectrum` takes its leading eigenvalues from the dense Gram."""
 
 
 def gram(
@@ -210,9 +213,9 @@ def spectrum(
         f: Model f(w, x).
         w: Parameters.
         x: Inputs (n, ...).
-        k: None: all n*k_out of them, from the dense Gram. A number: the k largest, by matrix-free Lanczos with
-            full re-orthogonalization, 2k + 20 products and on until the residual of each is below sqrt(eps) of
-            it. Inside jit, where that cannot be looked at, it stops there: Ritz values, from below.
+        k: None: all n*k_out of them, from the dense Gram. A number: the k largest, from the dense Gram up to 4096
+            outputs, above by matrix-free Lanczos until converged, repeated eigenvalues as often as they are; inside
+            jit one run of 2k + 20 products there: Ritz values from below, repeated ones missing.
         key: For Lanczos' start vector; None for a fixed one.
 
     Returns:
@@ -229,26 +232,12 @@ def spectrum(
         >>> print(spectrum(lambda w, x: x @ w, jnp.zeros(2), x))
         [4. 1.]
     """
-    if k is None:
-        matrix = gram(f, w, x)
-        size = matrix.shape[0] * (matrix.shape[1] if matrix.ndim == 4 else 1)
-        return jnp.linalg.eigvalsh(matrix.reshape(size, size))[::-1]
+    check_finite(x, "x")
     out = check_outputs(f, w, x, name="f")
-    if not 1 <= k <= out.size:
+    if k is not None and not 1 <= k <= out.size:
         msg = f"k must be between 1 and the number of outputs {out.size}, got {k}."
         raise ValueError(msg)
+    if k is None or out.size <= DENSE_SIZE:
+        return jnp.linalg.eigvalsh(gram(f, w, x).reshape(out.size, out.size))[::-1][:k]
     matvec = kernel_matvec(f, w, x)
-    steps = 2 * k + 20
-    while True:
-        values, residuals, _ = lanczos(
-            lambda r: matvec(r.reshape(out.shape)).ravel(), out.size, steps, dtype=out.dtype, key=key
-        )
-        if steps >= out.size or not is_concrete(values) or _converged(values[-k:], residuals[-k:], out.size):
-            return values[::-1][:k]
-        steps *= 2
-
-
-def _converged(values: Array, residuals: Array, size: int) -> bool:
-    """Whether Ritz values are as good as they get: the error is the squared residual over the gap, mostly."""
-    eps = float(jnp.finfo(values.dtype).eps)
-    return bool(jnp.all(residuals <= eps**0.5 * values + 10 * size**0.5 * eps * values[-1]))
+    return top_eigenvalues(lambda r: matvec(r.reshape(out.shape)).ravel(), out.size, k, dtype=out.dtype, key=key)

@@ -4,6 +4,8 @@ r"""Losses R on outputs that know their geometry in the output space F.
 `mean=False` it is Euclidean (the lecture notes'). In both, the square loss is exactly
 $\frac12\|y - y^*\|_F^2$. `weight` is the factor in front of the sum, 1/n or 1. Gradients and Hessians here are
 those of F (Riesz), so they do not carry the weight: `jax.grad(loss)(y) == loss.weight * loss.gradient(y)`.
+
+Source: Chizat, Oyallon, Bach (2019), section 2.1 and theorem 2.3, section 3.2 (cross-entropy in Figure 3b).
 """
 
 from collections.abc import Callable
@@ -41,16 +43,13 @@ class Loss(eqx.Module):
         return jnp.asarray(self.weight, y.dtype) * self.gradient(y)
 
     def norm(self, y: Outputs) -> Float[Array, ""]:
-        """The norm of F."""
-        return jnp.sqrt(jnp.asarray(self.weight, y.dtype)) * jnp.linalg.norm(y.ravel())
+        """The norm of F; its derivative at zero is taken to be zero."""
+        s = jnp.sum(y**2)
+        return jnp.sqrt(jnp.asarray(self.weight, y.dtype)) * jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, s, 1)), 0)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse outputs of a shape that the targets do not fit."""
         raise NotImplementedError
-
-
-def _weight(n: int, mean: bool) -> float:
-    return 1 / n if mean else 1.0
 
 
 def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:
@@ -79,12 +78,12 @@ class SquareLoss(Loss):
         return y - self.minimizer.astype(y.dtype)
 
     def hvp(self, y: Outputs, v: Outputs) -> Outputs:
-        """V itself: the Hessian is the identity of F."""
+        """v itself: the Hessian is the identity of F."""
         del y
         return v
 
     def strong_convexity(self, radius: float = float("inf")) -> float:
-        """M = 1 everywhere, whatever the radius."""
+        """m = 1 everywhere, whatever the radius."""
         del radius
         return 1.0
 
@@ -107,9 +106,6 @@ def square_loss(target: Outputs, *, mean: bool = True) -> SquareLoss:
         ValueError: empty or non-finite targets, or not of shape (n,) or (n, k).
         TypeError: complex targets.
 
-    Source:
-        Chizat, Oyallon, Bach (2019), section 2.1; theorem 2.3.
-
     Example:
         >>> print(square_loss(jnp.zeros(2))(jnp.array([1.0, 1.0])))
         0.5
@@ -121,7 +117,7 @@ def square_loss(target: Outputs, *, mean: bool = True) -> SquareLoss:
     if not jnp.issubdtype(target.dtype, jnp.floating):
         target = target.astype(jnp.result_type(float))
     _check_data(target, "target")
-    return SquareLoss(minimizer=target, weight=_weight(target.shape[0], mean))
+    return SquareLoss(minimizer=target, weight=1 / target.shape[0] if mean else 1.0)
 
 
 class LogisticLoss(Loss):
@@ -168,22 +164,17 @@ def logistic_loss(labels: Int[Array, " n"] | Float[Array, " n"], *, mean: bool =
     Raises:
         ValueError: labels empty, not a vector, or other than these values.
 
-    Source:
-        Chizat, Oyallon, Bach (2019), section 2.1 (smooth convex losses).
-
     Example:
         >>> print(f"{logistic_loss(jnp.array([-1, 1]))(jnp.zeros(2)):.4f}")
         0.6931
     """
     labels = jnp.asarray(labels)
     _check_data(labels, "labels", ndims=(1,))
-    if is_concrete(labels):
-        values = {float(v) for v in np.unique(np.asarray(labels))}
-        if not (values <= {-1.0, 1.0} or values <= {0.0, 1.0}):
-            msg = f"labels must be -1 and 1, or 0 and 1, got values {sorted(values)[:8]}; map your two classes to them."
-            raise ValueError(msg)
-    signs = jnp.where(labels > 0, 1.0, -1.0)
-    return LogisticLoss(signs=signs, weight=_weight(labels.shape[0], mean))
+    values = {float(v) for v in np.unique(np.asarray(labels))} if is_concrete(labels) else set()
+    if not (values <= {-1.0, 1.0} or values <= {0.0, 1.0}):
+        msg = f"labels must be -1 and 1, or 0 and 1, got values {sorted(values)[:8]}; map your two classes to them."
+        raise ValueError(msg)
+    return LogisticLoss(signs=jnp.where(labels > 0, 1.0, -1.0), weight=1 / labels.size if mean else 1.0)
 
 
 class SoftmaxCrossEntropy(Loss):
@@ -244,9 +235,6 @@ def softmax_cross_entropy(labels: Int[Array, " n"], *, mean: bool = True) -> Sof
         ValueError: labels empty, not a vector, negative, or (when used) not below k.
         TypeError: labels not integers.
 
-    Source:
-        Chizat, Oyallon, Bach (2019), sections 2.1 and 3.2 (Figure 3b).
-
     Example:
         >>> print(f"{softmax_cross_entropy(jnp.array([0, 1]))(jnp.zeros((2, 4))):.4f}")
         1.3863
@@ -260,7 +248,7 @@ def softmax_cross_entropy(labels: Int[Array, " n"], *, mean: bool = True) -> Sof
     if is_concrete(labels) and (low := int(np.min(np.asarray(labels)))) < 0:
         msg = f"labels must be classes 0, 1, ..., got {low}."
         raise ValueError(msg)
-    return SoftmaxCrossEntropy(labels=labels, weight=_weight(labels.shape[0], mean))
+    return SoftmaxCrossEntropy(labels=labels, weight=1 / labels.size if mean else 1.0)
 
 
 class UserLoss(Loss):

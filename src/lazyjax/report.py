@@ -32,7 +32,7 @@ from lazyjax._lanes import (
 from lazyjax._summary import Slope, fit_slope, format_slope, format_table, table_columns, write_verdict
 from lazyjax._types import Model, Params
 from lazyjax.loss import Loss
-from lazyjax.model import OnData, center
+from lazyjax.maps import OnData, center
 from lazyjax.step import lazy_ratio
 from lazyjax.sweep import sweep
 
@@ -50,7 +50,8 @@ class LazinessReport(eqx.Module):
         dataset: Everything measured, an `xarray.Dataset` over alpha, time and kernel mode. Per alpha and time:
             train_loss, output_gap (norm in F), param_gap, displacement ($\|w - w_0\|$), and with test data
             test_loss, with classes train_accuracy and test_accuracy. Per time the same of the tangent model
-            (tangent_train_loss, ...). Per alpha: kernel_drift, stability, num_steps, failed, message. Per mode:
+            (tangent_train_loss, ...). Per alpha: kernel_drift (on the first `num_probe` training samples),
+            stability, num_steps, failed, message. Per mode:
             kernel_eigenvalue (F's metric). The attributes hold the settings.
         slopes: Fitted power laws of "output_gap" and "param_gap" on alpha.
         verdict: What it comes to, in plain words.
@@ -73,15 +74,6 @@ class LazinessReport(eqx.Module):
         lines += [format_slope(name.replace("_", " "), slope) for name, slope in self.slopes.items()]
         lines += [textwrap.fill(f"note: {note}", 110) for note in self.notes]
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Verdict, slopes, notes, settings and all data as plain Python values, for JSON."""
-        slopes = {
-            name: {field: getattr(slope, field) for field in ("value", "first", "last", "points", "theory")}
-            for name, slope in self.slopes.items()
-        }
-        data = self.dataset.to_dict()
-        return {"verdict": self.verdict, "slopes": slopes, "notes": list(self.notes), "data": data}
 
 
 def diagnose(
@@ -191,6 +183,7 @@ def _complete(
     data.attrs.update(
         num_params=sum(leaf.size for leaf in jtu.tree_leaves(coordinates)),
         num_train=s.x.shape[0],
+        num_probe=0 if s.probe is None else s.probe.shape[0],
         num_test=0 if s.x_test is None else s.x_test.shape[0],
         outputs=s.num_outputs // s.x.shape[0],
         loss=s.loss_name,
@@ -223,7 +216,7 @@ _UNITS = {
     "param_gap": ("|w - wbar|", "parameter"),
     "scaled_param_gap": ("alpha |w - wbar|", "parameter"),
     "displacement": ("|w - w0|", "parameter"),
-    "kernel_drift": ("|K(w) - K(w0)| / |K(w0)| in Frobenius norm", "1"),
+    "kernel_drift": ("|K(w) - K(w0)| / |K(w0)| in Frobenius norm, on the first num_probe training samples", "1"),
     "stability": ("share of pre-activations that kept their sign", "1"),
     "kernel_eigenvalue": ("eigenvalue of Dh Dh* in F's metric", "1 / flow time"),
 }

@@ -82,9 +82,20 @@ def step_criterion(
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
     u1 = jtu.tree_map(lambda g: eta.astype(g.dtype) * g, field(u0))
     before, after = loss(field.outputs(u0)), loss(field.outputs(u1))
+    _check_moving(before, field(u0))
     objective_change = jnp.abs(after - before) / before
     jacobian_change = _jacobian_change(h, w0, loss, u1, field.eps, key) / dh_norm
     return StepCriterion(eta, objective_change, jacobian_change, jacobian_change / objective_change)
+
+
+def _check_moving(value: Array, gradient: Params) -> None:
+    """Refuse a start where nothing is left to train: the ratios would be 0/0."""
+    if is_concrete((value, gradient)) and not (value > 0 and tree_norm(gradient) > 0):
+        msg = (
+            f"w0 must not be a stationary point, but R = {float(value):.3g} there and the gradient's norm is "
+            f"{float(tree_norm(gradient)):.3g}; start from another w0."
+        )
+        raise ValueError(msg)
 
 
 def _at_start(
@@ -159,7 +170,9 @@ def lazy_ratio(
     loss, field, tangent = _at_start(h, loss, w0, alpha)
     d2h_norm = hessian_norm_lower(h, w0, loss, starts=starts, key=key)
     dh_norm = singular_values(tangent, loss, key=key).largest
-    gradient_norm = tree_norm(field(jtu.tree_map(jnp.zeros_like, field.coordinates)))
+    gradient = field(jtu.tree_map(jnp.zeros_like, field.coordinates))
+    _check_moving(loss(field.start), gradient)
+    gradient_norm = tree_norm(gradient)
     return field.eps * loss(field.start) * d2h_norm / (gradient_norm * dh_norm)
 
 

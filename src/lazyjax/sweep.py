@@ -62,7 +62,6 @@ def sweep(
     Raises:
         ValueError: no axes or an empty one; `chunk` below 1; `run` returns a reserved name or an axis name; `dims`
             do not fit.
-            do not fit.
         TypeError: an axis that is not numbers; `run` does not return a dict of arrays.
 
     Example:
@@ -115,6 +114,7 @@ def _compile(
     """One program for `size` lanes at a time: all of them, or by the first try's need as many as fit."""
     total = len(next(iter(lanes.values())))
     arrays, static = eqx.partition(shared, eqx.is_array)
+    arrays = jtu.tree_map(jnp.asarray, arrays)  # NumPy's too are arguments
 
     def batch(points: dict[str, Array], arrays: dict[str, Any]) -> dict[str, Any]:
         return jax.vmap(lambda point: _checked(run(**point, **eqx.combine(arrays, static)), lanes, dims))(points)

@@ -15,10 +15,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lazyjax._check import check_outputs, split_params
+from lazyjax._check import check_outputs, is_concrete, split_params
 from lazyjax._types import Model, Outputs, Params
 from lazyjax.loss import Loss
-from lazyjax.model import declares_zero, same_params
+from lazyjax.maps import declares_zero, same_params
 
 
 class Tangent(eqx.Module):
@@ -113,7 +113,7 @@ class SingularValues(eqx.Module):
     r"""Extreme singular values of $Dh(w_0)$ in F's metric, from Lanczos; made by `singular_values`.
 
     Attributes:
-        largest: $\|Dh(w_0)\|$, from below, at most `sqrt(largest**2 + error)`.
+        largest: $\|Dh(w_0)\|$, from below.
         smallest: $\sigma_{min}$ over all nk output directions, from above; exactly 0 if p < nk.
         largest_error, smallest_error: An eigenvalue of $Dh Dh^*$ lies within this of the value's square
             (Lanczos residual and rounding).
@@ -218,3 +218,54 @@ def lanczos(
     theta, vectors = jnp.linalg.eigh(projected)
     residuals = jnp.where(m == size, 0, off[-1]) * jnp.abs(vectors[-1])
     return theta, residuals, vectors.T @ basis
+
+
+def top_eigenvalues(
+    matvec: Callable[[Array], Array], size: int, k: int, *, dtype: Any, key: PRNGKeyArray | None = None
+) -> Float[Array, " k"]:
+    """The k largest eigenvalues, falling, of a positive semi-definite operator, each as often as it is repeated.
+
+    One start vector sees every repeated eigenvalue once. So Lanczos runs again, from another start, orthogonally to
+    the k leading Ritz vectors known, until it finds nothing above the k-th value; each run doubles its products,
+    2k + 20 at first, until its residuals are below sqrt(eps) of the values (the error is their square over the
+    gap). Under a trace, where none of this can be looked at, it is one run of 2k + 20 products: Ritz values from
+    below, with repeated ones missing.
+    """
+    product = eqx.filter_closure_convert(matvec, jax.ShapeDtypeStruct((size,), dtype))
+    eps = float(jnp.finfo(dtype).eps)
+    stream = jr.key(0) if key is None else key
+    steps = 2 * k + 20
+    values, vectors = jnp.full(k, -jnp.inf, dtype), jnp.zeros((k, size), dtype)
+    while True:
+        # Another start each time: the old one's share in a repeated eigenspace is the vector already known.
+        stream, start = jr.split(stream)
+        theta, residuals, ritz = _deflated(product, vectors, steps, start)
+        if not is_concrete(theta) or not bool(jnp.isfinite(theta[0])):
+            return theta
+        rounding = 10 * size**0.5 * eps * jnp.maximum(theta[0], values[0])
+        new = theta > values[-1] + rounding
+        # The largest one has to be right also where it is to show that there is nothing new.
+        right = (residuals <= eps**0.5 * theta + rounding) | ~new.at[0].set(True)
+        if steps < size and not bool(jnp.all(right)):
+            steps *= 2
+        elif not bool(jnp.any(new)):
+            return values
+        else:
+            values = jnp.concatenate([values, jnp.where(new, theta, -jnp.inf)])
+            leading = jnp.argsort(-values)[:k]
+            values, vectors = values[leading], jnp.concatenate([vectors, ritz])[leading]
+
+
+@eqx.filter_jit
+def _deflated(
+    product: Callable[[Array], Array], known: Array, steps: int, key: PRNGKeyArray
+) -> tuple[Array, Array, Array]:
+    """As many leading Ritz values as there are `known` rows, falling, of the operator orthogonal to those rows."""
+    k, size = known.shape
+
+    def project(v: Array) -> Array:
+        return v - known.T @ (known @ v)
+
+    found = lanczos(lambda v: project(product(project(v))), size, steps, dtype=known.dtype, key=key)
+    theta, residuals, vectors = (leaf[::-1][:k] for leaf in found)
+    return theta, residuals, vectors
