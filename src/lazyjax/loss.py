@@ -8,6 +8,7 @@ those of F (Riesz), so they do not carry the weight: `jax.grad(loss)(y) == loss.
 Source: Chizat, Oyallon, Bach (2019), section 2.1 and theorem 2.3, section 3.2 (cross-entropy in Figure 3b).
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -26,17 +27,17 @@ class Loss(eqx.Module):
 
     weight: eqx.AbstractVar[float]
 
+    @abc.abstractmethod
     def __call__(self, y: Outputs) -> Float[Array, ""]:
         """R(y)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def gradient(self, y: Outputs) -> Outputs:
         """The F-gradient of R at y, of y's shape."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def hvp(self, y: Outputs, v: Outputs) -> Outputs:
         """The F-Hessian of R at y, applied to v."""
-        raise NotImplementedError
 
     def cotangent(self, y: Outputs) -> Outputs:
         """The plain derivative of R at y, `weight * gradient(y)`: what a vjp of the model takes."""
@@ -47,9 +48,9 @@ class Loss(eqx.Module):
         s = jnp.sum(y**2)
         return jnp.sqrt(jnp.asarray(self.weight, y.dtype)) * jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, s, 1)), 0)
 
+    @abc.abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse outputs of a shape that the targets do not fit."""
-        raise NotImplementedError
 
 
 def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:
