@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -401,3 +402,27 @@ def test_html_escapes_everything(made):
 def test_json_values_are_plain():
     value = {"a": [np.float32(1.5), np.nan, -math.inf], 2: (np.int64(3), np.bool_(True), None, "x")}
     assert encode_numbers(value) == {"a": [1.5, "nan", "-inf"], "2": [3, True, None, "x"]}
+
+
+def raise_as_a_flow_does():
+    eqx.filter_jit(lambda x: eqx.error_if(x, x > 0, "too few steps"))(jnp.ones(()))
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        (raise_as_a_flow_does, 1, "lazyjax: error: too few steps"),
+        (interrupt, 130, "lazyjax: interrupted, nothing written"),
+    ],
+)
+def test_a_failed_flow_and_an_interrupt_are_one_line(stop, code, line, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "diagnose", lambda *args, **kwargs: stop())
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["report", "--train", "20", "--out", str(tmp_path / "out"), "--no-cache"])
+    assert exit_info.value.code == code
+    assert capsys.readouterr().err.strip().splitlines()[-1] == line
+    assert not (tmp_path / "out" / "report.json").exists()

@@ -115,6 +115,12 @@ def test_softmax_runs_without_a_closed_form():
     np.testing.assert_allclose(data["time"][-1], 300 / float(data["kernel_eigenvalue"][0]), rtol=1e-5)
 
 
+def test_a_kernel_too_large_to_diagonalize_gives_its_leading_eigenvalues(monkeypatch):
+    monkeypatch.setattr("lazyjax._lanes.DENSE_OUTPUTS", 10)
+    report = lj.diagnose(F, W0, X, LABELS, alphas=[100.0], time=0.5)
+    np.testing.assert_allclose(report.dataset["kernel_eigenvalue"], lj.spectrum(F, W0, X)[:20] / 12, rtol=1e-6)
+
+
 def test_a_slope_is_fitted_between_floor_and_ceiling():
     alphas = np.array([1.0, 10.0, 100.0, 1e3, 1e4, np.inf])
     gaps = np.array([0.5, 0.03, 0.003, 3e-4, 1e-5, 1e-5])

@@ -102,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"lazyjax: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except eqx.EquinoxRuntimeError as error:
+        # The last line before Equinox's advice to programmers is the reason, above it is the stack.
         reason = str(error).split("-------------------")[0].strip().splitlines()[-1]
-        print(f"lazyjax: error: {reason}", file=sys.stderr)
+        print(f"lazyjax: error: {reason.removeprefix('equinox.EquinoxRuntimeError: ')}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("lazyjax: interrupted, nothing written", file=sys.stderr)
