@@ -9,8 +9,6 @@ Source: Chizat, Oyallon, Bach (2019), section 2.1 and theorem 2.3, section 3.2 (
 """
 
 import abc
-from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lazyjax._check import check_finite, is_concrete
+from lazyjax._root import DiagonalRoot, HessianRoot, SoftmaxRoot
 from lazyjax._types import Outputs
 
 
@@ -38,6 +37,10 @@ class Loss(eqx.Module):
     @abc.abstractmethod
     def hvp(self, y: Outputs, v: Outputs) -> Outputs:
         """The F-Hessian of R at y, applied to v."""
+
+    @abc.abstractmethod
+    def root(self, y: Outputs) -> HessianRoot:
+        r"""S with $\nabla^2 R(y) = SS^T$ the plain Hessian, `weight` times that of F."""
 
     def cotangent(self, y: Outputs) -> Outputs:
         """The plain derivative of R at y, `weight * gradient(y)`: what a vjp of the model takes."""
@@ -82,6 +85,10 @@ class SquareLoss(Loss):
         """v itself: the Hessian is the identity of F."""
         del y
         return v
+
+    def root(self, y: Outputs) -> HessianRoot:
+        r"""$\sqrt{c}\, I$, c the weight."""
+        return DiagonalRoot(jnp.asarray(self.weight**0.5, y.dtype))
 
     def strong_convexity(self, radius: float = float("inf")) -> float:
         """m = 1 everywhere, whatever the radius."""
@@ -143,6 +150,11 @@ class LogisticLoss(Loss):
         r"""$\sigma(y_i) \sigma(-y_i) v_i$."""
         return jax.nn.sigmoid(y) * jax.nn.sigmoid(-y) * v
 
+    def root(self, y: Float[Array, " n"]) -> HessianRoot:
+        r"""$\sqrt{c\, \sigma(y_i) \sigma(-y_i)}$ on the diagonal."""
+        # The root of each factor: their product underflows where the root is still a number.
+        return DiagonalRoot(self.weight**0.5 * jnp.exp(0.5 * (jax.nn.log_sigmoid(y) + jax.nn.log_sigmoid(-y))))
+
     def strong_convexity(self, radius: float = float("inf")) -> float:
         r"""$m = \sigma(r)\sigma(-r)$ on outputs $|y_i| \le r$; 0 without a bound on them."""
         return float(np.exp(-radius) / (1 + np.exp(-radius)) ** 2)
@@ -201,6 +213,10 @@ class SoftmaxCrossEntropy(Loss):
         p = jax.nn.softmax(y, axis=1)
         return p * (v - jnp.sum(p * v, axis=1, keepdims=True))
 
+    def root(self, y: Float[Array, "n k"]) -> HessianRoot:
+        r"""$\mathrm{diag}(\sqrt{p_i})(I - \sqrt{p_i}\sqrt{p_i}^T)$, sample by sample."""
+        return SoftmaxRoot(jnp.exp(0.5 * jax.nn.log_softmax(y, axis=1)), jnp.asarray(self.weight**0.5, y.dtype))
+
     def strong_convexity(self, radius: float = float("inf"), *, classes: int) -> float:
         r"""$m = 1/(1 + (k-1)e^{2r})$ on zero-sum outputs with $|y_{ic}| \le r$; 0 without a bound on them.
 
@@ -250,46 +266,6 @@ def softmax_cross_entropy(labels: Int[Array, " n"], *, mean: bool = True) -> Sof
         msg = f"labels must be classes 0, 1, ..., got {low}."
         raise ValueError(msg)
     return SoftmaxCrossEntropy(labels=labels, weight=1 / labels.size if mean else 1.0)
-
-
-class UserLoss(Loss):
-    """Any function of the outputs, with derivatives by JAX; F is Euclidean (weight 1)."""
-
-    function: Callable[[Outputs], Any]
-    weight: float = eqx.field(static=True, default=1.0)
-
-    def __call__(self, y: Outputs) -> Float[Array, ""]:
-        """R(y)."""
-        return self.function(y)
-
-    def gradient(self, y: Outputs) -> Outputs:
-        """By `jax.grad`."""
-        return jax.grad(self.function)(y)
-
-    def hvp(self, y: Outputs, v: Outputs) -> Outputs:
-        """By forward over reverse."""
-        return jax.jvp(jax.grad(self.function), (y,), (v,))[1]
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        """R must return one real number."""
-        out = eqx.filter_eval_shape(self.function, jax.ShapeDtypeStruct(shape, jnp.result_type(float)))
-        if getattr(out, "shape", None) != ():
-            msg = f"loss must map outputs of shape {shape} to one number, got {out}."
-            raise ValueError(msg)
-
-
-def as_loss(loss: Any) -> Loss:
-    """The loss itself, or any callable on outputs as a `Loss` in the Euclidean metric.
-
-    Raises:
-        TypeError: not callable (most often a bare target array).
-    """
-    if isinstance(loss, Loss):
-        return loss
-    if not callable(loss):
-        msg = f"loss must be a function of the outputs, got {type(loss).__name__}; use lazyjax.square_loss(target)."
-        raise TypeError(msg)
-    return UserLoss(function=loss)
 
 
 def _check_data(data: Array, name: str, ndims: tuple[int, ...] = (1, 2)) -> None:
