@@ -172,26 +172,37 @@ def singular_values(
     )
 
 
-def lanczos(
-    matvec: Callable[[Array], Array],
-    size: int,
-    num_matvecs: int,
-    *,
-    dtype: Any,
-    key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, " m"], Float[Array, " m"], Float[Array, "m size"]]:
-    """Ritz values (rising), their residual norms, and Ritz vectors (as rows) of a symmetric operator.
+class KrylovSpace(eqx.Module):
+    """An orthonormal basis of a Krylov space, the operator projected on it, what comes after; made by `krylov`.
+
+    Attributes:
+        basis: Rows (m, size).
+        projected: Tridiagonal (m, m).
+        norm: Of the start vector, the first row of the basis times it.
+        next: The (m+1)-st vector.
+        coupling: Between the last two; 0 where the space is all there is.
+    """
+
+    basis: Float[Array, "m size"]
+    projected: Float[Array, "m m"]
+    norm: Float[Array, ""]
+    next: Float[Array, " size"]
+    coupling: Float[Array, ""]
+
+
+def krylov(
+    matvec: Callable[[Array], Array], start: Float[Array, " size"], num_matvecs: int, key: PRNGKeyArray | None = None
+) -> KrylovSpace:
+    """Lanczos with full re-orthogonalization, for a symmetric operator.
 
     Ours, because the libraries' (matfree 0.6) goes on from a normalized rounding error when the Krylov space is
     exhausted, and then returns values that are no eigenvalues (for the identity: -0.07 and 2.07). Here the
     recurrence restarts from a fresh direction, so that repeated eigenvalues and low rank are right.
     """
-    if num_matvecs < 1:
-        msg = f"num_matvecs must be at least 1, got {num_matvecs}."
-        raise ValueError(msg)
+    size, dtype = start.size, start.dtype
     m = min(num_matvecs, size)
     eps = jnp.finfo(dtype).eps
-    starts = jr.normal(jr.key(0) if key is None else key, (m, size), dtype)
+    fresh_starts = jr.normal(jr.key(0) if key is None else key, (m, size), dtype)
 
     def orthogonalized(v: Array, basis: Array) -> Array:
         for _ in range(2):  # twice is enough (Kahan, Parlett)
@@ -206,18 +217,38 @@ def lanczos(
         scale = jnp.maximum(scale, jnp.linalg.norm(image))
         beta = jnp.linalg.norm(v)
         exhausted = beta <= 10 * size**0.5 * eps * scale
-        fresh = orthogonalized(starts[i], basis)
+        fresh = orthogonalized(fresh_starts[i], basis)
         q = jnp.where(exhausted, fresh / jnp.linalg.norm(fresh), v / jnp.where(exhausted, 1, beta))
         return basis, diagonal.at[i].set(basis[i] @ image), off.at[i].set(jnp.where(exhausted, 0, beta)), q, scale
 
-    first = starts[-1] / jnp.linalg.norm(starts[-1])
+    norm = jnp.linalg.norm(start)
+    # A zero start has no direction: any will do, its coordinates are zero.
+    other = fresh_starts[0] / jnp.linalg.norm(fresh_starts[0])
+    first = jnp.where(norm > 0, start / jnp.where(norm > 0, norm, 1), other)
     zeros = jnp.zeros(m, dtype)
     carry = (jnp.zeros((m, size), dtype), zeros, zeros, first, jnp.zeros((), dtype))
-    basis, diagonal, off, _, _ = jax.lax.fori_loop(0, m, step, carry)
+    basis, diagonal, off, q, _ = jax.lax.fori_loop(0, m, step, carry)
     projected = jnp.diag(diagonal) + jnp.diag(off[:-1], 1) + jnp.diag(off[:-1], -1)
-    theta, vectors = jnp.linalg.eigh(projected)
-    residuals = jnp.where(m == size, 0, off[-1]) * jnp.abs(vectors[-1])
-    return theta, residuals, vectors.T @ basis
+    return KrylovSpace(basis, projected, norm, q, jnp.where(m == size, 0, off[-1]))
+
+
+def lanczos(
+    matvec: Callable[[Array], Array],
+    size: int,
+    num_matvecs: int,
+    *,
+    dtype: Any,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, " m"], Float[Array, " m"], Float[Array, "m size"]]:
+    """Ritz values (rising), their residual norms, and Ritz vectors (as rows) of a symmetric operator."""
+    if num_matvecs < 1:
+        msg = f"num_matvecs must be at least 1, got {num_matvecs}."
+        raise ValueError(msg)
+    key = jr.key(0) if key is None else key
+    start = jr.normal(key, (min(num_matvecs, size), size), dtype)[-1]
+    space = krylov(matvec, start, num_matvecs, key)
+    theta, vectors = jnp.linalg.eigh(space.projected)
+    return theta, space.coupling * jnp.abs(vectors[-1]), vectors.T @ space.basis
 
 
 def top_eigenvalues(
