@@ -20,9 +20,14 @@ from jaxtyping import Array, Float
 from lazyjax._check import check_outputs, is_concrete, split_params
 from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax.difference import finite_jvp
+from lazyjax.linear_part import Anchored
 from lazyjax.loss import Loss
-from lazyjax.maps import declares_zero
+from lazyjax.maps import declares_zero, without_constant
 from lazyjax.tangent import Tangent
+
+PLAIN_ALPHA = {"float64": 1e3}
+"""Up to this alpha (1 in other precisions) the plain difference (h(w) - h(w0)) alpha is used along the flow: its
+rounding, alpha eps |h|, is 1e-13 of the outputs at most, or theirs. What is saved always has `finite_jvp`'s digits."""
 
 
 def move(coordinates: Params, eps: Float[Array, ""], u: Params) -> Params:
@@ -39,6 +44,7 @@ class ModelField(eqx.Module):
     loss: Loss
     eps: Float[Array, ""]
     start: Outputs
+    initial: Outputs
 
     def moved(self, u: Params) -> Params:
         """The coordinates of $w = w_0 + u/alpha$."""
@@ -49,10 +55,22 @@ class ModelField(eqx.Module):
         w0 = eqx.combine(self.coordinates, self.rest)
         return self.start + finite_jvp(self.h, w0, u, self.eps)
 
+    def anchored(self, u: Params | None = None) -> Anchored:
+        """The model where u has taken it, to be linearized there; None for the start.
+
+        Not u = 0, which under a vmap over alpha would make an anchor a lane of what all of them share.
+        """
+        if u is None:
+            return Anchored(self.h, self.rest, self.coordinates, self.loss.root(self.start))
+        return Anchored(self.h, self.rest, self.moved(u), self.loss.root(self.outputs(u)))
+
     def __call__(self, u: Params) -> Params:
         """$u'$."""
-        cotangent = self.loss.cotangent(self.outputs(u))
-        _, vjp = jax.vjp(lambda w: self.h(eqx.combine(w, self.rest)), self.moved(u))
+        outputs, vjp = jax.vjp(lambda w: self.h(eqx.combine(w, self.rest)), self.moved(u))
+        # Where the plain difference loses no digit that counts, it is there already and halves the price.
+        plain = self.eps * PLAIN_ALPHA.get(outputs.dtype.name, 1.0) >= 1
+        scaled = jax.lax.cond(plain, lambda: self.start + (outputs - self.initial) / self.eps, lambda: self.outputs(u))
+        cotangent = self.loss.cotangent(scaled)
         return jtu.tree_map(jnp.negative, vjp(cotangent)[0])
 
 
@@ -74,6 +92,12 @@ class TangentField(eqx.Module):
         r"""$\alpha \bar h(w_0 + u/\alpha) = \alpha h(w_0) + Dh(w_0) u$."""
         return self.start + self.tangent.jvp(u)
 
+    def anchored(self, u: Params | None = None) -> Anchored:
+        """The model where the tangent model touches it, whatever u; the loss where u has taken the outputs."""
+        coordinates, rest = eqx.partition(self.tangent.w0, eqx.is_inexact_array)
+        outputs = self.start if u is None else self.outputs(u)
+        return Anchored(self.tangent.h, rest, coordinates, self.loss.root(outputs))
+
     def __call__(self, u: Params) -> Params:
         """$u'$."""
         return jtu.tree_map(jnp.negative, self.tangent.vjp(self.loss.cotangent(self.outputs(u))))
@@ -93,8 +117,10 @@ def make_field(
         initial = h(w0)
         start, eps = _scaled_start(initial, alpha, zero_start, throw)
         return TangentField(h, coordinates, rest, loss, eps, start)
-    start, eps = _scaled_start(h(w0), alpha, zero_start, throw)
-    return ModelField(h, coordinates, rest, loss, eps, start)
+    h = without_constant(h) if zero_start else h
+    initial = h(w0)
+    start, eps = _scaled_start(initial, alpha, zero_start, throw)
+    return ModelField(h, coordinates, rest, loss, eps, start, initial)
 
 
 def _scaled_start(initial: Outputs, alpha: RealScalar, zero_start: bool, throw: bool) -> tuple[Outputs, Array]:
@@ -105,8 +131,11 @@ def _scaled_start(initial: Outputs, alpha: RealScalar, zero_start: bool, throw: 
     nonzero = initial != 0
     if throw:
         initial = eqx.error_if(initial, jnp.isinf(alpha) & jnp.any(nonzero), _INFINITE_START)
-    # The guard keeps alpha = inf exact (and its derivatives finite) where the output is zero.
-    return jnp.where(nonzero, jnp.where(nonzero, alpha, 0) * initial, 0), 1 / alpha
+    # The guard keeps alpha = inf exact (and its derivatives finite) where the output is zero; at a finite alpha the
+    # derivative by w0 must pass through an output that is zero.
+    finite = jnp.isfinite(alpha)
+    endless = jnp.where(nonzero, jnp.inf * jnp.sign(initial), 0)
+    return jnp.where(finite, jnp.where(finite, alpha, 0) * initial, endless), 1 / alpha
 
 
 _INFINITE_START = (
@@ -188,3 +217,14 @@ def tree_norm(tree: Any) -> Float[Array, ""]:
     """Euclidean norm of a tree of arrays, with the gradient zero at zero."""
     squares = functools.reduce(jnp.add, [jnp.sum(leaf**2) for leaf in jtu.tree_leaves(tree)])
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+
+class Velocity(eqx.Module):
+    """A field as the vector field of a `diffrax.ODETerm`."""
+
+    field: ModelField | TangentField
+
+    def __call__(self, t: Any, u: Params, args: Any) -> Params:
+        """$u'$, whatever t and args."""
+        del t, args
+        return self.field(u)

@@ -62,6 +62,13 @@ def solve_tangent(matrix: Float[Array, "m m"], start: Outputs, target: Outputs, 
         of Chizat, Oyallon, Bach (2019), section 2.3.
     """
     values, vectors = jnp.linalg.eigh(jnp.asarray(weight, matrix.dtype) * matrix)
+    return tangent_solution(values, vectors, start, target, weight)
+
+
+def tangent_solution(
+    values: Float[Array, " m"], vectors: Float[Array, "m m"], start: Outputs, target: Outputs, weight: float
+) -> TangentSolution:
+    """As `solve_tangent`, from the eigenvalues (rising) and eigenvectors of K."""
     # What rounding leaves of a zero eigenvalue. The customary factor `size` instead of its root would cut modes
     # that are learnt within any horizon of interest: at 2560 outputs in float32 all below 3e-4 of the largest.
     cut = values.size**0.5 * jnp.finfo(values.dtype).eps * jnp.maximum(values[-1], 0)

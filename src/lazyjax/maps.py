@@ -169,6 +169,15 @@ class OnData(eqx.Module):
         return declares_zero(self.f, w)
 
 
+def without_constant(h: Model) -> Model:
+    """A centred model's own f, which changes as it does and costs half."""
+    if isinstance(h, Centered):
+        return h.f
+    if isinstance(h, OnData) and isinstance(h.f, Centered):
+        return OnData(h.f.f, h.x)
+    return h
+
+
 def declares_zero(h: Model, w: Params) -> bool:
     """Whether h declares that its outputs at w are exactly zero (looking through `functools.partial`)."""
     # A positional argument would be the parameters' place: what is then left to give is something else.

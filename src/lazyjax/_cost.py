@@ -1,0 +1,63 @@
+"""What a function costs, counted from its jaxpr, and what the two ways to take functions of L cost in total."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+
+ATTEMPTS = 40
+"""Steps to plan for: lazy flows take 5 to 20, those that learn features up to a hundred."""
+
+
+def count_flops(fn: Callable[..., Any], *args: Any) -> float:
+    """Multiply-adds of products and convolutions, one a number made by all else, times the lengths of scans."""
+    arrays, static = eqx.partition(args, eqx.is_array)
+    closed = eqx.filter_make_jaxpr(lambda a: fn(*eqx.combine(a, static)))(arrays)[0]
+    return _count(closed.jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        inner = [sub for value in eqn.params.values() for sub in _jaxprs(value)]
+        size = sum(math.prod(getattr(v.aval, "shape", ())) for v in eqn.outvars)
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            size *= math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            size *= math.prod(kernel) / kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        counts = [_count(sub) for sub in inner]
+        # Of the branches of a cond the dearest one; a while loop counts once.
+        repeat = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        total += repeat * (max(counts) if eqn.primitive.name == "cond" else sum(counts)) if inner else size
+    return total
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    values = value if isinstance(value, tuple | list) else [value]
+    closed = [getattr(v, "jaxpr", v) for v in values]
+    return [v for v in closed if hasattr(v, "eqns")]
+
+
+def eigh_cost(size: int) -> float:
+    """Multiply-adds of a product that takes as long as an eigendecomposition (measured from 6 to 2560)."""
+    return min(80.0 * size**3, 10.0 * size**3 + 1.7e4 * size**2)
+
+
+def dense_cost(flops: float, outputs: int) -> tuple[float, float]:
+    """Multiply-adds of the set-up, and of one step, with the Gram of all outputs diagonalized."""
+    setup = 4 * flops * outputs + eigh_cost(outputs)
+    return setup, 42 * flops + 18 * outputs**2
+
+
+def krylov_cost(flops: float, outputs: int, num_lanczos: int) -> float:
+    """Multiply-adds of one step with five Krylov spaces, orthogonalized twice over, and their eigendecompositions."""
+    m = min(num_lanczos, outputs)
+    return 42 * flops + 5 * (m * (4 * flops + 4 * m * outputs) + eigh_cost(m))
+
+
+def explicit_cost(flops: float, stiffness: float) -> float:
+    """Multiply-adds of Tsit5 over the time `stiffness` / lambda_max: six gradients a step, 3.3 of stiffness each."""
+    return 6 * 6 * flops * (ATTEMPTS + stiffness / 3.3)
