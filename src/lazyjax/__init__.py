@@ -41,6 +41,9 @@ from lazyjax.kernel import spectrum as spectrum
 # Training: the flow and the descent, and the two flows side by side.
 from lazyjax.flow import Flow as Flow
 from lazyjax.flow import gradient_flow as gradient_flow
+from lazyjax.exponential import TangentExponential as TangentExponential
+from lazyjax.result import RESULTS as RESULTS
+from lazyjax.result import SOLVERS as SOLVERS
 from lazyjax.descent import Descent as Descent
 from lazyjax.descent import gradient_descent as gradient_descent
 from lazyjax.criterion import Comparison as Comparison

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from lazyjax._field import tree_norm
 from lazyjax._types import Model, Outputs, Params, RealScalar
+from lazyjax._user_loss import as_loss
 from lazyjax.difference import finite_jvp
 from lazyjax.flow import Flow, gradient_flow
-from lazyjax.loss import Loss, as_loss
+from lazyjax.loss import Loss
 from lazyjax.tangent import linearize
 
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 from lazyjax._check import check_alpha, is_concrete
 from lazyjax._field import check_start, make_field, tree_norm
 from lazyjax._types import Model, Outputs, Params, RealScalar
-from lazyjax.loss import Loss, as_loss
+from lazyjax._user_loss import as_loss
+from lazyjax.loss import Loss
 from lazyjax.tangent import Tangent, linearize
 
 

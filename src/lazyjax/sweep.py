@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from diffrax import RESULTS
 from jaxtyping import Array
-from tqdm.auto import tqdm
+from tqdm import tqdm
+
+from lazyjax.result import RESULTS, as_result, is_result
 
 if TYPE_CHECKING:
     import xarray
@@ -150,7 +151,7 @@ def _checked(out: Any, axes: Mapping[str, Any], dims: Mapping[str, Sequence[str]
         if name in dims and len(dims[name]) != jnp.ndim(value):
             msg = f"dims[{name!r}] must name {jnp.ndim(value)} axes, got {tuple(dims[name])}."
             raise ValueError(msg)
-    return {name: value if isinstance(value, RESULTS) else jnp.asarray(value) for name, value in out.items()}
+    return {name: as_result(value) if is_result(value) else jnp.asarray(value) for name, value in out.items()}
 
 
 def _label(

@@ -1,0 +1,68 @@
+"""Which solver a flow gets where the caller names none: by predicted cost."""
+
+import math
+
+import diffrax
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array
+
+from lazyjax._check import is_concrete
+from lazyjax._cost import ATTEMPTS, dense_cost, explicit_cost, krylov_cost
+from lazyjax._field import make_field
+from lazyjax._types import Model, Params
+from lazyjax.exponential import TangentExponential
+from lazyjax.linear_part import krylov_part
+from lazyjax.loss import LogisticLoss, Loss, SoftmaxCrossEntropy
+from lazyjax.result import SOLVERS
+from lazyjax.tangent import linearize
+
+DENSE_OUTPUTS = 4096
+"""Up to this many outputs n*k, a tangent flow of the square loss is solved in closed form by default."""
+
+MARGIN = 3.0
+"""By how much the exponential solver must promise to win: a kernel that moves much costs it more steps than planned,
+and an explicit method loses little where the two are close."""
+
+FADING = 12.0
+"""Stiffness over its logarithm, for a loss whose Hessian fades as it is fitted (cross-entropy)."""
+
+
+def choose_solver(
+    model: tuple[Model, Params | None], loss: Loss, w0: Params, ts: Array, alpha: Array, *, zero_start: bool
+) -> diffrax.AbstractSolver:
+    """Tsit5 or `TangentExponential`, by predicted cost: lambda_max T / 3.3 steps, or a set-up and some tens.
+
+    Where values are traced, as under a vmap over alpha, nothing can be measured: then the choice must do for every
+    horizon. It is the exponential solver, but for losses whose Hessian, and the stiffness with it, fades.
+    """
+    fading = isinstance(loss, LogisticLoss | SoftmaxCrossEntropy)
+    if not is_concrete((eqx.filter((model, loss, w0), eqx.is_array), ts, alpha)):
+        return diffrax.Tsit5() if fading else TangentExponential()
+    size, flops, top = _measure(model, loss, w0, alpha, zero_start)
+    times = np.asarray(ts, np.float64)
+    stiffness = float(top) * (times[-1] - times[0])
+    if fading:
+        stiffness = FADING * math.log1p(stiffness)
+    exponential = TangentExponential(relinearize=True)
+    setup, step = dense_cost(flops, size)
+    planned = min(setup + ATTEMPTS * step, ATTEMPTS * krylov_cost(flops, size, exponential.num_lanczos))
+    return exponential if MARGIN * planned < explicit_cost(flops, stiffness) else diffrax.Tsit5()
+
+
+@eqx.filter_jit
+def _measure(
+    model: tuple[Model, Params | None], loss: Loss, w0: Params, alpha: Array, zero_start: bool
+) -> tuple[int, float, Array]:
+    """Number of outputs, multiply-adds of a model evaluation, largest eigenvalue of the flow's linear part."""
+    h, anchor = model
+    field = make_field(h if anchor is None else linearize(h, anchor), loss, w0, alpha, zero_start=zero_start)
+    anchored = field.anchored()
+    return field.start.size, anchored.flops(), krylov_part(anchored, 1).top
+
+
+def name_of(solver: diffrax.AbstractSolver) -> SOLVERS:
+    """What `Flow.stats` says of a solver."""
+    if isinstance(solver, TangentExponential):
+        return SOLVERS.tangent_exponential
+    return SOLVERS.tsit5 if isinstance(solver, diffrax.Tsit5) else SOLVERS.given

@@ -1,0 +1,88 @@
+"""A step-size controller that notices when the steps of another one have collapsed, and stops the solve.
+
+The flow of a ReLU model slides along the kinks of its units (a Filippov mode): f points towards the kink from both
+sides. An adaptive method crosses it back and forth at a step that its tolerance alone sets, for as long as it slides.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+from diffrax import RESULTS
+from jaxtyping import Array
+
+WINDOW = 256
+"""Attempts that must all be small before the steps count as collapsed."""
+
+SMALL = 1 / 30
+"""Against the longest accepted step: stiffness that grows as features are learnt takes away less."""
+
+REJECTED = 0.25
+"""Share of the attempts: an explicit method at its stability bound rejects about a fifth."""
+
+PROGRESS = 0.1
+"""Share of the time gone by that the window must add."""
+
+COLLAPSED = RESULTS.max_steps_rejected
+"""What the controller returns; nothing else in a flow does."""
+
+
+class WatchState(eqx.Module):
+    """The controller's own state, the longest step, and since the last step that was not small: counts and a time."""
+
+    inner: Any
+    begin: Array
+    longest: Array
+    attempts: Array
+    rejected: Array
+    since: Array
+
+
+class WatchedController(diffrax.AbstractAdaptiveStepSizeController):
+    """Another controller, and the watch over its steps; implicit solvers take their tolerances from it."""
+
+    rtol: Any
+    atol: Any
+    norm: Callable[[Any], Any]
+    controller: diffrax.AbstractAdaptiveStepSizeController
+
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController) -> None:
+        self.rtol, self.atol, self.norm = controller.rtol, controller.atol, controller.norm
+        self.controller = controller
+
+    def wrap(self, direction: Any) -> "WatchedController":
+        """As the controller's."""
+        wrapped = self.controller.wrap(direction)
+        assert isinstance(wrapped, diffrax.AbstractAdaptiveStepSizeController)
+        return WatchedController(wrapped)
+
+    def init(self, terms: Any, t0: Any, t1: Any, *args: Any, **kwargs: Any) -> tuple[Any, WatchState]:
+        """As the controller's."""
+        t_next, inner = self.controller.init(terms, t0, t1, *args, **kwargs)
+        t0 = jnp.asarray(t0)
+        zero = jnp.zeros_like(t0)  # counts too are held in the dtype of time, to be weighed against it
+        return t_next, WatchState(inner, t0, zero, zero, zero, t0)
+
+    def adapt_step_size(
+        self, t0: Any, t1: Any, y0: Any, y1_candidate: Any, args: Any, y_error: Any, error_order: Any,
+        controller_state: WatchState,
+    ) -> tuple[Any, Any, Any, Any, WatchState, RESULTS]:  # fmt: skip
+        """The controller's answer, unless the steps have collapsed."""
+        state = controller_state
+        keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, state.inner
+        )
+        length = t1 - t0
+        small = length < SMALL * state.longest
+        # A rejected step of usual length says nothing: only an accepted one ends a spell of small steps.
+        over = keep & ~small
+        attempts = jnp.where(over, 0.0, state.attempts + 1)
+        rejected = jnp.where(over, 0.0, state.rejected + jnp.where(keep, 0.0, 1.0).astype(attempts.dtype))
+        since = jnp.where(over, next_t0, state.since)
+        longest = jnp.where(keep, jnp.maximum(state.longest, length), state.longest)
+        stuck = (attempts >= WINDOW) & (rejected >= REJECTED * attempts)
+        stuck &= next_t0 - since < PROGRESS * attempts / WINDOW * (next_t0 - state.begin)
+        result = RESULTS.where(stuck & (result == RESULTS.successful), COLLAPSED, result)
+        return keep, next_t0, next_t1, jump, WatchState(inner, state.begin, longest, attempts, rejected, since), result

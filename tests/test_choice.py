@@ -1,0 +1,45 @@
+"""What lanes share, and what flows do at the edges of their arguments."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import lazyjax as lj
+from helpers import relative_error
+from lazyjax.maps import OnData
+
+KEYS = jr.split(jr.key(0), 3)
+W0 = lj.init_two_layer(KEYS[0], 4, 20)
+H = OnData(lj.center(lj.two_layer(jnp.tanh), W0), jr.normal(KEYS[1], (12, 4)))
+LOSS = lj.square_loss(jr.normal(KEYS[2], (12,)))
+
+
+def test_lanes_over_alpha_share_one_eigendecomposition():
+    """No array with the eigenvectors' shape carries a lane axis: memory and set-up are those of one flow."""
+
+    def lane(alpha):
+        return lj.gradient_flow(H, LOSS, W0, jnp.array([0.0, 1.0]), alpha=alpha, throw=False).loss
+
+    program = str(jax.make_jaxpr(jax.vmap(lane))(jnp.array([1.0, 10.0, jnp.inf])))
+    assert "f64[12,12]" in program
+    assert "f64[3,12,12]" not in program
+
+
+@pytest.mark.parametrize("solver", [diffrax.Tsit5(), lj.TangentExponential()])
+def test_a_start_that_is_stationary_stays(solver):
+    at_target = lj.square_loss(jnp.zeros(12))
+    flow = lj.gradient_flow(H, at_target, W0, jnp.array([0.0, jnp.inf]), solver=solver)
+    np.testing.assert_array_equal(flow.outputs, 0)
+
+
+def test_the_derivative_by_the_start_passes_through_an_output_that_is_zero():
+    """The first output is alpha h(w0): zero for a centred model, but not its derivative by w0."""
+
+    def first(w):
+        return lj.gradient_flow(H, LOSS, w, jnp.array([0.0, 1e-3]), alpha=3.0, solver=diffrax.Tsit5()).outputs[0].sum()
+
+    exact = jax.tree.map(lambda leaf: 3 * leaf, jax.grad(lambda w: H(w).sum())(W0))
+    assert relative_error(jax.grad(first)(W0), exact) < 1e-12
