@@ -22,9 +22,19 @@ import harness
 
 def run_report(out: Path, cache: Path, options: list[str]) -> dict[str, Any]:
     """One `lazyjax report` in a fresh process: wall seconds, CPU seconds, peak memory, its own timings."""
-    command = [sys.executable, "-m", "lazyjax", "report", "--out", str(out), "--cache", str(cache), *options]
+    command = [
+        str(Path(sys.executable).with_name("lazyjax")),
+        "report",
+        "--out",
+        str(out),
+        "--cache",
+        str(cache),
+        *options,
+    ]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    # As installed for a user: with Python's bytecode on disk.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
     # wait4 and not RUSAGE_CHILDREN: that one keeps the largest peak of all children so far.
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start

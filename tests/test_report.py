@@ -155,7 +155,7 @@ def test_a_failed_lane_is_told_of_not_hidden():
         ({"alphas": [1.0, -2.0]}, "alpha must be a scale"),
         ({"time": 0.0}, "finite positive flow time"),
         ({"time": math.inf}, "finite positive flow time"),
-        ({"time": 1e9}, "time must be at most .* for this model"),
+        ({"time": 1e9, "loss": "softmax"}, "time must be at most .* for this model"),
         ({"test": (X_TEST, LABELS)}, "y_test must hold one target a sample"),
         ({"f": lambda w, x: F(w, x)[:-1]}, "one row of outputs a sample"),
         ({"w0": [{"weight": w["weight"], "bias": w["bias"] * jnp.nan} for w in W0]}, "w0.*must be finite"),

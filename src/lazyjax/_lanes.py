@@ -12,13 +12,16 @@ import numpy as np
 from jaxtyping import Array
 
 from lazyjax._check import check_finite, check_outputs
-from lazyjax._field import check_start, move, tree_norm
+from lazyjax._choice import DENSE_OUTPUTS
+from lazyjax._field import check_start, make_field, move, tree_norm
 from lazyjax._task import Accuracy, make_task
 from lazyjax._types import Model, Params
-from lazyjax.closed_form import TangentSolution, solve_tangent, tangent_gram
+from lazyjax.closed_form import TangentSolution, tangent_gram, tangent_solution
 from lazyjax.criterion import activation_stability, measure_kernel_drift
 from lazyjax.difference import finite_jvp
-from lazyjax.flow import DENSE_OUTPUTS, gradient_flow
+from lazyjax.exponential import TangentExponential
+from lazyjax.flow import gradient_flow
+from lazyjax.linear_part import SpectralPart
 from lazyjax.loss import Loss, SquareLoss
 from lazyjax.maps import OnData, center
 from lazyjax.tangent import linearize, top_eigenvalues
@@ -86,34 +89,50 @@ def _check_inputs(f: Model, w0: Params, x: Any, name: str) -> tuple[Array, tuple
     return x, shape
 
 
-def diagonalize(setting: Setting) -> tuple[np.ndarray, TangentSolution | None]:
-    """Leading eigenvalues of the kernel at w0, in F's metric, falling; the closed form where there is one.
+class Spectrum(eqx.Module):
+    """What the kernel at w0 gives: eigenvalues in F's metric, falling; the closed form and the solver it allows."""
+
+    eigenvalues: np.ndarray
+    solution: TangentSolution | None
+    solver: diffrax.AbstractSolver
+
+
+def diagonalize(setting: Setting) -> Spectrum:
+    """The kernel's spectrum, all of it up to 4096 outputs, and what to follow the flows with.
+
+    The exponential solver where one eigendecomposition serves all lanes; Tsit5 above that size, and for other losses,
+    whose Hessian fades as they are fitted, and the stiffness with it.
 
     Raises:
         ValueError: the kernel is zero: no first-order change of the outputs, nothing for a tangent model to learn.
     """
-    solution = None
     if setting.num_outputs > DENSE_OUTPUTS:
-        eigenvalues = np.asarray(_leading(setting))
+        spectrum = Spectrum(np.asarray(_leading(setting)), None, diffrax.Tsit5())
     elif isinstance(setting.loss, SquareLoss):
-        solution = _solve(setting)
-        eigenvalues = np.asarray(solution.eigenvalues)
+        solution, solver = _solve(setting)
+        spectrum = Spectrum(np.asarray(solution.eigenvalues), solution, solver)
     else:
-        eigenvalues = np.asarray(_all(setting))
-    if not eigenvalues[0] > 0:
+        spectrum = Spectrum(np.asarray(_all(setting)), None, diffrax.Tsit5())
+    if not spectrum.eigenvalues[0] > 0:
         msg = (
             "f must depend on w0 to first order, but its tangent kernel on x is zero at w0 (all parameters zero, or "
             "every unit dead?); start from another w0."
         )
         raise ValueError(msg)
-    return eigenvalues, solution
+    return spectrum
 
 
 @eqx.filter_jit
-def _solve(s: Setting) -> TangentSolution:
+def _solve(s: Setting) -> tuple[TangentSolution, TangentExponential]:
     assert isinstance(s.loss, SquareLoss)
-    tangent = linearize(OnData(s.f, s.x), s.w0)
-    return solve_tangent(tangent_gram(tangent), jnp.zeros_like(tangent.outputs), s.loss.minimizer, s.loss.weight)
+    h = OnData(center(s.f, s.w0), s.x)
+    field = make_field(h, s.loss, s.w0, jnp.inf, zero_start=True)
+    solver = TangentExponential(method="dense").attach(field)
+    assert isinstance(solver.linear, SpectralPart)
+    values, vectors = solver.linear.values, solver.linear.vectors
+    solution = tangent_solution(values, vectors, jnp.zeros_like(field.start), s.loss.minimizer, s.loss.weight)
+    # The flows of the lanes have fields of their own.
+    return solution, TangentExponential(method="dense", linear=solver.linear)
 
 
 @eqx.filter_jit
@@ -131,8 +150,9 @@ def _leading(s: Setting) -> Array:
     return top_eigenvalues(product, tangent.outputs.size, LEADING, dtype=dtype)
 
 
-def choose_horizon(eigenvalues: np.ndarray, solution: TangentSolution | None) -> float:
-    """Flow time at which the tangent model has learnt, within reach of an explicit solver."""
+def choose_horizon(spectrum: Spectrum) -> float:
+    """Flow time at which the tangent model has learnt, at most 1000 over the largest eigenvalue."""
+    eigenvalues, solution = spectrum.eigenvalues, spectrum.solution
     if solution is None:
         return 300 / float(eigenvalues[0])
     times = np.geomspace(1, 1000, 400) / float(eigenvalues[0])
@@ -141,8 +161,11 @@ def choose_horizon(eigenvalues: np.ndarray, solution: TangentSolution | None) ->
     return float(times[np.argmax(losses <= max(0.01 * start, end))])
 
 
-def check_horizon(horizon: float, eigenvalues: np.ndarray, loss: Loss) -> None:
-    """Refuse a flow time that the explicit solver cannot reach within its steps, each about 3 over the stiffness."""
+def check_horizon(horizon: float, spectrum: Spectrum, loss: Loss) -> None:
+    """Refuse a flow time that an explicit solver cannot reach within its steps, each about 3 over the stiffness."""
+    if isinstance(spectrum.solver, TangentExponential):
+        return
+    eigenvalues = spectrum.eigenvalues
     stiffness = getattr(loss, "smoothness", 1.0) * float(eigenvalues[0])
     longest = 2.5 * SOLVE["max_steps"] / stiffness if stiffness > 0 else np.inf
     if horizon > longest:
@@ -154,6 +177,15 @@ def check_horizon(horizon: float, eigenvalues: np.ndarray, loss: Loss) -> None:
         raise ValueError(msg)
 
 
+def follower(spectrum: Spectrum, horizon: float) -> diffrax.AbstractSolver:
+    """The solver for flows of this length: the exponential one for what is stiff over it."""
+    solver = spectrum.solver
+    if not isinstance(solver, TangentExponential):
+        return solver
+    assert isinstance(solver.linear, SpectralPart)
+    return TangentExponential(method="dense", linear=solver.linear.leading(horizon))
+
+
 class Reference(eqx.Module):
     """The tangent model's flow: displacement and outputs at the save times."""
 
@@ -163,33 +195,35 @@ class Reference(eqx.Module):
 
 
 SOLVE: dict[str, Any] = {
-    "solver": diffrax.Tsit5(),
     "rtol": 1e-5,
     "atol": 1e-8,
     "save": ("outputs", "displacement"),
     "max_steps": 2**15,
 }
 """Model and tangent model are followed by the same solver at the same tolerances, so that their errors cancel in
-the gaps (the closed form, through a float32 eigendecomposition, is only good to 1e-3 at a stiffness of 1000)."""
+the gaps (the closed form, through a float32 eigendecomposition, is only good to 1e-3 at a stiffness of 1000; the
+exponential solver evaluates the true gradient at every stage, and so corrects it)."""
 
 
 @eqx.filter_jit
-def follow_tangent(setting: Setting, ts: Array) -> Reference:
+def follow_tangent(setting: Setting, ts: Array, solver: diffrax.AbstractSolver) -> Reference:
     """The tangent model's flow, from a zero start the same for every alpha."""
     model = center(setting.f, setting.w0)
     tangent = linearize(OnData(model, setting.x), setting.w0)
-    flow = gradient_flow(tangent, setting.loss, setting.w0, ts, alpha=jnp.inf, **SOLVE)
+    flow = gradient_flow(tangent, setting.loss, setting.w0, ts, alpha=jnp.inf, solver=solver, **SOLVE)
     test_outputs = None
     if setting.x_test is not None:
         test_outputs = jax.lax.map(linearize(OnData(model, setting.x_test), setting.w0).jvp, flow.displacement)
     return Reference(flow.displacement, flow.outputs, test_outputs)
 
 
-def run_lane(alpha: Array, *, setting: Setting, ts: Array, reference: Reference) -> dict[str, Any]:
+def run_lane(
+    alpha: Array, *, setting: Setting, ts: Array, solver: diffrax.AbstractSolver, reference: Reference
+) -> dict[str, Any]:
     """One scale: the flow, and everything measured along it."""
     s = setting
     model = center(s.f, s.w0)
-    flow = gradient_flow(OnData(model, s.x), s.loss, s.w0, ts, alpha=alpha, throw=False, **SOLVE)
+    flow = gradient_flow(OnData(model, s.x), s.loss, s.w0, ts, alpha=alpha, solver=solver, throw=False, **SOLVE)
     eps = 1 / flow.alpha
     test_outputs = None
     if s.x_test is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lazyjax._check import check_alpha
 from lazyjax._field import tree_norm
@@ -25,6 +25,7 @@ from lazyjax._lanes import (
     choose_horizon,
     diagonalize,
     follow_tangent,
+    follower,
     measure,
     prepare,
     run_lane,
@@ -133,17 +134,19 @@ def diagnose(
         raise ValueError(msg)
     _announce("the tangent kernel and its eigenvalues", progress)
     setting, notes = add_probe(setting)
-    eigenvalues, solution = diagonalize(setting)
-    horizon = choose_horizon(eigenvalues, solution) if time is None else float(time)
-    check_horizon(horizon, eigenvalues, setting.loss)
+    spectrum = diagonalize(setting)
+    eigenvalues = spectrum.eigenvalues
+    horizon = choose_horizon(spectrum) if time is None else float(time)
+    check_horizon(horizon, spectrum, setting.loss)
+    solver = follower(spectrum, horizon)
     ts = jnp.concatenate([jnp.zeros(1), horizon * jnp.geomspace(1e-3, 1.0, NUM_TIMES - 1)])
     _announce(f"the tangent model's flow up to time {horizon:.4g}", progress)
-    reference = follow_tangent(setting, ts)
+    reference = follow_tangent(setting, ts, solver)
     _announce(f"the model's flows at {len(alphas)} scales alpha (compiled first)", progress)
     data = sweep(
         run_lane,
         over={"alpha": alphas},
-        shared={"setting": setting, "ts": ts, "reference": reference},
+        shared={"setting": setting, "ts": ts, "solver": solver, "reference": reference},
         dims=dict.fromkeys(MEASURES, ("time",)),
         coords={"time": np.asarray(ts), "mode": np.arange(1, eigenvalues.size + 1)},
         # On a CPU lanes side by side are no faster than one by one, which shows more progress.
