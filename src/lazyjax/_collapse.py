@@ -23,17 +23,19 @@ REJECTED = 0.25
 """Share of the attempts: an explicit method at its stability bound rejects about a fifth."""
 
 PROGRESS = 0.1
-"""Share of the time gone by that the window must add."""
+"""Share of the time gone by that the window must add in a flow without an end."""
 
 COLLAPSED = RESULTS.max_steps_rejected
 """What the controller returns; nothing else in a flow does."""
 
 
 class WatchState(eqx.Module):
-    """The controller's own state, the longest step, and since the last step that was not small: counts and a time."""
+    """The controller's own state, all attempts, the longest step; since the last one not small, counts and a time."""
 
     inner: Any
     begin: Array
+    end: Array
+    total: Array
     longest: Array
     attempts: Array
     rejected: Array
@@ -47,23 +49,24 @@ class WatchedController(diffrax.AbstractAdaptiveStepSizeController):
     atol: Any
     norm: Callable[[Any], Any]
     controller: diffrax.AbstractAdaptiveStepSizeController
+    max_steps: int = eqx.field(static=True)
 
-    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController) -> None:
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController, max_steps: int) -> None:
         self.rtol, self.atol, self.norm = controller.rtol, controller.atol, controller.norm
-        self.controller = controller
+        self.controller, self.max_steps = controller, max_steps
 
     def wrap(self, direction: Any) -> "WatchedController":
         """As the controller's."""
         wrapped = self.controller.wrap(direction)
         assert isinstance(wrapped, diffrax.AbstractAdaptiveStepSizeController)
-        return WatchedController(wrapped)
+        return WatchedController(wrapped, self.max_steps)
 
     def init(self, terms: Any, t0: Any, t1: Any, *args: Any, **kwargs: Any) -> tuple[Any, WatchState]:
         """As the controller's."""
         t_next, inner = self.controller.init(terms, t0, t1, *args, **kwargs)
         t0 = jnp.asarray(t0)
         zero = jnp.zeros_like(t0)  # counts too are held in the dtype of time, to be weighed against it
-        return t_next, WatchState(inner, t0, zero, zero, zero, t0)
+        return t_next, WatchState(inner, t0, jnp.asarray(t1, t0.dtype), zero, zero, zero, zero, t0)
 
     def adapt_step_size(
         self, t0: Any, t1: Any, y0: Any, y1_candidate: Any, args: Any, y_error: Any, error_order: Any,
@@ -82,7 +85,15 @@ class WatchedController(diffrax.AbstractAdaptiveStepSizeController):
         rejected = jnp.where(over, 0.0, state.rejected + jnp.where(keep, 0.0, 1.0).astype(attempts.dtype))
         since = jnp.where(over, next_t0, state.since)
         longest = jnp.where(keep, jnp.maximum(state.longest, length), state.longest)
+        total = state.total + 1
         stuck = (attempts >= WINDOW) & (rejected >= REJECTED * attempts)
-        stuck &= next_t0 - since < PROGRESS * attempts / WINDOW * (next_t0 - state.begin)
+        # What an attempt must add for the steps that are left to reach the end.
+        needed = jnp.where(
+            jnp.isinf(state.end),
+            PROGRESS / WINDOW * (next_t0 - state.begin),
+            (state.end - next_t0) / jnp.maximum(self.max_steps - total, 1),
+        )
+        stuck &= next_t0 - since < needed * attempts
         result = RESULTS.where(stuck & (result == RESULTS.successful), COLLAPSED, result)
-        return keep, next_t0, next_t1, jump, WatchState(inner, state.begin, longest, attempts, rejected, since), result
+        state = WatchState(inner, state.begin, state.end, total, longest, attempts, rejected, since)
+        return keep, next_t0, next_t1, jump, state, result

@@ -51,7 +51,7 @@ def integrate(
     rtol = max(options.rtol, 32 * float(jnp.finfo(ts.dtype).eps))
     controller = options.stepsize_controller
     if controller is None:
-        controller = _controller(solver, finite, rtol, options.atol)
+        controller = _controller(solver, finite, rtol, options)
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
     keep_displacement = "displacement" in options.save or "params" in options.save
 
@@ -79,15 +79,16 @@ def integrate(
     return saved, _result(solution.result), _count(solution.stats, solver)
 
 
-def _controller(solver: diffrax.AbstractSolver, finite: Array, rtol: float, atol: float) -> WatchedController:
+def _controller(solver: diffrax.AbstractSolver, finite: Array, rtol: float, options: Options) -> WatchedController:
     # A lane that turned NaN rejects every step: the smallest step ends it, far below any step of use.
     span = finite[-1] - finite[0] if finite.size > 1 else jnp.zeros((), finite.dtype)
     dtmin = 1e-6 * float(jnp.finfo(finite.dtype).eps) * span
     exponential = isinstance(solver, TangentExponential)
     growth = GROWTH if exponential else 10.0
-    pid = diffrax.PIDController(rtol, atol, dtmin=dtmin, force_dtmin=False, factormax=growth)
+    pid = diffrax.PIDController(rtol, options.atol, dtmin=dtmin, force_dtmin=False, factormax=growth)
     # Polynomial dense output is too rough for gaps at large alpha: step exactly onto the save times.
-    return WatchedController(pid if exponential else diffrax.ClipStepSizeController(pid, step_ts=finite))
+    controller = pid if exponential else diffrax.ClipStepSizeController(pid, step_ts=finite)
+    return WatchedController(controller, options.max_steps)
 
 
 def _stationary(field: ModelField | TangentField, start: Params, after: Array, rtol: float) -> Any:
