@@ -1,8 +1,9 @@
 """How a flow is solved by what users have today: diffrax's own solvers on the vector field as one writes it by hand.
 
 The peers get every advantage: the state is u = alpha (w - w0), so that their tolerances mean something at every alpha;
-the field is the plain float64 one, up to twice as quick as the library's, which keeps its digits in float32 too; and
-of all tolerances they get the loosest that is good enough.
+the field is the plain float64 one, up to twice as quick as the library's, which keeps its digits in float32 too; the
+step-size controller is a PI one, with which they are quicker and more accurate than with diffrax's default; and of all
+tolerances they get the loosest that is good enough.
 """
 
 import statistics
@@ -22,13 +23,14 @@ from jax.flatten_util import ravel_pytree
 import harness
 import lazyjax as lj
 from _problems import Case, Problem
+from lazyjax._integrate import EXPLICIT_PI, EXPONENTIAL_PI
 
 EXPLICIT = {"Tsit5": diffrax.Tsit5(), "Dopri8": diffrax.Dopri8()}
 LEVEL = 1e-4
-"""Relative error that everybody has to reach, all along the flow: see `errors_against`."""
+"""Relative error of the outputs that everybody has to reach, all along the flow: see `errors_against`."""
 MOMENTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Parts of the horizon at which the error is taken: at its end a flow that has arrived forgets how it got there."""
-RTOLS = tuple(10.0**-k for k in range(3, 9))
+RTOLS = tuple(m * 10.0**-k for k in range(3, 9) for m in (1.0, 0.3))
 """The grid of relative tolerances, loosest first; the absolute one is always a hundredth."""
 
 Solve = Callable[[float, float], dict[str, Any]]
@@ -42,6 +44,7 @@ def integrate(
     term: Any, solver: diffrax.AbstractSolver, u0: Any, args: Any, horizon: jax.Array, rtol: jax.Array
 ) -> dict[str, Any]:
     """The states at the moments of the horizon, the last one at its end, and the steps it took."""
+    coefficients = EXPONENTIAL_PI if isinstance(solver, lj.TangentExponential) else EXPLICIT_PI
     solution = diffrax.diffeqsolve(
         term,
         solver,
@@ -51,7 +54,7 @@ def integrate(
         y0=u0,
         args=args,
         saveat=diffrax.SaveAt(ts=horizon * jnp.asarray(MOMENTS)),
-        stepsize_controller=diffrax.PIDController(rtol, rtol / 100),
+        stepsize_controller=diffrax.PIDController(rtol, rtol / 100, **coefficients),
         max_steps=10**7,
         throw=False,
     )
@@ -105,14 +108,12 @@ def _outputs(problem: Problem, u: Any, alpha: jax.Array) -> jax.Array:
 
 
 def errors_against(case: Case, truth: Any) -> Errors:
-    """The largest relative errors, over all moments, of the states u and of their outputs; the larger one counts."""
+    """The largest relative errors, over all moments, of the outputs, by which tolerances are chosen, and of the states.
+
+    Of a flow with kinks the outputs are better determined than the parameters.
+    """
     y = outputs(case, truth)
-
-    def errors(u: Any) -> dict[str, float]:
-        of_outputs, of_states = moment_error(outputs(case, u), y), moment_error(u, truth)
-        return {"error": max(of_outputs, of_states), "output_error": of_outputs, "displacement_error": of_states}
-
-    return errors
+    return lambda u: {"error": moment_error(outputs(case, u), y), "displacement_error": moment_error(u, truth)}
 
 
 def moment_error(found: Any, truth: Any) -> float:
@@ -151,9 +152,14 @@ def best(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def tuned(solve: Solve, errors: Errors, level: float, horizon: float) -> dict[str, Any]:
-    """The run at the loosest tolerance of the grid whose error is at most `level`; the last one if none is."""
+    """The run at the loosest tolerance of the grid whose error is at most `level`; the last one if none is.
+
+    Of runs that take long, whose steps are set by stability and not by tolerance, every other one is left out.
+    """
     row: dict[str, Any] = {}
-    for rtol in RTOLS:
+    for index, rtol in enumerate(RTOLS):
+        if index % 2 and row["solve_s"] > 5:
+            continue
         seconds, out = timed(solve, horizon, rtol)
         row = {"rtol": rtol, "solve_s": seconds, "extrapolated": False, **errors(out["u"])}
         row |= {"accepted": int(out["accepted"]), "rejected": int(out["rejected"])}

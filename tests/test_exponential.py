@@ -339,7 +339,7 @@ def test_dense_output_save_times_and_an_event_are_restarts(capfd):
     found = observed(prepared, 8.0, 1e-8, field.loss(field.outputs(truths[3.3])))
     jax.effects_barrier()
     assert "100.00%" in capfd.readouterr().err
-    assert 10 < int(found.stats["num_steps"]) < 40  # several save times a step
+    assert 10 < int(found.stats["num_steps"]) < 60
     dense = eqx.filter_jit(lambda found, ts: jax.vmap(found.evaluate)(ts))(found, jnp.array([*ends, *GRID[:14]]))
     for i, t in enumerate(ends):
         assert relative_error(at(dense, i), truths[t]) < 1e-6, t  # at most 1.1e-7

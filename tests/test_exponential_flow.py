@@ -60,17 +60,30 @@ def test_float32_agrees_with_float64_at_every_scale():
 
 
 def test_steps_fall_with_the_scale_whatever_the_horizon():
-    """13, 9, 7, 5, 5, 4, ... at T = 1e4, where Tsit5 takes more than 1e4; 16 to 7 at T = 1e12 / lambda_max."""
+    """From 25 to 6 at T = 1e4, where Tsit5 takes 5e4; and few more where the horizon is 1e8 / lambda_max."""
     top = float(EXPONENTIAL.prepare(*LAZY)[1].linear.top)
-    for horizon in (1.0, 1e2, 1e4, 1e12 / top):
+    for horizon in (1.0, 1e2, 1e4, 1e8 / top):
         ts = jnp.array([0.0, horizon])
         counts = [
             steps(lj.gradient_flow(*LAZY, ts, alpha=alpha, solver=MOVING, **LOOSE))
             for alpha in 10.0 ** np.arange(1, 13)
         ]
         assert sorted(counts, reverse=True) == counts, (horizon, counts)
-        assert max(counts) <= 20
-        assert max(counts[3:]) <= 10, (horizon, counts)  # alpha at least 1e4
+        assert max(counts) <= 30
+        assert max(counts[3:]) <= 13, (horizon, counts)  # alpha at least 1e4; the largest eigenvalue is 600 smallest
+
+
+def test_the_error_all_along_a_flow_follows_the_tolerance():
+    """Of u, at times inside the layers of all modes too, where the kernel moves by some percent: alpha = 1 and 10."""
+    ts = jnp.concatenate([jnp.zeros(1), jnp.logspace(-1, 3, 9)])  # from twice 1 / lambda_max on
+    for alpha in (1.0, 10.0):
+        tight = {"solver": diffrax.Dopri8(), "rtol": 1e-11, "atol": 1e-13, "max_steps": 2**14}
+        truth = lj.gradient_flow(*LAZY, ts, alpha=alpha, save=BOTH, **tight)
+        for rtol in (1e-3, 1e-4, 1e-5, 1e-6):
+            run = lj.gradient_flow(*LAZY, ts, alpha=alpha, solver=MOVING, rtol=rtol, atol=rtol / 100, save=BOTH)
+            for i in range(1, ts.size):
+                found, right = (jtu.tree_map(lambda leaf, i=i: leaf[i], f.displacement) for f in (run, truth))
+                assert relative_error(found, right) < 5 * rtol, (alpha, rtol, i)
 
 
 # ---- re-linearization ----
@@ -89,7 +102,7 @@ def test_relinearization_stays_out_of_lazy_flows():
         plain, moving = (
             lj.gradient_flow(*LAZY, ts, alpha=alpha, solver=solver, **LOOSE) for solver in (EXPONENTIAL, MOVING)
         )
-        assert steps(plain) == steps(moving) <= 7
+        assert steps(plain) == steps(moving) <= 15
         assert relative_error(moving.outputs[-1], plain.outputs[-1]) < 1e-14
 
 

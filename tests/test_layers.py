@@ -31,6 +31,7 @@ ORDER = [
     "_cost",
     "_anchored",
     "linear_part",
+    "_scheme",
     "_field",
     "exponential",
     "result",

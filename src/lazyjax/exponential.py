@@ -12,7 +12,8 @@ The scheme is Krogstad's (2005) fourth-order exponential Runge-Kutta method in i
     u_1 = u + h phi_1(hL) f + h (2 phi_2 - 4 phi_3)(hL) (D_2 + D_3) + h (4 phi_3 - phi_2)(hL) D_4
 
 which no choice of L can make inconsistent: a point with f = 0 stays, whatever L is. The error is estimated against
-the method of order 3 with D_5 = N(u_1) - N(u) for D_4, whose f(u_1) is that of the next step.
+the method of order 3 with D_5 = N(u_1) - N(u) for D_4, whose f(u_1) is that of the next step, and by the bend of N
+inside the step (`_scheme.bend`).
 
 Source: Krogstad, J. Comput. Phys. 203 (2005), equation (48); Hochbruck, Ostermann, Acta Numerica 19 (2010).
 """
@@ -31,64 +32,11 @@ from jaxtyping import Array
 from lazyjax._check import check_alpha
 from lazyjax._cost import ATTEMPTS, dense_cost, krylov_cost
 from lazyjax._field import ModelField, TangentField, Velocity, check_start, make_field, tree_norm
+from lazyjax._scheme import PhiInterpolation, bend, last_line
 from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax._user_loss import as_loss
 from lazyjax.linear_part import Expansion, LinearPart, Piece, krylov_part, spectral_part
 from lazyjax.loss import Loss
-
-
-class PhiInterpolation(diffrax.AbstractLocalInterpolation):
-    r"""The solution inside a step: the last line of the scheme with $\theta h$ for h, of order 3 uniformly.
-
-    Exact where N is a parabola in time, whatever the stiffness; a polynomial through the stages would be wrong there.
-    """
-
-    t0: Any
-    t1: Any
-    u: Params
-    h: Array
-    start: Expansion
-    second: Expansion
-    third: Expansion
-    fourth: Expansion
-    linear: LinearPart
-
-    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> Params:
-        """u at t0, or the change from t0 to t1."""
-        del left
-        if t1 is not None:
-            return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
-        span = self.t1 - self.t0
-        # diffrax may ask for the end of an empty step.
-        theta = jnp.where(span == 0, 0, (t0 - self.t0) / jnp.where(span == 0, 1, span)).astype(self.h.dtype)
-        pieces = _last_line(theta, self.start, self.second, self.third, self.fourth)
-        delta, _ = self.linear.combine(self.linear.anchored.products(), self.h, pieces)
-        return jtu.tree_map(jnp.add, self.u, delta)
-
-
-def _last_line(theta: Any, start: Expansion, second: Expansion, third: Expansion, fourth: Expansion) -> list[Piece]:
-    """u(theta h) - u: N replaced by the parabola through its values at 0, h/2 (twice) and h."""
-    square, cube = theta**2, theta**3
-    middle = {2: 2 * square, 3: -4 * cube}
-    return [
-        (start, theta, {1: theta}),
-        (second, theta, middle),
-        (third, theta, middle),
-        (fourth, theta, {2: -square, 3: 4 * cube}),
-    ]
-
-
-def _layer(second: Expansion, third: Expansion, fourth: Expansion) -> list[Piece]:
-    r"""What the parabola misses where a stiff mode decays inside the step: N has arrived at all nodes but the first.
-
-    If it is N = -\delta r in a mode of eigenvalue $\lambda$, the scheme leaves $\delta r/(\lambda^2 h)$ of what should
-    vanish, and D_4 = D_5 tells nothing. The difference to the method of order 2, with $h \varphi_2 D_4$ for the last
-    two terms, is $h (2\varphi_2 - 4\varphi_3)(D_2 + D_3 - D_4)$, twice that. The weights here have its limit at
-    $h\lambda \to \infty$, and vanish at 0 like $h\lambda$, so that the estimate keeps its order where nothing is stiff.
-    """
-    weights = {1: -1.0, 2: 4.0, 3: -6.0}
-    return [(second, 1.0, weights), (third, 1.0, weights), (fourth, 1.0, {k: -b for k, b in weights.items()})]
-
 
 MOVED = 0.1
 """h |L_1 - L| from which on a linear part L that lags behind the present one, L_1, is said to cost steps: at 1 the
@@ -187,13 +135,13 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         second = stage(middle, [(start, 0.5, {1: 0.5})])
         third = stage(middle, [(start, 0.5, {1: 0.5}), (second, 0.5, {2: 1.0})])
         fourth = stage(t1, [(start, 1.0, {1: 1.0}), (third, 1.0, {2: 2.0})])
-        pieces = _last_line(1.0, start, second, third, fourth)
+        pieces = last_line(1.0, start, second, third, fourth)
         delta, image = linear.combine(b, h, pieces)
         y1 = jtu.tree_map(jnp.add, y0, delta)
         f1 = terms.vf(t1, y1, args)
         after = linear.expand(b, f1, linear.origin())
         defect = linear.subtract(b, after, [start, fourth], image)
-        error, _ = linear.combine(b, h, [(defect, 1.0, {2: -1.0, 3: 4.0}), *_layer(second, third, fourth)])
+        error, _ = linear.combine(b, h, [(defect, 1.0, {2: -1.0, 3: 4.0}), *bend(linear, b, h, second, third, fourth)])
         error = linear.truncated(b, h, pieces, error)
         info = {"u": y0, "h": h, "start": start, "second": second, "third": third, "fourth": fourth, "linear": linear}
         state = State(after)

@@ -13,8 +13,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore
 
     steps_collapsed = (
         "The step sizes collapsed: a quarter and more of the last 256 attempts were rejected, all were below a "
-        "thirtieth of the longest step, and at this pace the steps that are left do not reach the end. So a flow slides "
-        "along a kink, as those of ReLU units do, which adaptive steps cannot follow. Take fixed steps instead "
+        "thirtieth of the longest step, and at this pace the steps that are left do not reach the end. So a flow "
+        "slides along a kink, as those of ReLU units do, which adaptive steps cannot follow. Take fixed steps instead "
         "(lazyjax.gradient_descent with optax.sgd, or stepsize_controller=diffrax.ConstantStepSize() with dt0), a "
         "looser rtol, more max_steps, or a smooth activation."
     )
