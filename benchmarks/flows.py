@@ -34,9 +34,6 @@ import harness
 import lazyjax as lj
 from _problems import RACES, SIZES, TARGETS, TAU, Case, Problem, Size, cases, digits_net, two_layer, wide_net
 
-FLOOR = 1e-6
-"""Ours has to be no worse than the best peer, but for errors so small that nobody asked for them."""
-
 
 class Settings(NamedTuple):
     """How the benchmark was called."""
@@ -55,9 +52,8 @@ def race(case: Case, kinds: tuple[str, ...], settings: Settings) -> dict[str, An
     rows, calls = peers.explicit(case, errors, settings.limit_s)
     rows["Kvaerno5"] = peers.implicit(case)
     if not settings.peers_only and errors is not None:
-        level = min(peers.LEVEL, max(FLOOR, rows[peers.best(rows)]["error"] or peers.LEVEL))
         for kind in kinds:
-            rows[kind], calls[kind] = ours(kind, case, errors, level)
+            rows[kind], calls[kind] = ours(kind, case, errors)
     peers.in_turn(rows, calls)
     best = peers.best(rows)
     loss = None if truth is None else float(case.problem.loss(peers.outputs(case, truth)[-1]))
@@ -88,12 +84,12 @@ def prepare(case: Case) -> tuple[Any, diffrax.AbstractSolver, Any]:
     return lj.TangentExponential().prepare(case.problem.h, case.problem.loss, case.problem.w0, alpha=case.alpha)
 
 
-def run_prepared(case: Case, errors: peers.Errors, level: float) -> tuple[dict[str, Any], Callable[[], Any]]:
+def run_prepared(case: Case, errors: peers.Errors) -> tuple[dict[str, Any], Callable[[], Any]]:
     """Set-up and solve apart."""
     first_s, (term, solver, u0) = peers.timed(prepare, case)
     setup_s = statistics.median(peers.timed(prepare, case)[0] for _ in range(3))
     solve, compile_s = peers.compiled(term, solver, u0, None)
-    row = peers.tuned(solve, errors, level, case.horizon)
+    row = peers.tuned(solve, errors, case.horizon)
     row |= {"compile_s": compile_s, "setup_s": setup_s, "setup_compile_s": max(0.0, first_s - setup_s)}
     return row, peers.bound(solve, case.horizon, row["rtol"])
 
@@ -111,7 +107,7 @@ def states(flow: lj.Flow) -> Any:
 
 
 def run_followed(
-    solver: diffrax.AbstractSolver | None, case: Case, errors: peers.Errors, level: float
+    solver: diffrax.AbstractSolver | None, case: Case, errors: peers.Errors
 ) -> tuple[dict[str, Any], Callable[[], Any]]:
     """All in one time; another tolerance is another program."""
     row: dict[str, Any] = {"extrapolated": False}
@@ -120,7 +116,7 @@ def run_followed(
         first_s, found = peers.timed(follow, case, solver, rtol)
         row |= {"rtol": rtol, "solver": str(found.stats.get("solver")), **errors(states(found))}
         row |= {name: int(found.stats[f"num_{name}_steps"]) for name in ("accepted", "rejected")}
-        row["reached"] = row["error"] <= level
+        row["reached"] = row["error"] <= peers.LEVEL
         if row["reached"]:
             break
     row["solve_s"] = peers.timed(follow, case, solver, row["rtol"])[0]
@@ -128,11 +124,11 @@ def run_followed(
     return row, peers.bound(follow, case, solver, row["rtol"])
 
 
-def ours(kind: str, case: Case, errors: peers.Errors, level: float) -> tuple[dict[str, Any], Any]:
+def ours(kind: str, case: Case, errors: peers.Errors) -> tuple[dict[str, Any], Any]:
     if kind == "ours":
-        return run_prepared(case, errors, level)
+        return run_prepared(case, errors)
     solvers = {"flow": lj.TangentExponential, "auto": lambda: None, "flow_Tsit5": diffrax.Tsit5}
-    return run_followed(solvers[kind](), case, errors, level)
+    return run_followed(solvers[kind](), case, errors)
 
 
 def ratios(rows: dict[str, dict[str, Any]], peer_s: float) -> dict[str, float]:
