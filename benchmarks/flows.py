@@ -63,20 +63,24 @@ def race(case: Case, kinds: tuple[str, ...], settings: Settings) -> dict[str, An
 
 
 def reference(case: Case, settings: Settings) -> tuple[Any, str | None]:
-    """The states at a tight tolerance, by Dopri8, ours in the lazy regime where that is slow, Tsit5 at kinks.
+    """The states at a tight tolerance: by Dopri8, or where that is slow by ours, re-linearizing; Tsit5 across kinks.
 
     A peer that reaches the common error level against ours confirms it by other means: they share no code.
     """
     # At a kink every method is of first order, and pays with steps the more the tighter the tolerance.
-    name = "Dopri8" if case.problem.smooth else "Tsit5"
+    name, rtol = ("Dopri8", 1e-10) if case.problem.smooth else ("Tsit5", 1e-7)
     solve, _ = peers.compiled_peer(case, name)
     predicted_s = peers.predicted(solve, case.horizon)["solve_s"]
     if settings.peers_only and predicted_s > settings.limit_s:
         return None, None
-    if not settings.peers_only and case.problem.smooth and case.alpha >= 100 and predicted_s > 5:
-        term, solver, u0 = prepare(case)
-        name, (solve, _) = "TangentExponential", peers.compiled(term, solver, u0, None)
-    u = solve(case.horizon, 1e-10 if case.problem.smooth else 1e-7)["u"]
+    lazy = case.alpha >= 100
+    if not settings.peers_only and case.problem.smooth and predicted_s > (5 if lazy else min(120, settings.limit_s)):
+        name, rtol = "TangentExponential", 1e-10 if lazy else 1e-8
+        problem = case.problem
+        solver = lj.TangentExponential(relinearize=not lazy)
+        prepared = solver.prepare(problem.h, problem.loss, problem.w0, alpha=case.alpha)
+        solve, _ = peers.compiled(*prepared, None)
+    u = solve(case.horizon, rtol)["u"]
     return eqx.error_if(u, ~jnp.isfinite(peers.outputs(case, u)).all(), "the reference failed."), name
 
 
