@@ -9,6 +9,7 @@ import pytest
 
 import lazyjax as lj
 from helpers import relative_error
+from lazyjax._cost import method_cost
 from lazyjax.maps import OnData
 
 KEYS = jr.split(jr.key(0), 3)
@@ -43,3 +44,11 @@ def test_the_derivative_by_the_start_passes_through_an_output_that_is_zero():
 
     exact = jax.tree.map(lambda leaf: 3 * leaf, jax.grad(lambda w: H(w).sum())(W0))
     assert relative_error(jax.grad(first)(W0), exact) < 1e-12
+
+
+def test_lanczos_is_for_many_outputs_and_short_flows():
+    """nk = 2560 of a small MLP on digits is worth an eigendecomposition, 9000 over a short horizon is not."""
+    assert method_cost(2.3e6, 2560, 64, stiffness=1e5)[0] == "dense"
+    assert method_cost(2.3e6, 2560, 64, stiffness=jnp.inf)[0] == "dense"
+    assert method_cost(2.3e6, 9000, 64, stiffness=100.0)[0] == "lanczos"
+    assert method_cost(2.3e6, 20_000, 64)[0] == "lanczos"

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lazyjax._check import is_concrete
-from lazyjax._cost import ATTEMPTS, dense_cost, explicit_cost, krylov_cost
+from lazyjax._cost import explicit_cost, method_cost
 from lazyjax._field import make_field
 from lazyjax._types import Model, Params
 from lazyjax.exponential import TangentExponential
@@ -44,9 +44,8 @@ def choose_solver(
     stiffness = float(top) * (times[-1] - times[0])
     if fading:
         stiffness = FADING * math.log1p(stiffness)
-    exponential = TangentExponential(relinearize=True)
-    setup, step = dense_cost(flops, size)
-    planned = min(setup + ATTEMPTS * step, ATTEMPTS * krylov_cost(flops, size, exponential.num_lanczos))
+    method, planned = method_cost(flops, size, TangentExponential().num_lanczos, stiffness)
+    exponential = TangentExponential(method, relinearize=True)
     return exponential if MARGIN * planned < explicit_cost(flops, stiffness) else diffrax.Tsit5()
 
 

@@ -2,12 +2,21 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 
 ATTEMPTS = 40
 """Steps to plan for: lazy flows take 5 to 20, those that learn features up to a hundred."""
+
+MATVEC = 10.0
+"""Time of a multiply-add of a matrix and a vector, which waits for memory, against one of two matrices (measured)."""
+
+STIFFNESS = 1e5
+"""lambda_max T to plan for where the horizon is not known, and the most that is planned for."""
+
+DENSE_LIMIT = 10_000
+"""Outputs above which no matrix of them squared is formed: with its eigenvectors and work space it takes 3 GB there."""
 
 
 def count_flops(fn: Callable[..., Any], *args: Any) -> float:
@@ -42,20 +51,32 @@ def _jaxprs(value: Any) -> list[Any]:
 
 
 def eigh_cost(size: int) -> float:
-    """Multiply-adds of a product that takes as long as an eigendecomposition (measured from 6 to 2560)."""
-    return min(80.0 * size**3, 10.0 * size**3 + 1.7e4 * size**2)
+    """Multiply-adds of a product that takes as long as an eigendecomposition (measured from 200 to 2560)."""
+    return min(80.0 * size**3, 5.0 * size**3 + 1.6e3 * size**2)
 
 
 def dense_cost(flops: float, outputs: int) -> tuple[float, float]:
     """Multiply-adds of the set-up, and of one step, with the Gram of all outputs diagonalized."""
     setup = 4 * flops * outputs + eigh_cost(outputs)
-    return setup, 42 * flops + 18 * outputs**2
+    return setup, 42 * flops + MATVEC * 18 * outputs**2
 
 
 def krylov_cost(flops: float, outputs: int, num_lanczos: int) -> float:
     """Multiply-adds of one step with five Krylov spaces, orthogonalized twice over, and their eigendecompositions."""
     m = min(num_lanczos, outputs)
-    return 42 * flops + 5 * (m * (4 * flops + 4 * m * outputs) + eigh_cost(m))
+    return 42 * flops + 5 * (m * (4 * flops + MATVEC * 4 * m * outputs) + eigh_cost(m))
+
+
+def method_cost(
+    flops: float, outputs: int, num_lanczos: int, stiffness: float = STIFFNESS
+) -> tuple[Literal["dense", "lanczos"], float]:
+    """The cheaper method and the multiply-adds of a whole flow; above 10^4 outputs Lanczos, for the memory's sake."""
+    setup, step = dense_cost(flops, outputs)
+    dense = setup + ATTEMPTS * step
+    # A Krylov space of dimension m reaches a step of (m / 2)^2 / lambda_max.
+    steps = ATTEMPTS + min(stiffness, STIFFNESS) / (num_lanczos / 2) ** 2
+    lanczos = steps * krylov_cost(flops, outputs, num_lanczos)
+    return ("dense", dense) if dense <= lanczos and outputs <= DENSE_LIMIT else ("lanczos", lanczos)
 
 
 def explicit_cost(flops: float, stiffness: float) -> float:

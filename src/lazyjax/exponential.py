@@ -30,7 +30,7 @@ from diffrax import RESULTS
 from jaxtyping import Array
 
 from lazyjax._check import check_alpha
-from lazyjax._cost import ATTEMPTS, dense_cost, krylov_cost
+from lazyjax._cost import dense_cost, method_cost
 from lazyjax._field import ModelField, TangentField, Velocity, check_start, make_field, tree_norm
 from lazyjax._scheme import PhiInterpolation, bend, last_line
 from lazyjax._types import Model, Outputs, Params, RealScalar
@@ -186,11 +186,8 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         """This solver with the linear part of a field at u = 0, for a flow of this length; call it inside the jit."""
         size = field.start.size
         flops = field.anchored().flops()
+        method = method_cost(flops, size, self.num_lanczos)[0] if self.method == "auto" else self.method
         setup, step = dense_cost(flops, size)
-        krylov_step = krylov_cost(flops, size, self.num_lanczos)
-        method = self.method
-        if method == "auto":
-            method = "dense" if setup + ATTEMPTS * step <= ATTEMPTS * krylov_step else "lanczos"
         price = setup / step if method == "dense" else 0.0
         solver = TangentExponential(method, self.num_lanczos, self.relinearize, None, field, horizon, price)
         return eqx.tree_at(lambda s: s.linear, solver, solver._build(), is_leaf=lambda x: x is None)
