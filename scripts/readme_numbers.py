@@ -73,7 +73,8 @@ def flows(records: dict[str, dict[str, Any]]) -> str:
         "All counted: `gradient_flow` with `solver=None`, Gram and eigendecomposition included. Every solver at its "
         "loosest tolerance for a relative error of the outputs below 10⁻⁴ all along the flow."
     )
-    return "\n".join([*rows, "", f"{note} {made(records['W1'])}"])
+    sources = " ".join(made(records[name]) for name in WORKS)
+    return "\n".join([*rows, "", f"{note} {sources}"])
 
 
 def made(record: dict[str, Any]) -> str:

@@ -253,7 +253,7 @@ def test_relinearization_follows_a_hessian_that_fades():
     )
     truth = last(adaptive(prepared, prepared[2], 100.0, 1e-8))
     plain, moved = (adaptive(p, p[2], 100.0, 1e-5) for p in (prepared, moving))
-    assert int(plain.stats["num_steps"]) > 5 * int(moved.stats["num_steps"])  # 589 and 52
+    assert int(plain.stats["num_steps"]) > 5 * int(moved.stats["num_steps"])
     assert relative_error(last(plain), truth) < 1e-4  # 1.6e-5
     assert relative_error(last(moved), truth) < 1e-5  # 2.7e-7
 
@@ -297,7 +297,7 @@ def test_lanczos_follows_the_same_flow_as_the_eigendecomposition():
         np.testing.assert_allclose(krylov[1].linear.top, dense[1].linear.top, rtol=1e-12)
         truth, found = (adaptive(prepared, prepared[2], t1, 1e-5) for prepared in (dense, krylov))
         assert relative_error(last(found), last(truth)) < 3e-5  # 2.2e-6, 4.9e-6, 1.3e-10
-        assert int(found.stats["num_steps"]) >= int(truth.stats["num_steps"])  # 13 for 8, 151 for 33, 9 for 9
+        assert int(found.stats["num_steps"]) >= int(truth.stats["num_steps"])
 
 
 def test_a_gradient_through_lanczos_is_refused_and_named():
@@ -372,7 +372,7 @@ def test_lanes_are_single_solves_and_nan_stays_in_its_lane():
     assert bool(jnp.all(good))
     for i in range(4):
         end, _, count = lane(alphas[i], taus[i], keys[i], targets[i])
-        assert int(count) == int(steps[i])  # 26, 12, 3, 3
+        assert int(count) == int(steps[i])
         assert relative_error(at(ends, i), end) < 1e-12
     spoilt, good, _ = lanes(alphas, taus, keys, targets.at[1, 0].set(jnp.nan))
     np.testing.assert_array_equal(good, [True, False, True, True])

@@ -92,7 +92,7 @@ def test_the_error_all_along_a_flow_follows_the_tolerance():
 def test_relinearization_saves_steps_where_features_are_learnt():
     ts = jnp.array([0.0, 1000.0])
     plain, moving = (lj.gradient_flow(*FEATURES, ts, solver=solver, **LOOSE) for solver in (EXPONENTIAL, MOVING))
-    assert steps(plain) > 5 * steps(moving)  # 3490 and 67
+    assert steps(plain) > 5 * steps(moving)
     assert relative_error(moving.outputs[-1], plain.outputs[-1]) < 3e-4  # 4.0e-5; the loss falls from 0.4 to 5e-9
 
 
@@ -134,7 +134,7 @@ def test_infinite_time_takes_a_bounded_number_of_steps_and_says_whether_it_arriv
     for model, alpha in [(h, 1e4), (h, jnp.inf), (near, 1e8), (near, jnp.inf)]:
         run = lj.gradient_flow(model, loss, w0, ts, alpha=alpha, **options)
         assert bool(run.result == lj.RESULTS.successful)
-        assert steps(run) < 60  # 5, 3, 46, 8
+        assert steps(run) < 60
         # The gradient in the outputs has fallen by rtol: J^T (y - y*).
         moved = jtu.tree_map(lambda w, u, alpha=alpha: w + u[-1] / alpha, w0, run.displacement)
         gradient = jax.vjp(model, moved)[1](loss.cotangent(run.outputs[-1]))
@@ -189,7 +189,7 @@ def test_a_flow_that_slides_along_a_kink_is_stopped_and_named():
     run = lj.gradient_flow(*SLIDING, SLIDING_TIMES, solver=EXPONENTIAL, throw=False)
     assert bool(run.result == lj.RESULTS.steps_collapsed)
     assert bool(run.result != diffrax.RESULTS.successful)
-    assert 256 < steps(run) < 1000  # 326 of 4096; it slides from t = 1.65 on
+    assert 256 < steps(run) < 1000  # of 4096; it slides from t = 1.65 on
     # What came before is kept.
     np.testing.assert_array_equal(jnp.isfinite(run.loss), [True, True, False])
     with pytest.raises(eqx.EquinoxRuntimeError, match=r"slides along a kink.*lazyjax.gradient_descent"):
