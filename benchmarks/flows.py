@@ -63,7 +63,7 @@ def race(case: Case, kinds: tuple[str, ...], settings: Settings) -> dict[str, An
 
 
 def reference(case: Case, settings: Settings) -> tuple[Any, str | None]:
-    """The states at a tight tolerance: by Dopri8, or where that is slow by ours, re-linearizing; Tsit5 across kinks.
+    """The states at a tight tolerance: by Dopri8, or where that is slow by `gradient_flow`; Tsit5 across kinks.
 
     A peer that reaches the common error level against ours confirms it by other means: they share no code.
     """
@@ -75,13 +75,12 @@ def reference(case: Case, settings: Settings) -> tuple[Any, str | None]:
         return None, None
     lazy = case.alpha >= 100
     if not settings.peers_only and case.problem.smooth and predicted_s > (5 if lazy else min(120, settings.limit_s)):
-        name, rtol = "TangentExponential", 1e-10 if lazy else 1e-8
-        problem = case.problem
-        solver = lj.TangentExponential(relinearize=not lazy)
-        prepared = solver.prepare(problem.h, problem.loss, problem.w0, alpha=case.alpha)
-        solve, _ = peers.compiled(*prepared, None)
-    u = solve(case.horizon, rtol)["u"]
-    return eqx.error_if(u, ~jnp.isfinite(peers.outputs(case, u)).all(), "the reference failed."), name
+        rtol = 1e-10 if lazy else 1e-8
+        flow = follow(case, None, rtol)
+        name, u = lj.SOLVERS[flow.stats["solver"]], states(flow)
+    else:
+        u = solve(case.horizon, rtol)["u"]
+    return eqx.error_if(u, ~jnp.isfinite(peers.outputs(case, u)).all(), "the reference failed."), f"{name}, {rtol:.0e}"
 
 
 def prepare(case: Case) -> tuple[Any, diffrax.AbstractSolver, Any]:
@@ -118,7 +117,7 @@ def run_followed(
     first_s = 0.0
     for rtol in peers.RTOLS:
         first_s, found = peers.timed(follow, case, solver, rtol)
-        row |= {"rtol": rtol, "solver": str(found.stats.get("solver")), **errors(states(found))}
+        row |= {"rtol": rtol, "solver": lj.SOLVERS[found.stats["solver"]], **errors(states(found))}
         row |= {name: int(found.stats[f"num_{name}_steps"]) for name in ("accepted", "rejected")}
         row["reached"] = row["error"] <= peers.LEVEL
         if row["reached"]:

@@ -9,7 +9,8 @@ import pytest
 
 import lazyjax as lj
 from helpers import relative_error
-from lazyjax._cost import method_cost
+from lazyjax._choice import _measure
+from lazyjax._cost import ATTEMPTS, cheapest_rank, dense_cost, method_cost
 from lazyjax.maps import OnData
 
 KEYS = jr.split(jr.key(0), 3)
@@ -52,3 +53,29 @@ def test_lanczos_is_for_many_outputs_and_short_flows():
     assert method_cost(2.3e6, 2560, 64, stiffness=jnp.inf)[0] == "dense"
     assert method_cost(2.3e6, 9000, 64, stiffness=100.0)[0] == "lanczos"
     assert method_cost(2.3e6, 20_000, 64)[0] == "lanczos"
+
+
+def test_a_low_rank_is_for_many_outputs_of_which_few_are_stiff():
+    """lambda_r T = 1e5 (r / 30)^-2: the rank at which both the products and the steps are few."""
+    falling = lambda r: 1e5 * (r / 30 + 1) ** -2.0
+    rank, cost = cheapest_rank(2.3e6, 2560, falling)
+    assert rank is not None
+    for other in (rank // 2, 2 * rank):
+        setup, step = dense_cost(2.3e6, 2560, other)
+        assert cost < setup + step * (ATTEMPTS + falling(other) / 3.3)
+    assert cost < method_cost(2.3e6, 2560, 64)[1] / 2
+    # Where nothing falls a low rank leaves all the stiffness; few outputs are no work at all.
+    assert cheapest_rank(2.3e6, 2560, lambda r: 1e8)[1] > method_cost(2.3e6, 2560, 64)[1]
+    assert cheapest_rank(2.3e6, 100, falling) == (None, np.inf)
+
+
+def test_the_density_of_the_eigenvalues_is_estimated():
+    """Of 300 eigenvalues that fall as 1/j^2, how many are above the j-th: within a factor of 1.5 for j = 10 to 100."""
+    scales = 1.0 / jnp.arange(1, 301)
+    h = OnData(lambda w, x: x * w, scales)
+    size, _, values, counts = _measure((h, None), lj.square_loss(jnp.ones(300), mean=False), jnp.ones(300), 1.0, False)
+    assert size == 300
+    np.testing.assert_allclose(values[0], 1.0, rtol=1e-6)
+    for j in (10, 30, 100):
+        found = float(values[np.searchsorted(counts, j)])
+        assert (1.5 * j) ** -2 < found < (j / 1.5) ** -2

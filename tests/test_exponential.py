@@ -13,10 +13,15 @@ import numpy as np
 import optimistix
 import pytest
 import scipy.integrate
+import scipy.linalg
 
 import lazyjax as lj
 from helpers import relative_error
+from lazyjax._scheme import contraction
 from lazyjax._user_loss import as_loss
+from lazyjax.exponential import MOVED, Age
+from lazyjax.linear_part import ritz_part
+from lazyjax.phi import phi
 
 DENSE = lj.TangentExponential("dense")
 N, D, WIDTH = 24, 3, 4  # 16 parameters: BB^T is 24 x 24 of rank 16
@@ -256,6 +261,74 @@ def test_relinearization_follows_a_hessian_that_fades():
     assert int(plain.stats["num_steps"]) > 5 * int(moved.stats["num_steps"])
     assert relative_error(last(plain), truth) < 1e-4  # 1.6e-5
     assert relative_error(last(moved), truth) < 1e-5  # 2.7e-7
+
+
+def test_the_contraction_of_the_stages_is_that_of_a_scalar_problem():
+    """u' = -(lambda + delta) u with L = -lambda: D_3 - D_2 is -delta (U_3 - U_2), and phi_2(-h lambda / 2) takes it."""
+    x, h = jnp.array([[2.0]]), jnp.array(0.3)
+    _, solver, _ = lj.TangentExponential("dense").prepare(Linear(x), lj.square_loss(jnp.ones(1)), jnp.zeros(1))
+    linear, delta = solver.linear, 0.5
+    b, lam = linear.anchored.products(), float(linear.top)
+    expand = lambda d, image: linear.expand(b, d, image)
+    second = expand(jnp.array([0.7]), linear.origin())
+    moved, _ = linear.combine(b, h, [(second, 0.5, {2: 1.0})])
+    third = expand(second.direct - delta * moved, linear.origin())
+    expected = 0.3 * delta * float(phi(jnp.array(-0.15 * lam), 2))
+    np.testing.assert_allclose(contraction(linear, b, h, second, third, moved), expected, rtol=1e-12)
+    nothing = expand(jnp.zeros(1), linear.origin())
+    assert float(contraction(linear, b, h, nothing, nothing, 0 * moved)) == 0
+
+
+def test_a_new_linear_part_that_changes_little_doubles_its_price():
+    start = Age(0.0, *(jnp.array(number) for number in (0.0, 5.0, jnp.inf)))
+    assert float(start.after(jnp.array(3.0)).price) == 5
+    lagging = start.after(jnp.array(0.5 * MOVED)).after(jnp.array(4 * MOVED))
+    np.testing.assert_allclose(lagging.lost, 0.75)
+    renewed = Age(0.0, jnp.array(0.0), jnp.array(5.0), jnp.array(0.8))
+    assert float(renewed.after(jnp.array(0.5)).price) == 10
+    assert float(renewed.after(jnp.array(0.3)).price) == 5
+    assert float(renewed.after(jnp.array(0.5)).after(jnp.array(0.5)).price) == 10
+
+
+# ---- low rank ----
+
+
+def test_ritz_pairs_of_the_linear_part():
+    """All of them are the eigenpairs; of a few, functions are those of -B^T V V^T B, whatever V is."""
+    anchored = prepare(2.0, STIFF)[0].vector_field.field.anchored()
+    whole, exact = ritz_part(anchored, N), prepare(2.0, STIFF)[1].linear
+    np.testing.assert_allclose(whole.values[-16:], exact.values[-16:], rtol=1e-11, atol=1e-13 * float(exact.top))
+    few = ritz_part(anchored, 4)
+    assert relative_error(few.values[-1], exact.values[-1]) < 1e-6
+    assert np.all(np.asarray(few.values) <= np.asarray(exact.values[-4:]) * (1 + 1e-12))
+    again = ritz_part(anchored, 4, few.vectors)
+    assert np.all(np.asarray(again.values) >= np.asarray(few.values) * (1 - 1e-12))
+    flat, unravel = jax.flatten_util.ravel_pytree(W0)
+    d = jr.normal(jr.key(7), flat.shape)
+    b = np.asarray(jax.jacfwd(lambda v: Net(X, STIFF)(unravel(v)))(flat)) / N**0.5
+    projected = few.vectors.T @ b
+    for h in (1e-2, 10.0):
+        argument = -h * projected.T @ projected
+        augmented = np.block([[argument, np.asarray(d)[:, None]], [np.zeros((1, d.size + 1))]])
+        delta, _ = phi_of(few, jnp.array(h), unravel(d))
+        found = jax.flatten_util.ravel_pytree(delta)[0]
+        assert relative_error(found, h * scipy.linalg.expm(augmented)[:-1, -1]) < 1e-10
+
+
+def test_a_low_rank_costs_steps_and_no_precision():
+    """What is left out of L is in N: the same flow, in more steps where what is left out is stiff."""
+    truth, few = (prepare(10.0, STIFF, lj.TangentExponential("dense", rank=rank)) for rank in (None, 3))
+    assert few[1].linear.vectors.shape == (N, 3)
+    truth, found = (adaptive(prepared, prepared[2], 100.0, 1e-7) for prepared in (truth, few))
+    assert relative_error(last(found), last(truth)) < 1e-6
+    assert int(found.stats["num_steps"]) > int(truth.stats["num_steps"])
+
+
+def test_a_bad_rank_is_refused():
+    with pytest.raises(ValueError, match=r"rank must be at least 1.*rank=0"):
+        lj.TangentExponential("dense", rank=0)
+    with pytest.raises(ValueError, match=r'rank must be.*method="lanczos"'):
+        lj.TangentExponential("lanczos", rank=4)
 
 
 # ---- Lanczos ----

@@ -13,8 +13,8 @@ import scipy.linalg
 
 import lazyjax as lj
 from lazyjax import kernel
+from lazyjax._krylov import top_eigenvalues
 from lazyjax.closed_form import solve_tangent, tangent_gram
-from lazyjax.tangent import top_eigenvalues
 
 F, F3 = lj.two_layer(jnp.tanh), lj.mlp(jnp.tanh)
 W = lj.init_two_layer(jr.key(0), 4, 5)

@@ -10,7 +10,8 @@ import pytest
 from flax import linen
 
 import lazyjax as lj
-from lazyjax.tangent import lanczos, singular_values
+from lazyjax._krylov import lanczos
+from lazyjax.tangent import singular_values
 
 
 def mixed(w, x):

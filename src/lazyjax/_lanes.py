@@ -14,6 +14,7 @@ from jaxtyping import Array
 from lazyjax._check import check_finite, check_outputs
 from lazyjax._choice import DENSE_OUTPUTS
 from lazyjax._field import check_start, make_field, move, tree_norm
+from lazyjax._krylov import top_eigenvalues
 from lazyjax._task import Accuracy, make_task
 from lazyjax._types import Model, Params
 from lazyjax.closed_form import TangentSolution, tangent_gram, tangent_solution
@@ -24,7 +25,7 @@ from lazyjax.flow import gradient_flow
 from lazyjax.linear_part import SpectralPart
 from lazyjax.loss import Loss, SquareLoss
 from lazyjax.maps import OnData, center
-from lazyjax.tangent import linearize, top_eigenvalues
+from lazyjax.tangent import linearize
 
 PROBE_OUTPUTS = 320
 """The kernel's drift is measured on as many samples as give at most this many outputs."""

@@ -31,25 +31,44 @@ from jaxtyping import Array
 
 from lazyjax._check import check_alpha
 from lazyjax._cost import dense_cost, method_cost
-from lazyjax._field import ModelField, TangentField, Velocity, check_start, make_field, tree_norm
-from lazyjax._scheme import PhiInterpolation, bend, last_line
+from lazyjax._field import ModelField, TangentField, Velocity, check_start, make_field
+from lazyjax._scheme import PhiInterpolation, bend, contraction, last_line
 from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax._user_loss import as_loss
-from lazyjax.linear_part import Expansion, LinearPart, Piece, krylov_part, spectral_part
+from lazyjax.linear_part import Expansion, LinearPart, Piece, SpectralPart, krylov_part, ritz_part, spectral_part
 from lazyjax.loss import Loss
 
-MOVED = 0.1
-"""h |L_1 - L| from which on a linear part L that lags behind the present one, L_1, is said to cost steps: at 1 the
-method is at its stability bound, but its order has fallen to 2 long before (cross-entropy: 3096 steps with 1 here, 124
-with 0.1, 73 with 0.03 and half of them new Grams)."""
+MOVED = 0.03
+"""Contraction of the stages (`_scheme.contraction`) from which on a linear part that lags behind is said to cost steps:
+it is 1 at the stability bound, but the order of the method falls to 2 long before. (A flow at alpha = 1 and rtol 1e-6:
+0.1 takes four times the steps and makes six times the error, 0.01 the same as this.)"""
 
 
 class State(eqx.Module):
-    """Between steps: f(u) in coordinates; where the method re-linearizes, also its linear part and the two ends."""
+    """Between steps: f(u) in coordinates; where the method re-linearizes, also its linear part and its age."""
 
     start: Expansion
     linear: LinearPart | None = None
-    begin: Any = None
+    age: "Age | None" = None
+
+
+class Age(eqx.Module):
+    """Of a linear part: the steps that its lag has cost, and those that a new one is worth.
+
+    `begin` is when the flow began, `former` by how much the stages contracted just before it was new, until that is
+    compared.
+    """
+
+    begin: Any
+    lost: Array
+    price: Array
+    former: Array
+
+    def after(self, rho: Array) -> "Age":
+        """A step on, in which the stages contracted by rho."""
+        # A new linear part that changed little: curvature holds the steps, or stiffness that a low rank leaves out.
+        price = jnp.where(rho > 0.5 * self.former, 2, 1) * self.price
+        return Age(self.begin, self.lost + 1 - MOVED / jnp.maximum(rho, MOVED), price, jnp.full_like(rho, jnp.inf))
 
 
 class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
@@ -66,10 +85,12 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             on every vector by Lanczos, nothing larger than `num_lanczos` times nk; "auto" by predicted cost.
         num_lanczos: Krylov dimension; reaches steps of about (num_lanczos / 2)^2 / lambda_max. Its truncation is part
             of the error estimate.
-        relinearize: Move the linear part to the present parameters when the measured nonlinearity says that the
-            steps saved are worth a new Gram. Not under `jax.vmap`, where every lane would pay at every step. Take it
+        relinearize: Move the linear part to the present parameters once the steps that it has cost, by the measured
+            nonlinearity, are worth a new one. Not under `jax.vmap`, where every lane would pay at every step. Take it
             where the linear part does not last (alpha = 1 over long times, cross-entropies, whose Hessian fades): what
             is stiff in L alone damps the error estimate, and the error can exceed rtol by two orders of magnitude.
+        rank: Of the dense method: keep only so many of the leading eigenvectors, by subspace iteration and without
+            the Gram; what is left out is not stiff, or holds the steps to 3 over its largest eigenvalue. None: all.
 
     Source:
         Krogstad, J. Comput. Phys. 203 (2005); Hochbruck, Ostermann, Acta Numerica 19 (2010).
@@ -78,6 +99,7 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
     method: Literal["auto", "dense", "lanczos"] = eqx.field(static=True, default="auto")
     num_lanczos: int = eqx.field(static=True, default=64)
     relinearize: bool = eqx.field(static=True, default=False)
+    rank: int | None = eqx.field(static=True, default=None)
     linear: LinearPart | None = None
     field: ModelField | TangentField | None = None
     horizon: RealScalar = float("inf")
@@ -86,6 +108,12 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
     def __check_init__(self) -> None:
         if self.method not in ("auto", "dense", "lanczos"):
             msg = f'method must be "auto", "dense" or "lanczos", got {self.method!r}.'
+            raise ValueError(msg)
+        if self.rank is not None and (self.rank < 1 or self.method == "lanczos"):
+            msg = (
+                'rank must be at least 1, or None for all, and is for method "dense" or "auto" only; '
+                f'got rank={self.rank} with method="{self.method}".'
+            )
             raise ValueError(msg)
         if self.num_lanczos < 2:
             msg = f"num_lanczos must be at least 2, got {self.num_lanczos}."
@@ -114,7 +142,7 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             raise ValueError(msg)
         linear = self.linear
         start = linear.expand(linear.anchored.products(), terms.vf(t0, y0, args), linear.origin())
-        return State(start, linear, t0) if self.relinearize else State(start)
+        return State(start, linear, self._age(t0, linear)) if self.relinearize else State(start)
 
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: Params, args: Any, solver_state: State, made_jump: Any
@@ -127,14 +155,14 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         h = jnp.asarray(terms.contr(t0, t1), linear.origin().dtype)
         middle, start = t0 + 0.5 * (t1 - t0), solver_state.start
 
-        def stage(t: Any, pieces: list[Piece]) -> Expansion:
+        def stage(t: Any, pieces: list[Piece]) -> tuple[Expansion, Params]:
             delta, image = linear.combine(b, h, pieces)
             f = terms.vf(t, jtu.tree_map(jnp.add, y0, delta), args)
-            return linear.expand(b, jtu.tree_map(jnp.subtract, f, start.direct), image)
+            return linear.expand(b, jtu.tree_map(jnp.subtract, f, start.direct), image), delta
 
-        second = stage(middle, [(start, 0.5, {1: 0.5})])
-        third = stage(middle, [(start, 0.5, {1: 0.5}), (second, 0.5, {2: 1.0})])
-        fourth = stage(t1, [(start, 1.0, {1: 1.0}), (third, 1.0, {2: 2.0})])
+        second, to_second = stage(middle, [(start, 0.5, {1: 0.5})])
+        third, to_third = stage(middle, [(start, 0.5, {1: 0.5}), (second, 0.5, {2: 1.0})])
+        fourth, _ = stage(t1, [(start, 1.0, {1: 1.0}), (third, 1.0, {2: 2.0})])
         pieces = last_line(1.0, start, second, third, fourth)
         delta, image = linear.combine(b, h, pieces)
         y1 = jtu.tree_map(jnp.add, y0, delta)
@@ -146,50 +174,51 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         info = {"u": y0, "h": h, "start": start, "second": second, "third": third, "fourth": fourth, "linear": linear}
         state = State(after)
         if self.relinearize:
-            left = steps_left(t0 - solver_state.begin, t1 - solver_state.begin, self.horizon)
-            state = self._refresh(State(after, linear, solver_state.begin), y1, error, h, left)
+            assert solver_state.age is not None
+            rho = contraction(linear, b, h, second, third, jtu.tree_map(jnp.subtract, to_third, to_second))
+            age = solver_state.age.after(rho)
+            left = (self.horizon - (t1 - age.begin)) / (t1 - t0)
+            state = self._refresh(State(after, linear, age), y1, rho, left)
         return y1, error, info, state, RESULTS.successful
 
-    def _refresh(self, state: State, u: Params, error: Params, h: Array, left: Array) -> State:
-        r"""Linearize anew at u, if the linear part has moved so much that it costs steps, and the steps saved pay.
+    def _age(self, begin: Any, linear: LinearPart) -> Age:
+        number = jnp.ones_like(linear.top)
+        return Age(begin, 0 * number, self.refresh_price * number, jnp.inf * number)
 
-        The remainder N has the derivative $L_1 - L$, $L_1$ at the new point; what counts is $h |L_1 - L|$, however
-        smooth the flow. The error of the step is the direction it amplifies most.
+    def _refresh(self, state: State, u: Params, rho: Array, left: Array) -> State:
+        """Linearize anew at u, once the steps lost are worth it, if those left are.
+
+        Like renting skis until the rent has paid for a pair: at most twice the cost of knowing the flow ahead.
         """
-        field, linear = self.field, state.linear
-        assert field is not None
-        assert linear is not None
-
-        def pays() -> Array:
-            images = []
-            for anchored in (linear.anchored, field.anchored(u)):
-                b = anchored.products()
-                images.append(b.back(b.image(error), error))
-            moved = h * tree_norm(jtu.tree_map(jnp.subtract, *images))
-            return left * (moved - MOVED * tree_norm(error)) > self.refresh_price * moved
+        age = state.age
+        assert age is not None
 
         def move() -> State:
-            moved = self._build(u)
+            moved = self._build(u, state.linear)
             start = moved.expand(moved.anchored.products(), state.start.direct, moved.origin())
-            return State(start, moved, state.begin)
+            return State(start, moved, Age(age.begin, jnp.zeros_like(rho), age.price, rho))
 
-        # It saves at most the steps that are left: most often these are too few to ask.
-        worth = jax.lax.cond(left > self.refresh_price, pays, lambda: jnp.asarray(False))
-        return jax.lax.cond(worth, move, lambda: state)
+        return jax.lax.cond((age.lost > age.price) & (left > age.price), move, lambda: state)
 
-    def _build(self, u: Params | None = None) -> LinearPart:
+    def _build(self, u: Params | None = None, former: LinearPart | None = None) -> LinearPart:
         assert self.field is not None
         anchored = self.field.anchored(u)
-        return spectral_part(anchored) if self.method == "dense" else krylov_part(anchored, self.num_lanczos)
+        if self.method == "lanczos":
+            return krylov_part(anchored, self.num_lanczos)
+        if self.rank is None:
+            return spectral_part(anchored)
+        return ritz_part(anchored, self.rank, former.vectors if isinstance(former, SpectralPart) else None)
 
     def attach(self, field: ModelField | TangentField, horizon: RealScalar = float("inf")) -> "TangentExponential":
         """This solver with the linear part of a field at u = 0, for a flow of this length; call it inside the jit."""
         size = field.start.size
         flops = field.anchored().flops()
-        method = method_cost(flops, size, self.num_lanczos)[0] if self.method == "auto" else self.method
-        setup, step = dense_cost(flops, size)
+        method, rank = self.method, None if self.rank is None else min(self.rank, size)
+        if method == "auto":
+            method = method_cost(flops, size, self.num_lanczos)[0] if rank is None else "dense"
+        setup, step = dense_cost(flops, size, rank)
         price = setup / step if method == "dense" else 0.0
-        solver = TangentExponential(method, self.num_lanczos, self.relinearize, None, field, horizon, price)
+        solver = TangentExponential(method, self.num_lanczos, self.relinearize, rank, None, field, horizon, price)
         return eqx.tree_at(lambda s: s.linear, solver, solver._build(), is_leaf=lambda x: x is None)
 
     def prepare(
@@ -230,9 +259,3 @@ def _prepare(
 ) -> tuple[ModelField | TangentField, TangentExponential]:
     field = make_field(h, loss, w0, alpha, zero_start=zero_start)
     return field, solver.attach(field)
-
-
-def steps_left(before: Array, now: Array, horizon: RealScalar) -> Array:
-    """Steps to the end if each lengthens the time gone by as the last did; an endless flow gets 1000 times longer."""
-    ratio = jnp.where(jnp.isinf(horizon), 1000, horizon / now)
-    return jnp.log(ratio) / jnp.log(now / jnp.maximum(before, 0.1 * now))

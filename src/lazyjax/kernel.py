@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._check import check_finite, check_outputs, is_concrete, split_params
+from lazyjax._krylov import top_eigenvalues
 from lazyjax._types import Model, Outputs, Params
-from lazyjax.tangent import match_outputs, top_eigenvalues
+from lazyjax.tangent import match_outputs
 
 BLOCK_BYTES = 2**28
 """Memory for the Jacobian rows of one block: two of them are held at a time."""

@@ -14,20 +14,22 @@ Source: design of exponential integrators as in Hochbruck, Ostermann, Acta Numer
 import abc
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._anchored import Anchored, Products
+from lazyjax._cost import POWERS
+from lazyjax._krylov import krylov, lanczos
 from lazyjax._types import Params
 from lazyjax.phi import phi
-from lazyjax.tangent import krylov, lanczos
 
 GRAM_BLOCK = 128
 """Columns of the Gram (a jvp and a vjp each) that are made side by side."""
@@ -233,17 +235,44 @@ class KrylovPart(LinearPart):
 def spectral_part(anchored: Anchored) -> SpectralPart:
     """Diagonalize BB^T at the anchor."""
     anchored = jax.lax.stop_gradient(anchored)
-    b, like = anchored.products(), anchored.coordinates
-    size, dtype = math.prod(b.shape), b.dtype
-
-    def column(i: Array) -> Array:
-        return b.image(b.back((jnp.arange(size) == i).astype(dtype), like))
-
-    gram = jax.lax.map(column, jnp.arange(size), batch_size=min(GRAM_BLOCK, size))
+    size = math.prod(anchored.products().shape)
+    gram = _times(anchored, size, lambda i: jnp.arange(size) == i)
     # Its lower triangle is enough, and no copy is made to symmetrize it.
     values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
     values = jnp.maximum(values, 0)  # rounding may leave negative ones, which would grow
     return SpectralPart(anchored, values[-1], values, vectors)
+
+
+def ritz_part(anchored: Anchored, rank: int, guess: Array | None = None) -> SpectralPart:
+    r"""The leading part of BB^T without its Gram, by subspace iteration: with Ritz values and vectors for eigenpairs.
+
+    L = -B^T V V^T B for any orthonormal V: functions of it are exact on Ritz pairs that are far from being
+    eigenpairs, and what they miss is left to N. So a few products do, from a guess at hand one.
+    """
+    anchored = jax.lax.stop_gradient(anchored)
+    b = anchored.products()
+    size = math.prod(b.shape)
+    columns = jr.normal(jr.key(0), (rank, size), b.dtype) if guess is None else jax.lax.stop_gradient(guess).T
+    for _ in range(POWERS if guess is None else 1):
+        columns = _orthonormal(_times(anchored, rank, lambda i, rows=columns: rows[i]))
+    projected = _times(anchored, rank, lambda i: columns[i]) @ columns.T
+    values, mixing = jnp.linalg.eigh(projected)
+    values = jnp.maximum(values, 0)
+    return SpectralPart(anchored, values[-1], values, columns.T @ mixing)
+
+
+def _orthonormal(rows: Array) -> Array:
+    return jnp.linalg.qr(rows.T)[0].T
+
+
+def _times(anchored: Anchored, count: int, row: Callable[[Array], Array]) -> Array:
+    """BB^T on vectors, as rows, some of them side by side."""
+    b, like = anchored.products(), anchored.coordinates
+
+    def product(i: Array) -> Array:
+        return b.image(b.back(row(i).astype(b.dtype), like))
+
+    return jax.lax.map(product, jnp.arange(count), batch_size=min(GRAM_BLOCK, count))
 
 
 def krylov_part(anchored: Anchored, num_lanczos: int) -> KrylovPart:

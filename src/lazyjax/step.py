@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._check import check_alpha, check_outputs, is_concrete
 from lazyjax._field import ModelField, TangentField, check_start, make_field, tree_norm
+from lazyjax._krylov import lanczos
 from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax._user_loss import as_loss
 from lazyjax.difference import finite_jvp
 from lazyjax.loss import Loss
-from lazyjax.tangent import Tangent, lanczos, linearize, singular_values
+from lazyjax.tangent import Tangent, linearize, singular_values
 
 
 class StepCriterion(eqx.Module):
