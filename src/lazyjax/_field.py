@@ -227,4 +227,9 @@ class Velocity(eqx.Module):
     def __call__(self, t: Any, u: Params, args: Any) -> Params:
         """$u'$, whatever t and args."""
         del t, args
-        return self.field(u)
+        return _velocity(self.field, u)
+
+
+@eqx.filter_jit  # the stages of a step share one trace
+def _velocity(field: ModelField | TangentField, u: Params) -> Params:
+    return field(u)

@@ -213,8 +213,8 @@ def _configure(options: Report) -> None:
         folder = options.cache or default_cache()
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Of hundreds of small programs each costs little to compile, and all of them much.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        # Of a hundred small programs each costs little to compile, and all of them seconds.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 

@@ -3,8 +3,10 @@ r"""$\varphi_0(z) = e^z$ and $\varphi_k(z) = \int_0^1 e^{(1-s)z} s^{k-1}/(k-1)!\
 Source: Hochbruck, Ostermann, Exponential integrators, Acta Numerica 19 (2010), equation (2.10).
 """
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -32,7 +34,11 @@ def phi(z: Float[Array, "..."], k: int) -> Float[Array, "..."]:
     if k < 0:
         msg = f"k must be at least 0, got {k}."
         raise ValueError(msg)
-    z = jnp.asarray(z, jnp.result_type(z, float))
+    return _phi(jnp.asarray(z, jnp.result_type(z, float)), k)
+
+
+@functools.partial(jax.jit, static_argnames="k")  # a step has dozens of them: traced once, and called
+def _phi(z: Array, k: int) -> Array:
     if k == 0:
         return jnp.exp(z)
     # Below k the recursion cancels, above it the series: at k neither loses a digit, even in the second derivative.

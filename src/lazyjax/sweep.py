@@ -118,7 +118,14 @@ def _compile(
     arrays = jtu.tree_map(jnp.asarray, arrays)  # NumPy's too are arguments
 
     def batch(points: dict[str, Array], arrays: dict[str, Any]) -> dict[str, Any]:
-        return jax.vmap(lambda point: _checked(run(**point, **eqx.combine(arrays, static)), lanes, dims))(points)
+        def lane(point: dict[str, Array]) -> dict[str, Any]:
+            return _checked(run(**point, **eqx.combine(arrays, static)), lanes, dims)
+
+        if next(iter(points.values())).shape[0] > 1:
+            return jax.vmap(lane)(points)
+        # A lane alone keeps its branches: under a vmap both sides of a cond are computed.
+        alone = lane({name: values[0] for name, values in points.items()})
+        return jtu.tree_map(lambda leaf: leaf[None], alone)
 
     size = total if chunk is None else min(chunk, total)
     while True:
