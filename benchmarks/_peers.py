@@ -33,6 +33,9 @@ MOMENTS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RTOLS = tuple(m * 10.0**-k for k in range(3, 9) for m in (1.0, 0.3))
 """The grid of relative tolerances, loosest first; the absolute one is always a hundredth."""
 
+SHORT_S = 5.0
+"""Seconds that a run may be predicted to take and be made nevertheless, at every tolerance."""
+
 Solve = Callable[[float, float], dict[str, Any]]
 """(horizon, rtol) to what `integrate` returns."""
 Errors = Callable[[Any], dict[str, float]]
@@ -186,7 +189,8 @@ def explicit(
     """The explicit peers, tuned, and what to call for their times.
 
     The one that promises to be quickest goes first. Another one is not run, and its prediction stands, if that is
-    beyond the limit or beyond what the first has taken: it cannot win.
+    beyond the limit, or beyond what the first has taken and a few seconds: it cannot win. (Where stiffness fades, or
+    little of it is there, a prediction is too high, but not by minutes.)
     """
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {}
@@ -196,9 +200,9 @@ def explicit(
         rows[name] = predicted(solves[name], case.horizon) | {"compile_s": compile_s}
     quickest = limit_s
     for name in sorted(rows, key=lambda name: rows[name]["solve_s"]):
-        if errors is not None and rows[name]["solve_s"] <= quickest:
+        if errors is not None and rows[name]["solve_s"] <= max(quickest, SHORT_S):
             # Steps that stability sets cost the same at every tolerance: no need to try the loose ones.
-            rtols = RTOLS[4::2] if rows[name]["solve_s"] > 5 else RTOLS
+            rtols = RTOLS[4::2] if rows[name]["solve_s"] > SHORT_S else RTOLS
             rows[name] |= tuned(solves[name], errors, case.horizon, rtols)
             calls[name] = bound(solves[name], case.horizon, rows[name]["rtol"])
             if rows[name]["reached"]:

@@ -244,7 +244,7 @@ def dense_memory(n: int, hidden: tuple[int, ...]) -> dict[str, Any]:
 def lanczos_memory(n: int, width: int) -> dict[str, Any]:
     """What a whole process takes that follows a flow with too many outputs for a dense matrix."""
     problem = wide_net(n, width)
-    seconds, found = peers.timed(follow, Case("", problem, 1e4, 10.0), lj.TangentExponential(), 1e-4)
+    seconds, found = peers.timed(follow, Case("", problem, 1e4, 1.0), lj.TangentExponential(), 1e-4)
     facts = {"outputs": 10 * n, "num_params": problem.num_params, "first_s": seconds}
     return facts | {"steps": int(found.stats["num_steps"]), "peak_gib": resident("VmHWM") / 2**30}
 

@@ -55,10 +55,9 @@ WORKS = {
     "W3": "two-layer tanh, n = 1000, T = 10⁴",
     "W4": "MLP on 256 digits, squares, nk = 2560, T = 10⁴",
     "W4b": "MLP on 256 digits, cross-entropy to a loss of 10⁻³",
-    "W6": "features learnt, τ = 0.1",
     "explicit_wins": "two-layer tanh, n = 200",
 }
-SHORT = ("W4b", "W6", "explicit_wins")
+SHORT = ("W4b", "explicit_wins")
 """Works with a label of their own for each case, in the second table: there an explicit method may be the best."""
 
 
@@ -101,8 +100,11 @@ def _cases(records: dict[str, dict[str, Any]], works: list[str]) -> list[tuple[s
 
 
 def _sources(records: dict[str, dict[str, Any]], works: list[str]) -> str:
-    first = records[works[0]]
+    first, *others = (records[work] for work in works)
     machine, versions = first["machine"], first["versions"]
+    if any((record["machine"], record["versions"]) != (machine, versions) for record in others):
+        msg = f"the records of {', '.join(works)} must be of one machine and one set of versions; make them anew."
+        raise ValueError(msg)
     dates = sorted({records[work]["date"][:10] for work in works})
     return (
         f"(`python benchmarks/flows.py --only {' '.join(works)}` on {machine['cores']} cores of an {machine['cpu']}, "

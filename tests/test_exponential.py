@@ -1,5 +1,6 @@
 """`TangentExponential` as a diffrax solver: its scheme and order, its linear part, what diffrax does around it."""
 
+import functools
 import types
 
 import diffrax
@@ -274,20 +275,38 @@ def test_the_contraction_of_the_stages_is_that_of_a_scalar_problem():
     moved, _ = linear.combine(b, h, [(second, 0.5, {2: 1.0})])
     third = expand(second.direct - delta * moved, linear.origin())
     expected = 0.3 * delta * float(phi(jnp.array(-0.15 * lam), 2))
-    np.testing.assert_allclose(contraction(linear, b, h, second, third, moved), expected, rtol=1e-12)
-    nothing = expand(jnp.zeros(1), linear.origin())
-    assert float(contraction(linear, b, h, nothing, nothing, 0 * moved)) == 0
+    found = contraction(linear, b, h, second, second, third, moved)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    # What is smaller than the rounding of f says nothing.
+    assert float(contraction(linear, b, h, expand(1e17 * moved, linear.origin()), second, third, moved)) == 0
 
 
 def test_a_new_linear_part_that_changes_little_doubles_its_price():
-    start = Age(0.0, *(jnp.array(number) for number in (0.0, 5.0, jnp.inf)))
-    assert float(start.after(jnp.array(3.0)).price) == 5
-    lagging = start.after(jnp.array(0.5 * MOVED)).after(jnp.array(4 * MOVED))
-    np.testing.assert_allclose(lagging.lost, 0.75)
-    renewed = Age(0.0, jnp.array(0.0), jnp.array(5.0), jnp.array(0.8))
-    assert float(renewed.after(jnp.array(0.5)).price) == 10
-    assert float(renewed.after(jnp.array(0.3)).price) == 5
-    assert float(renewed.after(jnp.array(0.5)).after(jnp.array(0.5)).price) == 10
+    h, start = jnp.array(2.0), Age(0.0, *(jnp.array(number) for number in (0.0, 5.0, jnp.inf)))
+    after = lambda age, *contractions: functools.reduce(
+        lambda a, rho: a.after(jnp.array(rho), h, 4.0), contractions, age
+    )
+    assert float(after(start, 3.0).price) == 5
+    np.testing.assert_allclose(after(start, 0.5 * MOVED, 4 * MOVED).lost, 0.75)
+    renewed = Age(0.0, jnp.array(0.0), jnp.array(5.0), jnp.array(0.4))
+    assert float(after(renewed, 0.5).price) == 10
+    assert float(after(renewed, 0.3).price) == 4
+    assert float(after(renewed, 0.5, 0.5).price) == 10
+
+
+def test_nothing_is_linearized_anew_along_a_linear_flow(monkeypatch):
+    """Rounding alone would contract by 0.7 and more."""
+    for alpha, h in ((1e9, None), (jnp.inf, None), (1.0, Linear(X))):
+        model, w0, target = (
+            (lj.center(Net(X, STIFF), W0), W0, STIFF * TARGET) if h is None else (h, jnp.zeros(D), TARGET)
+        )
+        term, solver, u0 = lj.TangentExponential("dense", relinearize=True).prepare(
+            model, lj.square_loss(target), w0, alpha=alpha
+        )
+        controller = diffrax.PIDController(1e-6, 1e-8)
+        saveat = diffrax.SaveAt(t1=True, solver_state=True)
+        run = diffrax.diffeqsolve(term, solver, 0.0, 1e4, 1e-3, u0, stepsize_controller=controller, saveat=saveat)
+        assert float(run.solver_state.age.lost) < 0.3 * int(run.stats["num_steps"])  # 0 to 2 of 8
 
 
 # ---- low rank ----
@@ -322,6 +341,24 @@ def test_a_low_rank_costs_steps_and_no_precision():
     truth, found = (adaptive(prepared, prepared[2], 100.0, 1e-7) for prepared in (truth, few))
     assert relative_error(last(found), last(truth)) < 1e-6
     assert int(found.stats["num_steps"]) > int(truth.stats["num_steps"])
+
+
+def test_a_low_rank_that_moves_with_the_kernel_and_its_gradient():
+    """What `solver=None` takes for many outputs: the same flow, and the derivative of its end by alpha."""
+    solver = lj.TangentExponential("dense", relinearize=True, rank=6)
+
+    def end(alpha, solver):
+        prepared = prepare(alpha, STIFF, solver)
+        return jax.flatten_util.ravel_pytree(last(adaptive(prepared, prepared[2], 100.0, 1e-7)))[0]
+
+    few, whole = (end(jnp.array(20.0), s) for s in (solver, DENSE))
+    assert relative_error(few, whole) < 3e-5  # 1.2e-5
+    small = 0.5
+    slope = (end(jnp.array(20.0 + small), DENSE) - end(jnp.array(20.0 - small), DENSE)) / (2 * small)
+    given = jr.normal(jr.key(8), whole.shape)
+    np.testing.assert_allclose(jax.grad(lambda a: end(a, solver) @ given)(20.0), slope @ given, rtol=1e-2)
+    # As many as there are outputs, or more, are all of them.
+    assert prepare(1.0, STIFF, lj.TangentExponential("dense", rank=100))[1].rank is None
 
 
 def test_a_bad_rank_is_refused():
@@ -371,6 +408,14 @@ def test_lanczos_follows_the_same_flow_as_the_eigendecomposition():
         truth, found = (adaptive(prepared, prepared[2], t1, 1e-5) for prepared in (dense, krylov))
         assert relative_error(last(found), last(truth)) < 3e-5  # 2.2e-6, 4.9e-6, 1.3e-10
         assert int(found.stats["num_steps"]) >= int(truth.stats["num_steps"])
+
+
+def test_lanczos_follows_a_flow_with_one_output():
+    flow = lj.gradient_flow(
+        lambda w: w, lj.square_loss(jnp.zeros(1)), jnp.ones(1), jnp.array([0.0, 1.0]),
+        solver=lj.TangentExponential("lanczos"),
+    )  # fmt: skip
+    np.testing.assert_allclose(flow.outputs[-1], np.exp(-1), rtol=1e-6)
 
 
 def test_a_gradient_through_lanczos_is_refused_and_named():

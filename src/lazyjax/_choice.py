@@ -54,12 +54,12 @@ def choose_solver(
     times = np.asarray(ts, np.float64)
     horizon = times[-1] - times[0]
     stiffness = float(values[0]) * horizon
+    leading = np.maximum(values, 0) * horizon
     if fading:
-        stiffness = FADING * math.log1p(stiffness)
+        stiffness, leading = FADING * math.log1p(stiffness), FADING * np.log1p(leading)
     method, planned = method_cost(flops, size, TangentExponential().num_lanczos, stiffness)
     exponential = TangentExponential(method, relinearize=True)
     if np.isfinite(horizon):  # what a low rank leaves out would hold the steps for ever
-        leading = np.maximum(values, 0) * horizon
         rank, ranked = cheapest_rank(flops, size, lambda r: float(leading[np.searchsorted(counts, r)]))
         if GAIN * ranked < planned:
             exponential, planned = TangentExponential("dense", relinearize=True, rank=rank), ranked
@@ -79,7 +79,7 @@ def _measure(
     field = make_field(h if anchor is None else linearize(h, anchor), loss, w0, alpha, zero_start=zero_start)
     anchored = field.anchored()
     b, size = anchored.products(), field.start.size
-    space = krylov(lambda r: b.image(b.back(r, anchored.coordinates)), jr.normal(jr.key(0), (size,), b.dtype), DENSITY)
+    space = krylov(lambda r: b.image(b.back(r, anchored.coordinates)), jr.normal(jr.key(1), (size,), b.dtype), DENSITY)
     values, vectors = jnp.linalg.eigh(space.projected)
     return size, anchored.flops(), values[::-1], size * jnp.cumsum(vectors[0, ::-1] ** 2)
 

@@ -58,13 +58,13 @@ def eigh_cost(size: int) -> float:
     return min(80.0 * size**3, 5.0 * size**3 + 1.6e3 * size**2)
 
 
-def dense_cost(flops: float, outputs: int, rank: int | None = None) -> tuple[float, float]:
+def dense_cost(flops: float, outputs: int, rank: int | None = None, powers: int = POWERS) -> tuple[float, float]:
     """Multiply-adds of the set-up, and of one step, with the Gram of all outputs diagonalized, or its leading part."""
     if rank is None:
         setup = 4 * flops * outputs + eigh_cost(outputs)
     else:
         # A QR decomposition runs at a sixth of the pace of products.
-        setup = (POWERS + 1) * 4 * flops * rank + POWERS * 6 * outputs * rank**2 + eigh_cost(rank)
+        setup = (powers + 1) * 4 * flops * rank + (6 * powers + 2) * outputs * rank**2 + eigh_cost(rank)
     return setup, 42 * flops + MATVEC * 18 * outputs * (rank or outputs)
 
 

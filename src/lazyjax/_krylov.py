@@ -58,7 +58,10 @@ def krylov(
         beta = jnp.linalg.norm(v)
         exhausted = beta <= 10 * size**0.5 * eps * scale
         fresh = orthogonalized(fresh_starts[i], basis)
-        q = jnp.where(exhausted, fresh / jnp.linalg.norm(fresh), v / jnp.where(exhausted, 1, beta))
+        length = jnp.linalg.norm(fresh)
+        # Of a space that is all there is nothing may be left.
+        fresh = fresh / jnp.where(length > 0, length, 1)
+        q = jnp.where(exhausted, fresh, v / jnp.where(exhausted, 1, beta))
         return basis, diagonal.at[i].set(basis[i] @ image), off.at[i].set(jnp.where(exhausted, 0, beta)), q, scale
 
     norm = jnp.linalg.norm(start)

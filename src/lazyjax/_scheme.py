@@ -83,15 +83,24 @@ def bend(
     return _difference(second, third, fourth, {1: 0.5 * share - 0.5, 2: 2 - share, 3: share - 3})
 
 
-def contraction(linear: LinearPart, b: Products, h: Array, second: Expansion, third: Expansion, moved: Params) -> Array:
+def contraction(
+    linear: LinearPart,
+    b: Products,
+    h: Array,
+    start: Expansion,
+    second: Expansion,
+    third: Expansion,
+    moved: Params,
+) -> Array:
     r"""By how much the stages contract: $|h \varphi_2(hL/2)(D_3 - D_2)| / |U_3 - U_2|$.
 
-    U_3 is U_2 moved by $h \varphi_2(hL/2) D_2$, so that this is what N' makes of it in a step: near h |L_1 - L| for the
-    linear part L_1 of the present point. 0 where N is 0.
+    U_3 is U_2 moved by $h \varphi_2(hL/2) D_2$, so that this is what N' makes of it in a step: h |L_1 - L| / 2 at most,
+    for the linear part L_1 of the present point. 0 where D_2 is no more than the rounding of f.
     """
     change, _ = linear.combine(b, h, [(third, 0.5, {2: 1.0}), (second, 0.5, {2: -1.0})])
-    size, whole = (tree_norm(jax.lax.stop_gradient(tree)) for tree in (change, moved))
-    return jnp.where(whole > 0, size / jnp.where(whole > 0, whole, 1), 0)
+    size, whole, f = (tree_norm(jax.lax.stop_gradient(tree)) for tree in (change, moved, start.direct))
+    real = whole > 32 * jnp.finfo(whole.dtype).eps * h * f
+    return jnp.where(real, size / jnp.where(real, whole, 1), 0)
 
 
 def _difference(second: Expansion, third: Expansion, fourth: Expansion, weights: Mapping[int, Any]) -> list[Piece]:

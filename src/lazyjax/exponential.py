@@ -36,12 +36,14 @@ from lazyjax._scheme import PhiInterpolation, bend, contraction, last_line
 from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax._user_loss import as_loss
 from lazyjax.linear_part import Expansion, LinearPart, Piece, SpectralPart, krylov_part, ritz_part, spectral_part
-from lazyjax.loss import Loss
+from lazyjax.loss import Loss, SquareLoss
 
 MOVED = 0.03
-"""Contraction of the stages (`_scheme.contraction`) from which on a linear part that lags behind is said to cost steps:
-it is 1 at the stability bound, but the order of the method falls to 2 long before. (A flow at alpha = 1 and rtol 1e-6:
-0.1 takes four times the steps and makes six times the error, 0.01 the same as this.)"""
+"""Contraction of the stages (`_scheme.contraction`) from which on a linear part that lags behind is said to cost steps.
+
+It is near 1 at the stability bound, but the order of the method falls to 2 long before. (A flow at alpha = 1 and rtol
+1e-6: 0.1 takes four times the steps and makes six times the error, 0.01 the same as this.)
+"""
 
 
 class State(eqx.Module):
@@ -55,8 +57,8 @@ class State(eqx.Module):
 class Age(eqx.Module):
     """Of a linear part: the steps that its lag has cost, and those that a new one is worth.
 
-    `begin` is when the flow began, `former` by how much the stages contracted just before it was new, until that is
-    compared.
+    `begin` is when the flow began, `former` how fast the stages contracted just before it was new, until that is
+    compared; infinite from then on.
     """
 
     begin: Any
@@ -64,10 +66,11 @@ class Age(eqx.Module):
     price: Array
     former: Array
 
-    def after(self, rho: Array) -> "Age":
-        """A step on, in which the stages contracted by rho."""
-        # A new linear part that changed little: curvature holds the steps, or stiffness that a low rank leaves out.
-        price = jnp.where(rho > 0.5 * self.former, 2, 1) * self.price
+    def after(self, rho: Array, h: Array, least: float) -> "Age":
+        """A step of length h on, in which the stages contracted by rho; a new linear part is worth `least` or more."""
+        # Where a new one changed little, curvature holds the steps, or stiffness that a low rank leaves out.
+        judged = jnp.where(rho > 0.5 * h * self.former, 2 * self.price, least)
+        price = jnp.where(jnp.isinf(self.former), self.price, judged)
         return Age(self.begin, self.lost + 1 - MOVED / jnp.maximum(rho, MOVED), price, jnp.full_like(rho, jnp.inf))
 
 
@@ -175,20 +178,22 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         state = State(after)
         if self.relinearize:
             assert solver_state.age is not None
-            rho = contraction(linear, b, h, second, third, jtu.tree_map(jnp.subtract, to_third, to_second))
-            age = solver_state.age.after(rho)
+            moved = jtu.tree_map(jnp.subtract, to_third, to_second)
+            rho = contraction(linear, b, h, start, second, third, moved).astype(h.dtype)
+            age = solver_state.age.after(rho, h, self.refresh_price)
             left = (self.horizon - (t1 - age.begin)) / (t1 - t0)
-            state = self._refresh(State(after, linear, age), y1, rho, left)
+            state = self._refresh(State(after, linear, age), y1, rho / h, left)
         return y1, error, info, state, RESULTS.successful
 
     def _age(self, begin: Any, linear: LinearPart) -> Age:
         number = jnp.ones_like(linear.top)
         return Age(begin, 0 * number, self.refresh_price * number, jnp.inf * number)
 
-    def _refresh(self, state: State, u: Params, rho: Array, left: Array) -> State:
-        """Linearize anew at u, once the steps lost are worth it, if those left are.
+    def _refresh(self, state: State, u: Params, rate: Array, left: Array) -> State:
+        """Linearize anew at u, once the steps lost are worth it, if those left at this pace are.
 
-        Like renting skis until the rent has paid for a pair: at most twice the cost of knowing the flow ahead.
+        Like renting skis until the rent has paid for a pair: about twice the cost of knowing the flow ahead at most.
+        (A step that is rejected afterwards has paid in vain: the solver is not told.)
         """
         age = state.age
         assert age is not None
@@ -196,7 +201,7 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         def move() -> State:
             moved = self._build(u, state.linear)
             start = moved.expand(moved.anchored.products(), state.start.direct, moved.origin())
-            return State(start, moved, Age(age.begin, jnp.zeros_like(rho), age.price, rho))
+            return State(start, moved, Age(age.begin, jnp.zeros_like(rate), age.price, rate))
 
         return jax.lax.cond((age.lost > age.price) & (left > age.price), move, lambda: state)
 
@@ -213,12 +218,14 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         """This solver with the linear part of a field at u = 0, for a flow of this length; call it inside the jit."""
         size = field.start.size
         flops = field.anchored().flops()
-        method, rank = self.method, None if self.rank is None else min(self.rank, size)
+        method, rank = self.method, self.rank if self.rank is not None and self.rank < size else None
         if method == "auto":
             method = method_cost(flops, size, self.num_lanczos)[0] if rank is None else "dense"
-        setup, step = dense_cost(flops, size, rank)
+        setup, step = dense_cost(flops, size, rank, powers=1)  # a new part begins with the former one's vectors
         price = setup / step if method == "dense" else 0.0
-        solver = TangentExponential(method, self.num_lanczos, self.relinearize, rank, None, field, horizon, price)
+        # The tangent flow of squares is linear: nothing moves.
+        relinearize = self.relinearize and not (isinstance(field, TangentField) and isinstance(field.loss, SquareLoss))
+        solver = TangentExponential(method, self.num_lanczos, relinearize, rank, None, field, horizon, price)
         return eqx.tree_at(lambda s: s.linear, solver, solver._build(), is_leaf=lambda x: x is None)
 
     def prepare(
