@@ -85,14 +85,15 @@ class Size(NamedTuple):
     width: int
     digits: int
     hidden: tuple[int, ...]
+    rank: int
     wide: tuple[int, int]
     longest: float
     alphas: int | None
 
 
 SIZES = {
-    "full": Size(200, 1000, 100, 50, 256, (64, 64), (2000, 963), float("inf"), None),
-    "smoke": Size(8, 12, 4, 6, 20, (4,), (20, 6), 20.0, 1),
+    "full": Size(200, 1000, 100, 50, 256, (64, 64), 256, (2000, 963), float("inf"), None),
+    "smoke": Size(8, 12, 4, 6, 20, (4,), 64, (20, 6), 20.0, 1),
 }
 
 

@@ -3,7 +3,7 @@
 Solve time, set-up (Gram matrix and eigendecomposition) and compilation apart. W1 to W4b follow one flow an output
 scale, W5 a whole sweep, W6 flows that learn features, where the choice of `solver=None` must not lose;
 `explicit_wins` has the short horizons at which an explicit method is the better choice, `steps` the steps against
-the output scale, `memory` the peak of the dense and of the Lanczos path (Linux only).
+the output scale, `memory` the peak of the dense path, whole and of the rank that W4 gets, and of Lanczos (Linux only).
 
     python benchmarks/flows.py
     python benchmarks/flows.py --only W1 W2 --peers-only
@@ -214,7 +214,11 @@ def steps_by_alpha(settings: Settings) -> dict[str, Any]:
 def memory(settings: Settings) -> dict[str, Any]:
     """Peak memory, each case in a process of its own."""
     size = settings.size
-    jobs = {"dense": (dense_memory, size.digits, size.hidden), "lanczos": (lanczos_memory, *size.wide)}
+    jobs = {
+        "dense": (dense_memory, size.digits, size.hidden, None),
+        "low_rank": (dense_memory, size.digits, size.hidden, size.rank),
+        "lanczos": (lanczos_memory, *size.wide),
+    }
     record = {}
     for name, job in jobs.items():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), use_float64) as pool:
@@ -226,10 +230,10 @@ def use_float64() -> None:
     jax.config.update("jax_enable_x64", True)
 
 
-def dense_memory(n: int, hidden: tuple[int, ...]) -> dict[str, Any]:
+def dense_memory(n: int, hidden: tuple[int, ...], rank: int | None) -> dict[str, Any]:
     """What a compiled flow takes on top of the program and the data, in float64 numbers."""
     problem = digits_net(n, hidden, classify=False)
-    solver = lj.TangentExponential()
+    solver = lj.TangentExponential("dense", relinearize=rank is not None, rank=rank)
     program = eqx.filter_jit(lambda p: states(follow(Case("", p, 100.0, 1e4), solver, 1e-4)))
     program = program.lower(problem).compile()
     before = resident("VmRSS")
