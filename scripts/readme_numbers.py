@@ -70,7 +70,7 @@ def flows(records: dict[str, dict[str, Any]]) -> str:
     for name, result, _ in _cases(records, [work for work in WORKS if work not in SHORT]):
         times = {row: found["solve_s"] for row, found in result["rows"].items()}
         peer_s, whole_s = times[result["best_peer"]], times["auto"]
-        cells = [WORKS[name], f"{result['alpha']:g}", result["best_peer"], f"{peer_s:.2g} s"]
+        cells = [WORKS[name], f"{result['alpha']:g}", result["best_peer"], f"{peer_s:.3g} s"]
         cells += [f"{times['ours']:.2g} s" if "ours" in times else "", f"{whole_s:.2g} s"]
         cells += [f"{peer_s / times['ours']:.3g}" if "ours" in times else "", f"{peer_s / whole_s:.3g}"]
         rows.append(f"| {' | '.join(cells)} |")
@@ -78,7 +78,7 @@ def flows(records: dict[str, dict[str, Any]]) -> str:
         "All counted: `gradient_flow` with `solver=None`, Gram and eigendecomposition included. Every solver at its "
         "loosest tolerance for a relative error of the outputs below 10⁻⁴ all along the flow."
     )
-    return "\n".join([*rows, "", f"{note} {_sources(records, [work for work in WORKS if work not in SHORT])}"])
+    return "\n".join([*rows, "", f"{note} {_made(records, [work for work in WORKS if work not in SHORT])}"])
 
 
 def explicit(records: dict[str, dict[str, Any]]) -> str:
@@ -92,33 +92,28 @@ def explicit(records: dict[str, dict[str, Any]]) -> str:
         peer_s, whole_s = peer["solve_s"], auto["solve_s"]
         cells = [WORKS[name], label, result["best_peer"], f"{peer_s:.2g} s", auto["solver"], f"{whole_s:.2g} s"]
         rows.append(f"| {' | '.join([*cells, f'{peer_s / whole_s:.2g}'])} |")
-    return "\n".join([*rows, "", _sources(records, list(SHORT))])
+    return "\n".join([*rows, "", _made(records, list(SHORT))])
 
 
 def _cases(records: dict[str, dict[str, Any]], works: list[str]) -> list[tuple[str, dict[str, Any], str]]:
     return [(work, result, label) for work in works for label, result in records[work]["results"]["cases"].items()]
 
 
-def _sources(records: dict[str, dict[str, Any]], works: list[str]) -> str:
-    first, *others = (records[work] for work in works)
-    machine, versions = first["machine"], first["versions"]
-    if any((record["machine"], record["versions"]) != (machine, versions) for record in others):
-        msg = f"the records of {', '.join(works)} must be of one machine and one set of versions; make them anew."
-        raise ValueError(msg)
-    dates = sorted({records[work]["date"][:10] for work in works})
-    return (
-        f"(`python benchmarks/flows.py --only {' '.join(works)}` on {machine['cores']} cores of an {machine['cpu']}, "
-        f"{machine['device']}, jax {versions['jax']}, {' and '.join(dates)}.)"
-    )
-
-
-def made(record: dict[str, Any]) -> str:
-    """Where and how a record was made."""
+def made(record: dict[str, Any], *others: dict[str, Any], command: str | None = None) -> str:
+    """Where and how records were made, all on one machine; by a command that makes them all, or the record's own."""
     machine, versions = record["machine"], record["versions"]
+    if any((other["machine"], other["versions"]) != (machine, versions) for other in others):
+        msg = "records of one table must be of one machine and one set of versions; make them anew."
+        raise ValueError(msg)
+    dates = " and ".join(sorted({each["date"][:10] for each in (record, *others)}))
     return (
-        f"(`{record['command']}` on {machine['cores']} cores of an {machine['cpu']}, {machine['device']}, "
-        f"jax {versions['jax']}, {record['date'][:10]}.)"
+        f"(`{command or record['command']}` on {machine['cores']} cores of an {machine['cpu']}, {machine['device']}, "
+        f"jax {versions['jax']}, {dates}.)"
     )
+
+
+def _made(records: dict[str, dict[str, Any]], works: list[str]) -> str:
+    return made(*(records[work] for work in works), command=f"python benchmarks/flows.py --only {' '.join(works)}")
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -260,8 +260,8 @@ def test_relinearization_follows_a_hessian_that_fades():
     truth = last(adaptive(prepared, prepared[2], 100.0, 1e-8))
     plain, moved = (adaptive(p, p[2], 100.0, 1e-5) for p in (prepared, moving))
     assert int(plain.stats["num_steps"]) > 5 * int(moved.stats["num_steps"])
-    assert relative_error(last(plain), truth) < 1e-4  # 1.6e-5
-    assert relative_error(last(moved), truth) < 1e-5  # 2.7e-7
+    assert relative_error(last(plain), truth) < 1e-4  # 1.1e-5
+    assert relative_error(last(moved), truth) < 1e-5  # 3.5e-7
 
 
 def test_the_contraction_of_the_stages_is_that_of_a_scalar_problem():
@@ -294,7 +294,7 @@ def test_a_new_linear_part_that_changes_little_doubles_its_price():
     assert float(after(renewed, 0.5, 0.5).price) == 10
 
 
-def test_nothing_is_linearized_anew_along_a_linear_flow(monkeypatch):
+def test_nothing_is_linearized_anew_along_a_linear_flow():
     """Rounding alone would contract by 0.7 and more."""
     for alpha, h in ((1e9, None), (jnp.inf, None), (1.0, Linear(X))):
         model, w0, target = (
@@ -306,7 +306,7 @@ def test_nothing_is_linearized_anew_along_a_linear_flow(monkeypatch):
         controller = diffrax.PIDController(1e-6, 1e-8)
         saveat = diffrax.SaveAt(t1=True, solver_state=True)
         run = diffrax.diffeqsolve(term, solver, 0.0, 1e4, 1e-3, u0, stepsize_controller=controller, saveat=saveat)
-        assert float(run.solver_state.age.lost) < 0.3 * int(run.stats["num_steps"])  # 0 to 2 of 8
+        assert float(run.solver_state.age.lost) < 0.3 * int(run.stats["num_steps"])  # 0, 1, 2 of 8 or 9
 
 
 # ---- low rank ----

@@ -93,7 +93,7 @@ def test_relinearization_saves_steps_where_features_are_learnt():
     ts = jnp.array([0.0, 1000.0])
     plain, moving = (lj.gradient_flow(*FEATURES, ts, solver=solver, **LOOSE) for solver in (EXPONENTIAL, MOVING))
     assert steps(plain) > 5 * steps(moving)
-    assert relative_error(moving.outputs[-1], plain.outputs[-1]) < 3e-4  # 4.0e-5; the loss falls from 0.4 to 5e-9
+    assert relative_error(moving.outputs[-1], plain.outputs[-1]) < 3e-4  # 7.3e-5; the loss falls from 0.4 to 5e-9
 
 
 def test_relinearization_stays_out_of_lazy_flows():
@@ -134,6 +134,7 @@ def test_infinite_time_takes_a_bounded_number_of_steps_and_says_whether_it_arriv
     for model, alpha in [(h, 1e4), (h, jnp.inf), (near, 1e8), (near, jnp.inf)]:
         run = lj.gradient_flow(model, loss, w0, ts, alpha=alpha, **options)
         assert bool(run.result == lj.RESULTS.successful)
+        # 18, 4, 78, 11: a new Gram costs four steps here, so that fewer steps and more Grams would take longer.
         assert steps(run) < 100
         # The gradient in the outputs has fallen by rtol: J^T (y - y*).
         moved = jtu.tree_map(lambda w, u, alpha=alpha: w + u[-1] / alpha, w0, run.displacement)

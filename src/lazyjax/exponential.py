@@ -36,7 +36,7 @@ from lazyjax._scheme import PhiInterpolation, bend, contraction, last_line
 from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax._user_loss import as_loss
 from lazyjax.linear_part import Expansion, LinearPart, Piece, SpectralPart, krylov_part, ritz_part, spectral_part
-from lazyjax.loss import Loss, SquareLoss
+from lazyjax.loss import Loss
 
 MOVED = 0.03
 """Contraction of the stages (`_scheme.contraction`) from which on a linear part that lags behind is said to cost steps.
@@ -223,9 +223,7 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             method = method_cost(flops, size, self.num_lanczos)[0] if rank is None else "dense"
         setup, step = dense_cost(flops, size, rank, powers=1)  # a new part begins with the former one's vectors
         price = setup / step if method == "dense" else 0.0
-        # The tangent flow of squares is linear: nothing moves.
-        relinearize = self.relinearize and not (isinstance(field, TangentField) and isinstance(field.loss, SquareLoss))
-        solver = TangentExponential(method, self.num_lanczos, relinearize, rank, None, field, horizon, price)
+        solver = TangentExponential(method, self.num_lanczos, self.relinearize, rank, None, field, horizon, price)
         return eqx.tree_at(lambda s: s.linear, solver, solver._build(), is_leaf=lambda x: x is None)
 
     def prepare(

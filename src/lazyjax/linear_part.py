@@ -254,15 +254,11 @@ def ritz_part(anchored: Anchored, rank: int, guess: Array | None = None) -> Spec
     size = math.prod(b.shape)
     columns = jr.normal(jr.key(0), (rank, size), b.dtype) if guess is None else jax.lax.stop_gradient(guess).T
     for _ in range(POWERS if guess is None else 1):
-        columns = _orthonormal(_times(anchored, rank, lambda i, rows=columns: rows[i]))
+        columns = jnp.linalg.qr(_times(anchored, rank, lambda i, rows=columns: rows[i]).T)[0].T
     projected = _times(anchored, rank, lambda i: columns[i]) @ columns.T
     values, mixing = jnp.linalg.eigh(projected)
     values = jnp.maximum(values, 0)
     return SpectralPart(anchored, values[-1], values, columns.T @ mixing)
-
-
-def _orthonormal(rows: Array) -> Array:
-    return jnp.linalg.qr(rows.T)[0].T
 
 
 def _times(anchored: Anchored, count: int, row: Callable[[Array], Array]) -> Array:
