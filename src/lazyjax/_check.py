@@ -55,7 +55,7 @@ def check_finite(tree: Any, name: str) -> None:
     for path, leaf in jtu.tree_leaves_with_path(tree):
         if not eqx.is_array(leaf) or not is_concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        bad = ~np.isfinite(np.asarray(leaf, dtype=np.float64))
+        bad = ~np.isfinite(np.asarray(leaf))
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             msg = (

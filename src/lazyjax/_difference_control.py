@@ -16,13 +16,13 @@ from lazyjax._difference_pair import (
     Step,
     Switched,
     Value,
-    as_function,
     delta_of,
     derivative,
     is_floating,
     is_pair,
     old_of,
 )
+from lazyjax._program import as_function
 
 Walk = Callable[[Step, core.Jaxpr, Sequence[Any], Sequence[Value]], list[Value]]
 ControlRule = Callable[[Walk, Step, core.JaxprEqn, list[Value]], list[Value]]

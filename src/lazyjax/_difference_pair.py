@@ -9,14 +9,14 @@ close, which is why no digits are lost however small $\epsilon$ is.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend import core
+
+from lazyjax._program import as_function
 
 
 class Moved(NamedTuple):
@@ -160,29 +160,6 @@ def bind(eqn: core.JaxprEqn, args: Sequence[Any], **overrides: Any) -> list[Any]
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-@cache
-def _empty_jaxpr() -> core.Jaxpr:
-    """A jaxpr to `replace` the parts of; the constructor's signature varies between versions."""
-    return jax.make_jaxpr(lambda: ())().jaxpr
-
-
-def as_function(eqn: core.JaxprEqn) -> Callable[..., list[Any]]:
-    """One equation as a function of its operands, its own differentiation rule included.
-
-    Goes through a jaxpr of that single equation and not through `Primitive.bind`, because
-    call-like primitives want their parameters in a form that is no public interface.
-    """
-    names = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
-    jaxpr = _empty_jaxpr().replace(invars=names, outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
-    closed = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, []))
-
-    def function(*args: Any) -> list[Any]:
-        given = {v: a for v, a in zip(eqn.invars, args, strict=True) if isinstance(v, core.Var)}
-        return list(closed(*(given[v] for v in names)))
-
-    return function
-
-
 def derivative(eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Any]:
     """`jax.jvp` of one equation along the deltas, at the old values: the limit eps = 0."""
     function = as_function(eqn)
@@ -198,8 +175,3 @@ def derivative(eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Any]:
     primals = [jnp.asarray(olds[i]) for i in moving]
     _, tangents = jax.jvp(of_moving, primals, [values[i].delta for i in moving])
     return tangents
-
-
-def literal_value(literal: core.Literal) -> np.ndarray:
-    """The constant of a jaxpr literal in its own dtype, which a bare Python number would lose."""
-    return np.asarray(literal.val, dtype=jnp.result_type(literal.aval))

@@ -19,7 +19,6 @@ from lazyjax._difference_pair import (
     Step,
     Switched,
     Value,
-    as_function,
     bind,
     delta_of,
     delta_or_zeros,
@@ -30,6 +29,7 @@ from lazyjax._difference_pair import (
     snapped_gap,
     unit_roundoff,
 )
+from lazyjax._program import as_function
 
 
 def _max_delta(step: Step, x: Any, y: Any, dx: Any, dy: Any) -> Any:

@@ -26,17 +26,16 @@ from lazyjax._difference_pair import (
     Step,
     Switched,
     Value,
-    as_function,
     bind,
     delta_or_zeros,
     is_floating,
     is_pair,
-    literal_value,
     old_of,
 )
 from lazyjax._difference_piecewise import COMPARISONS, PIECEWISE_RULES, at_both_ends, compare
 from lazyjax._difference_smooth import SMOOTH_RULES
 from lazyjax._difference_window import WINDOW_RULES
+from lazyjax._program import as_function, literal_value
 from lazyjax._types import Params
 
 _RULES = {**ALGEBRAIC_RULES, **SMOOTH_RULES, **PIECEWISE_RULES, **WINDOW_RULES}

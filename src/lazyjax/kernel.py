@@ -3,51 +3,66 @@ r"""The tangent kernel $K(x, x') = D_w f(w, x)\, D_w f(w, x')^T$ on data: Gram, 
 `gram` is the plain $JJ^T$; the kernel operator in the paper's metric is `gram / n` (see `lazyjax.loss`).
 """
 
-import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from lazyjax._check import check_finite, check_outputs, is_concrete, split_params
+from lazyjax._blocks import assemble
+from lazyjax._check import check_finite, check_outputs, split_params
+from lazyjax._factors import sample_factors
 from lazyjax._krylov import top_eigenvalues
+from lazyjax._plan import Choice, GramPlan, block_sizes, choose, describe
+from lazyjax._products import Rows, make_rows, product
+from lazyjax._samples import check_rows, check_samples
 from lazyjax._types import Model, Outputs, Params
 from lazyjax.tangent import match_outputs
 
-BLOCK_BYTES = 2**28
-"""Memory for the Jacobian rows of one block: two of them are held at a time."""
-
 DENSE_SIZE = 4096
 """Outputs up to which `spectrum` takes its leading eigenvalues from the dense Gram."""
+
+Method = Literal["auto", "jacobian"]
 
 
 def gram(
     f: Model,
     w: Params,
-    x1: Float[Array, "n1 ..."],
-    x2: Float[Array, "n2 ..."] | None = None,
+    x1: Shaped[Array, "n1 ..."],
+    x2: Shaped[Array, "n2 ..."] | None = None,
     *,
-    method: Literal["auto", "jacobian"] = "auto",
+    method: Method = "auto",
+    trace: bool = False,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "..."]:
-    r"""Gram matrix of the tangent kernel, $K_{ij} = D_w f(w, x_{1,i})\, D_w f(w, x_{2,j})^T$.
+    r"""Gram matrix of the tangent kernel, $K_{ij} = D_w f(w, x_{1,i})\, D_w f(w, x_{2,j})^T$, exact at finite width.
 
-    Jacobian rows are made and contracted a block at a time, so memory is bounded by the result and a fixed
-    block size; for x2 None only one triangle of blocks is computed.
+    The Jacobian of a layer is a product of its inputs and its cotangents, and so is the layer's part of the Gram:
+    for a dense layer $z = xW$ it is $(x \cdot x')(\Delta_k \cdot \Delta'_{k'})$, so no Jacobian is formed. The program
+    of f is read for such places: dense and batched products, convolutions, biases, look-ups of rows, also where one
+    parameter is used several times. Each parameter is treated in the cheapest of the ways open to it (`gram_plan`
+    prints them); a parameter with any other use by its Jacobian rows. Only one triangle is computed for x2 None,
+    and memory is bounded by the result and blocks of a size chosen to fit.
+
+    Sums are accumulated in the dtype of the outputs (on accelerators too: no tensor-float), so float32 entries are
+    right to about 1e-6 of the largest.
 
     Args:
-        f: Model f(w, x) with outputs (n,) or (n, k). Row i of its outputs must depend on row i of x only.
-        w: Parameters; the floating arrays are the coordinates.
+        f: Model f(w, x) with outputs (n,) or (n, k). Row i of its outputs must depend on row i of x only; this is
+            checked on the first two samples, except inside a jit.
+        w: Parameters, any pytree; the floating arrays are the coordinates.
         x1: Inputs, samples along the first axis.
         x2: Other inputs; None for x1.
-        method: How; "auto" and "jacobian" both contract Jacobians.
+        method: "auto": each parameter in its cheapest way. "jacobian": the rows of all of them, blockwise.
+        trace: Sum over the outputs, $\sum_k K_{ik,jk}$: an (n1, n2) Gram for any k, at a fraction of the cost.
+        mesh: Devices to share the block rows out over; the result is sharded by its rows. None: one device.
 
     Returns:
-        (n1, n2) for outputs (n,); (n1, k, n2, k) for outputs (n, k). The plain $JJ^T$, without 1/n.
+        (n1, n2) for outputs (n,) or with `trace`; (n1, k, n2, k) for outputs (n, k). The plain $JJ^T$, without 1/n.
 
     Raises:
         ValueError: empty or non-finite inputs, x1 and x2 of different sample shapes, outputs of another shape,
@@ -62,123 +77,154 @@ def gram(
         [[1. 1.]
          [1. 2.]]
     """
+    _check_method(method)
+    coordinates, rest = split_params(w, "w")
+    check_samples(f, w, x1, x2)
+    return _gram(f, coordinates, rest, x1, x2, method, trace, mesh)
+
+
+@eqx.filter_jit
+def _gram(
+    f: Model,
+    coordinates: Params,
+    rest: Params,
+    x1: Array,
+    x2: Array | None,
+    method: Method,
+    trace: bool,
+    mesh: Mesh | None,
+) -> Array:
+    if x2 is not None:
+        dtype = jnp.promote_types(x1.dtype, x2.dtype)
+        x1, x2 = x1.astype(dtype), x2.astype(dtype)
+    choice, leaves = _choose(f, coordinates, rest, x1, method, trace)
+    n1, n2, k = x1.shape[0], (x1 if x2 is None else x2).shape[0], 1 if trace else choice.num_outputs
+    sizes = block_sizes(
+        choice.sample_bytes,
+        n1 * n2 * k * k * jnp.dtype(choice.dtype).itemsize,
+        n1,
+        None if x2 is None else n2,
+        1 if mesh is None else mesh.size,
+    )
+    full = assemble(lambda x: _make_rows(choice, leaves, x, trace), x1, x2, sizes, choice.dtype, mesh)
+    return full if trace or not choice.has_axis else full.reshape(n1, k, n2, k)
+
+
+def _choose(
+    f: Model, coordinates: Params, rest: Params, x: Any, method: Method, trace: bool, count: int | None = None
+) -> tuple[Choice, list[Array]]:
+    """The plan for samples like those of x, and the leaves that it numbers."""
+    check_rows(f, eqx.combine(coordinates, rest), x)
+    leaves, structure = jtu.tree_flatten(coordinates)
+
+    def model(*args: Array) -> Array:
+        return f(eqx.combine(jtu.tree_unflatten(structure, args[:-1]), rest), args[-1][None])[0]
+
+    row = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return choose(model, leaves, row, method=method, trace_outputs=trace, count=count or x.shape[0]), leaves
+
+
+def _make_rows(choice: Choice, leaves: list[Array], x: Array, trace: bool) -> Rows:
+    """Factors of a block of samples."""
+    factors = jax.vmap(lambda row: sample_factors(choice.program, choice.groups, choice.direct, leaves, row))(x)
+    return make_rows(factors, choice.ways, trace=trace)
+
+
+def gram_diagonal(f: Model, w: Params, x: Shaped[Array, "n ..."], *, method: Method = "auto") -> Outputs:
+    r"""The diagonal of `gram`, $\|D_w f_k(w, x_i)\|^2$, without the rest of it.
+
+    Args:
+        f: Model f(w, x) with outputs (n,) or (n, k), each sample by itself.
+        w: Parameters.
+        x: Inputs, samples along the first axis.
+        method: As in `gram`.
+
+    Returns:
+        (n,) or (n, k), as the outputs.
+
+    Raises:
+        ValueError: as `gram`.
+
+    Example:
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+        >>> print(gram_diagonal(lambda w, x: x @ w, jnp.zeros(2), x))
+        [1. 2.]
+    """
+    _check_method(method)
+    coordinates, rest = split_params(w, "w")
+    check_samples(f, w, x, None)
+    return _diagonal(f, coordinates, rest, x, method)
+
+
+@eqx.filter_jit
+def _diagonal(f: Model, coordinates: Params, rest: Params, x: Array, method: Method) -> Array:
+    choice, leaves = _choose(f, coordinates, rest, x, method, False, 1)
+
+    def one(sample: Array) -> Array:
+        rows = _make_rows(choice, leaves, sample[None], False)
+        return jnp.diagonal(product(rows, rows, choice.dtype))
+
+    size, _ = block_sizes(choice.sample_bytes, 0, x.shape[0], None)
+    values = jax.lax.map(one, x, batch_size=size)
+    return values if choice.has_axis else values[:, 0]
+
+
+def gram_plan(
+    f: Model,
+    w: Params,
+    x1: Shaped[Array, "n1 ..."] | jax.ShapeDtypeStruct,
+    x2: Shaped[Array, "n2 ..."] | jax.ShapeDtypeStruct | None = None,
+    *,
+    method: Method = "auto",
+    trace: bool = False,
+) -> GramPlan:
+    r"""What `gram` would do with the same arguments, and the memory it would take, without doing it.
+
+    Nothing is computed: w and the inputs may be shapes (`jax.eval_shape`, `jax.ShapeDtypeStruct`).
+
+    Args:
+        f: Model f(w, x).
+        w: Parameters, or their shapes.
+        x1: Inputs, or their shape.
+        x2: Other inputs; None for x1.
+        method: As in `gram`.
+        trace: As in `gram`.
+
+    Returns:
+        `GramPlan`: the way of each parameter, operations, block sizes, bytes. Print it.
+
+    Raises:
+        ValueError: shapes unfit, or an unknown method.
+
+    Example:
+        >>> from lazyjax import init_mlp, mlp
+        >>> import jax.random as jr
+        >>> print(gram_plan(mlp(), init_mlp(jr.key(0), [3, 8, 2]), jnp.ones((5, 3))))
+        parameters              rule          way...
+    """
+    _check_method(method)
+    plans = []
+
+    def plan(w: Params, x1: Array, x2: Array | None) -> Array:
+        coordinates, rest = split_params(w, "w")
+        check_samples(f, w, x1, x2)
+        choice, leaves = _choose(f, coordinates, rest, x1, method, trace)
+        names = [jtu.keystr(path) or "w" for path, _ in jtu.tree_leaves_with_path(coordinates)]
+        n2 = None if x2 is None else x2.shape[0]
+        plans.append(describe(choice, names, leaves, x1.shape[0], n2, trace_outputs=trace))
+        return jnp.zeros(())
+
+    eqx.filter_eval_shape(plan, w, x1, x2)
+    return plans[0]
+
+
+def _check_method(method: str) -> None:
     if method not in ("auto", "jacobian"):
         msg = f'method must be "auto" or "jacobian", got {method!r}.'
         raise ValueError(msg)
-    coordinates, rest = split_params(w, "w")
-    _check_inputs(f, w, x1, x2)
-    return _gram(f, coordinates, rest, x1, x2)
 
 
-@eqx.filter_jit
-def _gram(f: Model, coordinates: Params, rest: Params, x1: Array, x2: Array | None) -> Array:
-    out = check_outputs(f, eqx.combine(coordinates, rest), x1, name="f")
-    k = out.shape[1] if len(out.shape) == 2 else 1
-    p = sum(leaf.size for leaf in jtu.tree_leaves(coordinates))
-    n1, n2 = x1.shape[0], (x1 if x2 is None else x2).shape[0]
-    limit = max(1, BLOCK_BYTES // (k * p * out.dtype.itemsize))
-    size1, size2 = min(limit, n1), min(limit, n2)
-
-    def rows(x: Array) -> list[Array]:
-        """Jacobian of a block of samples, one (samples * k, p_leaf) matrix a parameter leaf."""
-
-        def one(row: Array) -> Params:
-            return jax.jacrev(lambda c: f(eqx.combine(c, rest), row[None])[0])(coordinates)
-
-        return [leaf.reshape(x.shape[0] * k, -1) for leaf in jtu.tree_leaves(jax.vmap(one)(x))]
-
-    blocks1, blocks2 = _blocks(x1, size1), None if x2 is None else _blocks(x2, size2)
-
-    def entry(pair: Array) -> Array:
-        first = rows(blocks1[pair[0]])
-        second = rows((blocks1 if blocks2 is None else blocks2)[pair[1]])
-        products = [a.astype(out.dtype) @ b.T.astype(out.dtype) for a, b in zip(first, second, strict=True)]
-        return functools.reduce(jnp.add, products)
-
-    counts = len(blocks1), None if blocks2 is None else len(blocks2)
-    full = _assemble(entry, *counts, (size1 * k, size2 * k), out.dtype)
-    full = full[: n1 * k, : n2 * k]
-    return full if len(out.shape) == 1 else full.reshape(n1, k, n2, k)
-
-
-def _blocks(x: Array, size: int) -> Array:
-    """Samples in blocks (blocks, size, ...), the last one filled up with copies of the first sample."""
-    count = -(-x.shape[0] // size)
-    fill = jnp.broadcast_to(x[:1], (count * size - x.shape[0], *x.shape[1:]))
-    return jnp.concatenate([x, fill]).reshape(count, size, *x.shape[1:])
-
-
-def _assemble(
-    entry: Callable[[Array], Array], count1: int, count2: int | None, sizes: tuple[int, int], dtype: np.dtype
-) -> Array:
-    """Matrix of blocks `entry((i, j))`; with `count2` None it is symmetric and only j >= i is computed."""
-    symmetric = count2 is None
-    columns = count1 if symmetric else count2
-    rows, cols = sizes
-    pairs = [(i, j) for i in range(count1) for j in range(i if symmetric else 0, columns)]
-
-    def write(matrix: Array, pair: Array) -> tuple[Array, None]:
-        block = entry(pair)
-        matrix = jax.lax.dynamic_update_slice(matrix, block, (pair[0] * rows, pair[1] * cols))
-        if symmetric:
-            matrix = jax.lax.dynamic_update_slice(matrix, block.T, (pair[1] * rows, pair[0] * cols))
-        return matrix, None
-
-    empty = jnp.zeros((count1 * rows, columns * cols), dtype)
-    return jax.lax.scan(write, empty, jnp.asarray(pairs))[0]
-
-
-def _check_inputs(f: Model, w: Params, x1: Array, x2: Array | None) -> None:
-    for name, x in (("x1", x1), ("x2", x2)):
-        if x is None:
-            continue
-        if x.ndim == 0 or x.size == 0:
-            msg = f"{name} must hold at least one sample along its first axis, got shape {x.shape}."
-            raise ValueError(msg)
-        check_finite(x, name)
-    if x2 is not None and x2.shape[1:] != x1.shape[1:]:
-        msg = f"x1 and x2 must hold samples of one shape, got {x1.shape[1:]} and {x2.shape[1:]}."
-        raise ValueError(msg)
-    out = check_outputs(f, w, x1, name="f")
-    if out.shape[0] != x1.shape[0]:
-        msg = f"f must return one row of outputs a sample, got {out.shape[0]} rows for {x1.shape[0]} samples."
-        raise ValueError(msg)
-    if x1.shape[0] > 1 and is_concrete((w, x1)):
-        _check_independent(f, w, x1)
-
-
-def _check_independent(f: Model, w: Params, x: Array) -> None:
-    """Refuse a model whose output for the first sample changes when the other samples do."""
-    first, alone, terms = _first_row(f, *eqx.partition(w, eqx.is_inexact_array), x)
-    if not is_concrete((first, alone, terms)):
-        return
-    check_finite(alone, "f(w, x1[:1])")
-    first, alone = np.asarray(first), np.asarray(alone)
-    if not np.allclose(first, alone, rtol=0, atol=1e3 * float(np.finfo(first.dtype).eps) * float(terms)):
-        msg = (
-            "f must treat every sample by itself, but its output for x1[0] changes with the other samples "
-            f"(by {float(np.max(np.abs(first - alone))):.1e}), as with batch normalisation in training mode; "
-            "use the layer's inference mode."
-        )
-        raise ValueError(msg)
-
-
-@eqx.filter_jit
-def _first_row(f: Model, coordinates: Params, rest: Params, x: Array) -> tuple[Array, Array, Array]:
-    """The first sample's outputs beside the second one, alone, and the size of the terms they are summed from.
-
-    Those terms, and not the outputs, set the rounding: a mirrored or centred model's outputs cancel.
-    """
-    alone, vjp = jax.vjp(lambda c: f(eqx.combine(c, rest), x[:1]), coordinates)
-    (slopes,) = vjp(jnp.ones_like(alone))
-    products = jtu.tree_leaves(
-        jtu.tree_map(lambda a, b: jnp.sum((a * b).astype(alone.dtype) ** 2), coordinates, slopes)
-    )
-    terms = jnp.maximum(jnp.sqrt(sum(products)), jnp.max(jnp.abs(alone)))
-    return f(eqx.combine(coordinates, rest), x[:2])[0], alone[0], terms
-
-
-def kernel_matvec(f: Model, w: Params, x: Float[Array, "n ..."]) -> Callable[[Outputs], Outputs]:
+def kernel_matvec(f: Model, w: Params, x: Shaped[Array, "n ..."]) -> Callable[[Outputs], Outputs]:
     r"""The product $r \mapsto Dh\, Dh^T r$ with the plain Gram of `x`, matrix-free.
 
     Args:
@@ -206,7 +252,7 @@ def kernel_matvec(f: Model, w: Params, x: Float[Array, "n ..."]) -> Callable[[Ou
 
 
 def spectrum(
-    f: Model, w: Params, x: Float[Array, "n ..."], *, k: int | None = None, key: PRNGKeyArray | None = None
+    f: Model, w: Params, x: Shaped[Array, "n ..."], *, k: int | None = None, key: PRNGKeyArray | None = None
 ) -> Float[Array, " m"]:
     r"""Eigenvalues of the plain Gram $JJ^T$ of `x`, falling.
 
