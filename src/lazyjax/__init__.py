@@ -35,8 +35,15 @@ from lazyjax.tangent import singular_values as singular_values
 
 # The tangent kernel.
 from lazyjax.kernel import gram as gram
+from lazyjax.kernel import gram_diagonal as gram_diagonal
+from lazyjax.kernel import gram_plan as gram_plan
 from lazyjax.kernel import kernel_matvec as kernel_matvec
 from lazyjax.kernel import spectrum as spectrum
+
+# Limits of wide nets.
+from lazyjax.arccos import DeepKernel as DeepKernel
+from lazyjax.arccos import arccos_kernel as arccos_kernel
+from lazyjax.arccos import deep_kernel as deep_kernel
 
 # Training: the flow and the descent, and the two flows side by side.
 from lazyjax.flow import Flow as Flow
