@@ -26,6 +26,7 @@ ORDER = [
     "difference",
     "_krylov",
     "tangent",
+    "_rules",
     "_entries",
     "_factors",
     "_products",

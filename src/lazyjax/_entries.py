@@ -6,64 +6,13 @@ cotangent $\Delta$ of z (from a backward pass). Dense layers, convolutions, bias
 parameter with any other use, or with uses in different orders of its numbers, has none and is differentiated itself.
 """
 
-from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
-from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from lazyjax._program import Constant, Line, Operand, Program
-
-Scale = tuple[Operand, int]
-"""A factor and its power, 1 or -1."""
-
-MINUS = Constant(np.asarray(-1.0))
-
-
-@dataclass(frozen=True)
-class Weight:
-    """What a slot holds: a parameter leaf, its numbers scaled, reordered, and repeated along axes.
-
-    Attributes:
-        leaf: Which leaf.
-        path: The reorderings, in turn: equal paths mean an equal order.
-        scales: Factors.
-        roles: One letter an axis: m, an axis of the leaf; p, one along which it is repeated.
-    """
-
-    leaf: int
-    path: tuple[Hashable, ...]
-    scales: tuple[Scale, ...]
-    roles: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of one leaf.
-
-    Attributes:
-        leaf: Which leaf.
-        kind: "product", "convolution", "addition" or "rows" (a look-up).
-        order: Equal for entries with the same order of the leaf's numbers in `a` and the cotangent.
-        line: The equation; its operand number `other` holds what `a` is made of.
-        scales: Factors of `a`.
-        target: The slot whose cotangent is taken, on from the equation as far as it stays the same.
-        roles: The axes of the target: p, positions; g, groups (axes that `a` and the leaf share); m, the leaf's own.
-        sizes: (positions, groups, inputs, outputs): a is (p, g, d), the cotangent (p, g, m), the leaf g*d*m numbers.
-    """
-
-    leaf: int
-    kind: str
-    order: Hashable
-    line: Line
-    other: int
-    scales: tuple[Scale, ...]
-    target: int
-    roles: str
-    sizes: tuple[int, int, int, int]
+from lazyjax._rules import MINUS, RULES, Entry, Scale, Weight, fitted, long_roles
 
 
 def find_entries(program: Program, num_leaves: int) -> dict[int, list[Entry]]:
@@ -115,7 +64,7 @@ class _Search:
             if carried is not None:
                 self.weights[line.outputs[0]] = carried
                 return []
-            entry = _RULES[line.name](self, line, position, weight) if line.name in _RULES else None
+            entry = RULES[line.name](self.shape, line, position, weight) if line.name in RULES else None
             if entry is not None:
                 return [self._forward(entry)]
         return [self.weights[line.inputs[i]].leaf for i in held]
@@ -171,8 +120,8 @@ class _Search:
                 if before[axis] == aval.shape[to]:
                     roles[to] = weight.roles[axis]
             return replace(weight, roles="".join(roles))
-        roles = _fitted(weight.roles, before, aval.shape) if line.name in ("reshape", "squeeze") else None
-        if roles is None and line.name == "reshape" and "p" not in _long(weight.roles, before):
+        roles = fitted(weight.roles, before, aval.shape) if line.name in ("reshape", "squeeze") else None
+        if roles is None and line.name == "reshape" and "p" not in long_roles(weight.roles, before):
             roles = "m" * len(aval.shape)
         return None if roles is None else replace(weight, path=(*weight.path, aval.shape), roles=roles)
 
@@ -198,116 +147,8 @@ class _Search:
         before, after = self.shape(entry.target), self.shape(target)
         roles = entry.roles
         if scale is None and line.name in ("reshape", "squeeze", "broadcast_in_dim"):
-            scale, roles = (), _fitted(entry.roles, before, after)
+            scale, roles = (), fitted(entry.roles, before, after)
         # An operand of another shape would be repeated: other positions.
         if scale is None or roles is None or (roles == entry.roles and before != after):
             return None
         return replace(entry, target=target, scales=entry.scales + scale, roles=roles)
-
-
-def _long(roles: str, shape: tuple[int, ...]) -> str:
-    """The roles of the axes longer than one."""
-    return "".join(role for role, size in zip(roles, shape, strict=True) if size != 1)
-
-
-def _fitted(roles: str, before: tuple[int, ...], after: tuple[int, ...]) -> str | None:
-    """The roles of a shape that has gained or lost axes of length one only; None for any other change."""
-    if [size for size in before if size != 1] != [size for size in after if size != 1]:
-        return None
-    rest = iter(_long(roles, before))
-    return "".join("p" if size == 1 else next(rest) for size in after)
-
-
-def _product(search: _Search, line: Line, position: int, weight: Weight) -> Entry | None:
-    shapes = [search.shape(operand) for operand in line.inputs]
-    if "p" in _long(weight.roles, shapes[position]):
-        return None
-    contract, batch = line.eqn.params["dimension_numbers"]
-    other = 1 - position
-    ours, theirs = free_axes(line, position, shapes[position]), free_axes(line, other, shapes[other])
-    sides = ["p" * len(theirs), "m" * len(ours)]
-    roles = "g" * len(batch[0]) + "".join(sides if position == 1 else sides[::-1])
-    sizes = (
-        prod(shapes[other][i] for i in theirs),
-        prod(shapes[other][i] for i in batch[other]),
-        prod(shapes[other][i] for i in contract[other]),
-        prod(shapes[position][i] for i in ours),
-    )
-    order = (weight.path, "product", tuple(batch[position]), tuple(contract[position]), shapes[position])
-    return Entry(weight.leaf, "product", order, line, other, weight.scales, line.outputs[0], roles, sizes)
-
-
-def free_axes(line: Line, position: int, shape: tuple[int, ...]) -> list[int]:
-    """The axes of an operand of a product that are neither contracted nor shared."""
-    contract, batch = line.eqn.params["dimension_numbers"]
-    return [i for i in range(len(shape)) if i not in (*contract[position], *batch[position])]
-
-
-def _convolution(search: _Search, line: Line, position: int, weight: Weight) -> Entry | None:
-    params = line.eqn.params
-    kernel = search.shape(line.inputs[position])
-    if position != 1 or "p" in _long(weight.roles, kernel) or params["batch_group_count"] != 1:
-        return None
-    out = params["dimension_numbers"].out_spec
-    roles = ["p"] * len(out)
-    roles[out[1]] = "m"
-    shape = search.shape(line.outputs[0])
-    groups = params["feature_group_count"]
-    spec = params["dimension_numbers"].rhs_spec
-    sizes = (
-        prod(size for axis, size in enumerate(shape) if axis != out[1]),
-        groups,
-        prod(kernel[axis] for axis in spec[1:]),
-        shape[out[1]] // groups,
-    )
-    order = (weight.path, "convolution", tuple(spec), groups)
-    return Entry(weight.leaf, "convolution", order, line, 0, weight.scales, line.outputs[0], "".join(roles), sizes)
-
-
-def _addition(search: _Search, line: Line, position: int, weight: Weight) -> Entry | None:
-    before, shape = search.shape(line.inputs[position]), search.shape(line.outputs[0])
-    if len(before) != len(shape):
-        return None
-    # An axis of length one is repeated.
-    axes = list(zip(weight.roles, before, shape, strict=True))
-    roles = "".join(role if size == to else "p" for role, size, to in axes)
-    scales = weight.scales
-    if line.name == "sub" and position == 1:
-        scales = (*scales, (MINUS, 1))
-    inner = [size for size, role in zip(shape, roles, strict=True) if role == "m"]
-    sizes = (prod(shape) // prod(inner), 1, 1, prod(inner))
-    order = (weight.path, "addition", tuple(inner))
-    return Entry(weight.leaf, "addition", order, line, 1 - position, scales, line.outputs[0], roles, sizes)
-
-
-def _rows(search: _Search, line: Line, position: int, weight: Weight) -> Entry | None:
-    """A look-up of rows, theta[i]."""
-    dims: Any = line.eqn.params["dimension_numbers"]
-    table = search.shape(line.inputs[position])
-    indices = search.shape(line.inputs[1]) if position == 0 else ()
-    plain = dims.collapsed_slice_dims == dims.start_index_map == (0,) and not dims.operand_batching_dims
-    whole = tuple(line.eqn.params["slice_sizes"]) == (1, *table[1:])
-    known = line.eqn.params["mode"] in _MODES
-    if position != 0 or not (plain and whole and known) or "p" in _long(weight.roles, table):
-        return None
-    out = len(search.shape(line.outputs[0]))
-    roles = "".join("m" if axis in dims.offset_dims else "p" for axis in range(out))
-    sizes = (prod(indices[:-1]), 1, table[0], prod(table[1:]))
-    order = (weight.path, "rows")
-    return Entry(weight.leaf, "rows", order, line, 1, weight.scales, line.outputs[0], roles, sizes)
-
-
-_MODES = (
-    lax.GatherScatterMode.CLIP,
-    lax.GatherScatterMode.FILL_OR_DROP,
-    lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-)
-
-_RULES = {
-    "dot_general": _product,
-    "conv_general_dilated": _convolution,
-    "add": _addition,
-    "add_any": _addition,
-    "sub": _addition,
-    "gather": _rows,
-}

@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lazyjax._entries import Entry, free_axes
 from lazyjax._program import Line, Program, aval_of, run, value_of
+from lazyjax._rules import Entry, free_axes
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ def _input(entry: Entry, values: dict[int, Any]) -> Array:
         free = free_axes(entry.line, entry.other, operand.shape)
         ordered = operand.transpose(*free, *batch[entry.other], *contract[entry.other])
         a = ordered.reshape(positions, groups, inputs)
-    return scaled(a, entry, values)
+    return _scaled(a, entry, values)
 
 
 def _feature(line: Line) -> int:
     return line.eqn.params["dimension_numbers"].out_spec[1]
 
 
-def scaled(a: Array, entry: Entry, values: dict[int, Any]) -> Array:
+def _scaled(a: Array, entry: Entry, values: dict[int, Any]) -> Array:
     """Times the factors of an entry."""
     for operand, power in entry.scales:
         factor = jnp.asarray(value_of(values, operand)).reshape(-1)[0].astype(a.dtype)

@@ -55,23 +55,22 @@ class Rows(eqx.Module):
         return leaf.shape[0], leaf.shape[1]
 
 
-def make_rows(factors: Factors, ways: list[Way], *, trace: bool) -> Rows:
-    """Factors of samples (leading axis), each group in its way; `trace` sums over the outputs."""
-    outer, spatial, rows = [], [], []
-    for a, delta, way in zip(factors.inputs, factors.cotangents, ways, strict=True):
+def make_rows(factors: Factors, ways: list[Way], dtype: Any, *, trace: bool) -> Rows:
+    """Factors of samples (leading axis) in the dtype of the result, each group in its way.
+
+    `trace` sums over the outputs.
+    """
+    outer, spatial, rows = [], [], [part.astype(dtype) for part in factors.rows]
+    for a, cotangents, way in zip(factors.inputs, factors.cotangents, ways, strict=True):
+        delta = cotangents.astype(dtype)
+        a = a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: PLW2901
         if way == "jacobian":
-            joined = _einsum("npgd,nkpgm->nkgdm", a.astype(delta.dtype), delta)
-            rows.append(joined.reshape(*delta.shape[:2], -1))
+            rows.append(_einsum("npgd,nkpgm->nkgdm", a, delta).reshape(*delta.shape[:2], -1))
         elif way == "outer":
             outer.append((a[:, 0, 0], _summed(delta[:, :, 0, 0], trace)))
         else:
             spatial.append((a, _summed(delta, trace)))
-    rows += factors.rows
-    jacobian = None
-    if rows:
-        dtype = jnp.result_type(*(part.dtype for part in rows))
-        jacobian = _summed(jnp.concatenate([part.astype(dtype) for part in rows], axis=2), trace)
-    return Rows(outer, spatial, jacobian)
+    return Rows(outer, spatial, _summed(jnp.concatenate(rows, axis=2), trace) if rows else None)
 
 
 def _summed(delta: Array, trace: bool) -> Array:
@@ -89,7 +88,7 @@ def symmetric_product(rows: Rows, dtype: Any) -> Float[Array, "m m"]:
     if rows.outer or rows.jacobian is not None:
         block = _triangles(Rows(rows.outer, [], rows.jacobian), dtype)
     for a, delta in rows.spatial:
-        block += _half_circle(a, delta).reshape(n * k, n * k).astype(dtype)
+        block += _half_circle(a, delta).reshape(n * k, n * k)
     return block
 
 
@@ -109,13 +108,13 @@ def product(first: Rows, second: Rows, dtype: Any) -> Float[Array, "m1 m2"]:
     (n1, k1), (n2, k2) = first.shape, second.shape
     block = jnp.zeros((n1, k1, n2, k2), dtype)
     if first.jacobian is not None:
-        block += _einsum("nks,mls->nkml", first.jacobian, second.jacobian).astype(dtype)
+        block += _einsum("nks,mls->nkml", first.jacobian, second.jacobian)
     for (a1, delta1), (a2, delta2) in zip(first.outer, second.outer, strict=True):
         inner = _einsum("nd,md->nm", a1, a2)[:, None, :, None]
-        block += (inner * _einsum("nkp,mlp->nkml", delta1, delta2)).astype(dtype)
+        block += inner * _einsum("nkp,mlp->nkml", delta1, delta2)
     for (a1, delta1), (a2, delta2) in zip(first.spatial, second.spatial, strict=True):
         # A sample at a time: all pairs of positions at once would fill the memory.
-        block += lax.map(functools.partial(_pair_against, a2, delta2), (a1, delta1)).astype(dtype)
+        block += lax.map(functools.partial(_pair_against, a2, delta2), (a1, delta1))
     return block.reshape(n1 * k1, n2 * k2)
 
 

@@ -127,7 +127,7 @@ def _choose(
 def _make_rows(choice: Choice, leaves: list[Array], x: Array, trace: bool) -> Rows:
     """Factors of a block of samples."""
     factors = jax.vmap(lambda row: sample_factors(choice.program, choice.groups, choice.direct, leaves, row))(x)
-    return make_rows(factors, choice.ways, trace=trace)
+    return make_rows(factors, choice.ways, choice.dtype, trace=trace)
 
 
 def gram_diagonal(f: Model, w: Params, x: Shaped[Array, "n ..."], *, method: Method = "auto") -> Outputs:
