@@ -1,7 +1,7 @@
 """Write the numbers of README.md from the committed benchmark records, or check that they stand there.
 
-Each block between <!-- numbers: NAME --> and <!-- end --> is made from benchmarks/results/NAME.json (flows: from
-those of its works).
+Each block between <!-- numbers: NAME --> and <!-- end --> is made from benchmarks/results/NAME.json (flows, explicit
+and gram: from those of their works).
 
     python scripts/readme_numbers.py          # rewrite the blocks
     python scripts/readme_numbers.py --check  # exit 1 if a block is out of date
@@ -55,9 +55,10 @@ WORKS = {
     "W3": "two-layer tanh, n = 1000, T = 10⁴",
     "W4": "MLP on 256 digits, squares, nk = 2560, T = 10⁴",
     "W4b": "MLP on 256 digits, cross-entropy to a loss of 10⁻³",
+    "W6": "W1 and W2 with learnt features, τ = 0.1",
     "explicit_wins": "two-layer tanh, n = 200",
 }
-SHORT = ("W4b", "explicit_wins")
+SHORT = ("W4b", "W6", "explicit_wins")
 """Works with a label of their own for each case, in the second table: there an explicit method may be the best."""
 
 
@@ -99,6 +100,49 @@ def _cases(records: dict[str, dict[str, Any]], works: list[str]) -> list[tuple[s
     return [(work, result, label) for work in works for label, result in records[work]["results"]["cases"].items()]
 
 
+GRAMS = {
+    "a": "a: two-layer ReLU, 100-1000-1, n = 500",
+    "b": "b: ReLU, 784-512-512-512-10, n = 128",
+    "c": "c: VGG-11, channels / 8, n = 64, k = 10",
+    "d": "d: ResNet, channels / 8, n = 32, k = 10",
+    "e": "e: transformer block, n = 32, k = 10",
+}
+
+
+def gram(records: dict[str, dict[str, Any]]) -> str:
+    """Time, peak memory and first call of the peer's best and of ours, one row a network and dtype."""
+    rows = [
+        "| network | dtype | peer's best | time, peer | ours | ratio | memory, peer | ours | first call, peer | ours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    fractions = []
+    for name, record in records.items():
+        for dtype, case in record["results"]["cases"].items():
+            best, found = case["best_peer"], case["rows"]
+            ours = _gram_cells(found["ours"], found["eager"]["first_s"])
+            peer = _gram_cells(found[best], found[best]["compile_s"] + found[best]["first_s"]) if best else [""] * 3
+            label, ratio = (best.lower().replace("_", " "), f"{case['ratios']['peer']:.3g}") if best else ("none", "")
+            cells = [GRAMS[name], dtype, label, peer[0], ours[0], ratio, peer[1], ours[1], peer[2], ours[2]]
+            rows.append(f"| {' | '.join(cells)} |")
+            if "products" in case:
+                fractions.append(f"{min(case['products']['fraction_of_gemm'].values()):.0%} in {dtype}")
+    note = (
+        "The peer is neural-tangents 0.6.5 on jax 0.5.3, by the quickest of its four implementations; ≈: extrapolated "
+        "from fewer samples. Memory: peak over what is resident before the first run. First call: tracing, compilation "
+        f"and a run. Ours of b does its dominant products at {', '.join(fractions)} of the rate of a matrix product."
+    )
+    command = "python benchmarks/gram.py --peer benchmarks/.peer"
+    return "\n".join([*rows, "", f"{note} {made(*records.values(), command=command)}"])
+
+
+def _gram_cells(row: dict[str, Any], first_s: float) -> list[str]:
+    """Time, memory and first call; memory and first call of an extrapolated row are not those of the full size."""
+    time = f"{row['run_s']:.2g} s"
+    if row["extrapolated"]:
+        return [f"≈ {time}", "", ""]
+    return [time, "" if row["peak_bytes"] is None else f"{1e-6 * row['peak_bytes']:.0f} MB", f"{first_s:.1f} s"]
+
+
 def made(record: dict[str, Any], *others: dict[str, Any], command: str | None = None) -> str:
     """Where and how records were made, all on one machine; by a command that makes them all, or the record's own."""
     machine, versions = record["machine"], record["versions"]
@@ -127,6 +171,8 @@ def rewritten(text: str) -> str:
         name = match.group(1)
         if name in ("flows", "explicit"):
             body = {"flows": flows, "explicit": explicit}[name]({work: _read(f"flows_{work}") for work in WORKS})
+        elif name == "gram":
+            body = gram({work: _read(f"gram_{work}") for work in GRAMS})
         else:
             body = {"finite_jvp": finite_jvp, "report_time": report_time}[name](_read(name))
         return f"<!-- numbers: {name} -->\n{body}\n<!-- end -->"

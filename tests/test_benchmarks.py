@@ -4,11 +4,19 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import _gram_ours
+import _gram_worker
+import _gram_works as works
+import gpu_gram
+import gram
 import harness
+import helpers
+import lazyjax as lj
 import readme_numbers
 
 
@@ -76,3 +84,118 @@ def test_the_numbers_of_the_readme_are_those_of_the_records():
     altered = text.replace(" s on the first run", "0 s on the first run")
     assert altered != text
     assert readme_numbers.rewritten(altered) == text
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The workers of `gram.py` in this process; for the peer one that contracts Jacobians by hand."""
+
+    class Worker:
+        def __init__(self, kind, name, dtype, settings):
+            peer = _gram_worker.Contender(lambda f: lambda w, x: _contracted(f, w, x), axes=(0, 2, 1, 3))
+            contender = peer if kind in gram.PEERS else _gram_ours.prepare(kind)
+            self.worker = _gram_worker.Worker(name, dtype, settings.size, contender)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, do, **arguments):
+            return json.loads(_gram_worker.answer(self.worker, json.dumps({"do": do, **arguments})))
+
+    monkeypatch.setattr(gram, "Worker", Worker)
+    monkeypatch.setattr(gram, "PEERS", ("AUTO",))
+
+
+def _contracted(f, w, x):
+    """The Gram with the axes (n, n, k, k)."""
+    leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(jax.jacrev(lambda v: f(v, x))(w))]
+    return sum(jnp.einsum("ikp,jlp->ijkl", leaf, leaf) for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", works.WORKS)
+def test_the_gram_of_every_work_is_the_reference(name):
+    work = works.make(name, "float64", "smoke", 4)
+    assert work.f(work.w, work.x).shape == (4, work.k)
+    w, x = jax.tree.map(jnp.asarray, (work.w, work.x))
+    found = lj.gram(work.f, w, x).reshape(4 * work.k, 4 * work.k)
+    assert helpers.tree_allclose(np.asarray(found), _gram_worker.jacobian_rows(work, np.arange(4)))
+
+
+def test_works_are_the_same_network_at_every_size_of_the_sample():
+    few, many = works.make("c", "float32", "smoke", 3), works.make("c", "float32", "smoke")
+    assert helpers.tree_allclose(few.w, many.w, rtol=0, atol=0)
+    assert np.array_equal(few.x, many.x[:3])
+
+
+def test_full_works_have_the_sizes_that_are_named():
+    counts = {name: works.make(name, "float32", "full", 1).num_params for name in works.WORKS}
+    assert counts["a"] == 101_000
+    assert counts["b"] == 932_362
+    assert 1e5 < counts["c"] < counts["d"] < 5e5
+    vgg = works.make_vgg(works.Random(np.random.default_rng(0), "float32"), 1, 32, works.WIDE_VGG, 10)
+    assert vgg.num_params == pytest.approx(9.2e6, rel=0.01)
+
+
+def test_a_slow_contender_is_predicted_from_two_runs():
+    assert gram.predicted({2: 2 * 3.0 + 4 * 5.0, 4: 4 * 3.0 + 16 * 5.0}, 10) == pytest.approx(10 * 3.0 + 100 * 5.0)
+    assert gram.predicted({2: 6.0, 4: 6.0}, 10) == pytest.approx(15.0)  # no faster than linear
+    assert gram.predicted({2: 1.0, 4: 8.0}, 8) == pytest.approx(32.0)  # no slower than square
+
+
+def test_race_times_checks_and_ranks_and_its_record_fills_the_table(in_process, tmp_path, capsys):
+    settings = gram.Settings("smoke", Path(), ours=True, limit_s=30.0)
+    record = gram.work("b", ["float64"], settings)
+    case = record["cases"]["float64"]
+    assert set(case["rows"]) == {*gram.OURS, *gram.PEERS}
+    assert all(row["right"] and row["error"] < 1e-12 for row in case["rows"].values())
+    assert case["best_peer"] == "AUTO"
+    assert case["ratios"]["peer"] == case["rows"]["AUTO"]["run_s"] / case["rows"]["ours"]["run_s"]
+    assert case["products"]["flops"] == 2 * 24 * 25 * 6
+    assert "best" in capsys.readouterr().out
+    path = harness.write("gram_b", record, directory=tmp_path)
+    table = readme_numbers.gram({"b": json.loads(path.read_text(encoding="utf-8"))})
+    assert f"| {readme_numbers.GRAMS['b']} | float64 |" in table
+
+
+def test_only_the_best_of_slow_contenders_is_run_at_full_size(in_process):
+    record = gram.work("a", ["float64"], gram.Settings("smoke", Path(), ours=True, limit_s=0.0))["cases"]["float64"]
+    assert record["rows"]["jacobian"]["extrapolated"]
+    assert not record["rows"]["ours"]["extrapolated"]
+    assert not record["rows"][record["best_peer"]]["extrapolated"]
+
+
+def test_worker_says_what_failed():
+    worker = _gram_worker.Worker("a", "float64", "smoke", _gram_ours.prepare("ours"))
+    reply = json.loads(_gram_worker.answer(worker, '{"do": "check", "file": "none.npy"}'))
+    assert "FileNotFoundError" in reply["failed"]
+
+
+def test_worker_in_its_own_process_answers():
+    with gram.Worker("eager", "a", "float32", gram.Settings("smoke", None, ours=True, limit_s=1.0)) as worker:
+        built = worker.ask("build", n=2)
+        assert (built["n"], built["k"], built["num_params"]) == (2, 1, 16)
+        assert worker.ask("run")["seconds"] < built["first_s"]
+        worker.process.kill()
+        assert "status -9" in worker.ask("run")["failed"]
+
+
+def test_gpu_gram_at_toy_size():
+    found = gpu_gram.question(gpu_gram.SIZES["smoke"], 1)
+    assert found["error"] < 1e-5
+    assert found["run_s"]["both"] < found["first_s"]["both"]
+    assert found["eigenvalues"]["smallest"] > -1e-5 * found["eigenvalues"]["largest"]
+
+
+def test_gpu_gram_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu_gram.py"])
+    gpu_gram.main()
+    assert capsys.readouterr().out.startswith("No GPU here")
+
+
+def test_gpu_gram_counts_the_cheaper_way_of_every_convolution():
+    # One image position: cotangents and patches contracted, 2 + 27 / 4 + 1; on 64 positions: weight gradients, 27 * 2.
+    for image, each in ((1, 2 + 27 / 4 + 1), (8, 54)):
+        assert gpu_gram.needed(gpu_gram.Size(3, image, (2,), 2, 8)) == 6 * 7 * each

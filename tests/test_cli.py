@@ -112,6 +112,8 @@ class TestReport:
         for text in (
             "How lazily does this model train?",
             "Its tangent kernel changes",
+            "What the kernel alone predicts",
+            "condition number",
             "equinox_cnn.py:build",
             "lazyjax report",
         ):

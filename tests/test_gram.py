@@ -166,6 +166,43 @@ WORKS = {
         TOKENS,
         {"E": "look-up"},
     ),
+    "look-up, scaled": Work(
+        lambda w, x: head((0.5 * w["E"])[x] * 3.0 + w["b"]), draw(0, E=(7, 4), b=(4,)), TOKENS, {"E": "look-up"}
+    ),
+    "difference of two look-ups": Work(
+        lambda w, x: head(w["E"][x] / 2.0 - w["E"][x[:, ::-1]]), draw(0, E=(7, 4)), TOKENS, {"E": "look-up"}
+    ),
+    "two orders of one matrix": Work(
+        lambda w, x: head(
+            jnp.tanh(x @ w["W"].ravel())[:, None] + (x @ w["W"].ravel(order="F"))[:, None]
+        ),
+        draw(0, W=(2, 3)),
+        images(6),
+        {"W": "jacobian"},
+    ),
+    "two orders by broadcasting": Work(
+        lambda w, x: head(
+            jnp.tanh(x @ w["W"][None].transpose(0, 2, 1).reshape(6))[:, None]
+            + (x @ w["W"][:, None].transpose(0, 2, 1).reshape(6))[:, None]
+        ),
+        draw(0, W=(2, 3)),
+        images(6),
+        {"W": "jacobian"},
+    ),
+    "turned after the bias": Work(
+        lambda w, x: head(
+            jnp.tanh((x @ w["W"] + w["b"]).reshape(x.shape[0], 16, order="F") * jnp.arange(16.0)) @ jnp.ones((16, 3))
+        ),
+        draw(0, W=(4, 4), b=(4,)),
+        images(4, 4),
+        {"W": "dense", "b": "bias"},
+    ),
+    "one kernel in two shapes": Work(
+        lambda w, x: head(conv(x, w["K"][None], NHWC)) + head(conv(x[..., :1], w["K"][:, :, None], NHWC)[..., :2]),
+        draw(0, K=(2, 2, 2)),
+        images(5, 4, 2),
+        {"K": "jacobian"},
+    ),
     "used twice": Work(
         lambda w, x: head(jnp.tanh(x @ w["W"] + w["b"]) @ w["W"] + w["b"]),
         draw(0, W=(5, 5), b=(5,)),
@@ -440,6 +477,55 @@ def test_unfit_arguments_of_the_plan_are_refused():
 def test_one_device_of_a_mesh_changes_nothing(net_gram):
     mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
     np.testing.assert_allclose(lj.gram(NET, NET_W, DATA, mesh=mesh), net_gram, rtol=1e-12, atol=1e-11)
+
+
+MIXED = {
+    "earlier samples": (lambda w, x: jnp.cumsum(x @ w["W"], axis=0), draw(0, W=(5, 2))),
+    "a last layer of zeros": (
+        lambda w, x: (jnp.tanh(x @ w["W"]) - jnp.tanh(x @ w["W"]).mean(0)) @ w["a"],
+        draw(0, W=(5, 4)) | {"a": jnp.zeros(4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_models_that_mix_samples_unseen_by_the_first_output_are_refused(name):
+    f, w = MIXED[name]
+    with pytest.raises(ValueError, match=r"f must treat every sample by itself.*slopes by .* %"):
+        lj.gram(f, w, DATA)
+    # Equal samples at the start tell nothing: others are looked for, in x2 too.
+    with pytest.raises(ValueError, match="f must treat every sample by itself"):
+        lj.gram(f, w, jnp.concatenate([DATA[:1], DATA[:3]]))
+    with pytest.raises(ValueError, match="f must treat every sample by itself"):
+        lj.gram(f, w, DATA[:1], DATA[:3])
+
+
+def test_a_model_that_drops_the_axis_of_a_single_sample_is_refused():
+    f = lambda w, x: jnp.squeeze(x @ w["W"])
+    with pytest.raises(ValueError, match=r"f must keep the axis of samples for a single one.*\(2,\).*\(101, 2\)"):
+        jax.jit(lambda x: lj.gram(f, draw(0, W=(5, 2)), x))(DATA)
+
+
+def test_half_precision_has_a_gram_summed_in_the_dtype_of_the_outputs():
+    w = draw(0, W=(5, 40), a=(40, 2))
+    half = lambda w, x: jnp.tanh(x.astype(jnp.bfloat16) @ w["W"].astype(jnp.bfloat16)) @ w["a"].astype(jnp.bfloat16)
+    outputs = {jnp.bfloat16: half, jnp.float32: lambda w, x: half(w, x).astype(jnp.float32)}
+    jacobian = jacobian_of(lambda w, x: jnp.tanh(x @ w["W"]) @ w["a"], w, DATA[:9])
+    exact = (jacobian @ jacobian.T).reshape(9, 2, 9, 2)
+    for dtype, f in outputs.items():
+        k = lj.gram(f, w, DATA[:9])
+        assert k.dtype == dtype
+        np.testing.assert_allclose(k.astype(float), exact, rtol=0, atol=0.03 * np.abs(exact).max())
+
+
+def test_masks_are_pooled_and_empty_leaves_are_no_parameters():
+    def f(w, x):
+        mask = lax.reduce_window((x > 0).astype(jnp.int32), jnp.iinfo(jnp.int32).min, lax.max, (1, 2), (1, 1), "SAME")
+        return head(x @ w["W"] * mask[:, :4].astype(x.dtype)) + jnp.sum(w["none"] + 1.0)
+
+    w = draw(0, W=(5, 4)) | {"none": jnp.zeros(0)}
+    jacobian = jacobian_of(f, w, DATA[:4])
+    np.testing.assert_allclose(lj.gram(f, w, DATA[:4]).reshape(8, 8), jacobian @ jacobian.T, rtol=1e-12, atol=1e-12)
 
 
 SHARDED = """

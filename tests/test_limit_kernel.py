@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import lazyjax as lj
+from lazyjax import plot
 from lazyjax._plot_kernel import draw_limit_kernel
 from lazyjax.arccos import arccos_kernel
 from lazyjax.experiments import limit_kernel
@@ -146,3 +147,10 @@ def test_legends_cover_no_data_and_fit_the_column(axes):
         assert not legend.overlaps(ax.get_window_extent())
         assert figure.bbox.x0 <= legend.x0
         assert legend.x1 <= figure.bbox.x1
+
+
+def test_the_figure_has_both_panels_each_on_its_own_scale(result):
+    figure = plot.plot_limit_kernel(result)
+    upper, lower = figure.axes
+    assert upper.get_xlim() != lower.get_xlim()
+    assert (upper.get_xscale(), lower.get_xscale()) == ("linear", "log")

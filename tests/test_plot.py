@@ -4,6 +4,7 @@ import pytest
 import xarray
 
 from lazyjax import LazinessReport, plot
+from lazyjax._spectrum import normalized_spectrum
 from lazyjax._summary import Slope
 
 ALPHAS = np.array([1.0, 10.0, 100.0, 1e3, 1e7, np.inf])
@@ -40,7 +41,7 @@ def make_report(*, classes=True, test=True, failed=None, stability=True, alphas=
     data["message"] = ("alpha", np.where(bad, "nonfinite", ""))
     data["kernel_eigenvalue"] = ("mode", 4.0 * np.geomspace(1, 1e-20, 21))
     attrs = {
-        "num_params": 12, "num_train": 5, "num_test": 5 if test else 0, "outputs": 2, "loss": "square",
+        "num_params": 12, "num_train": 7, "num_test": 5 if test else 0, "outputs": 3, "loss": "square",
         "dtype": "float32", "horizon": 10.0, "w0_norm": 2.0, "initial_residual": 1.0, "lazy_ratio": 0.3,
     }  # fmt: skip
     coords = {"alpha": alphas, "time": TIMES, "mode": np.arange(1, 22)}
@@ -194,11 +195,53 @@ class TestEigenvalues:
     def test_relative_to_the_largest_down_to_rounding(self):
         (ax,) = plot.plot_eigenvalues(make_report()).axes
         assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-        _, values = line(ax, legend(ax)[0])
-        assert values[0] == 1
-        assert np.nanmin(values) == pytest.approx(1e-6)
+        fraction, values = line(ax, legend(ax)[0])
+        assert fraction == pytest.approx(np.arange(1, 22) / 21)
+        assert values[:7] == pytest.approx(np.geomspace(1, 1e-6, 7))
+        assert np.all(np.isnan(values[7:]))
         _, learnt = line(ax, legend(ax)[1])
         assert learnt == pytest.approx(1 / 40)
+
+    def test_the_leading_ones_lie_at_their_share_of_all_outputs(self):
+        dataset = make_report().dataset.isel(mode=slice(0, 3)).assign_attrs(num_train=1000)
+        (ax,) = plot.plot_eigenvalues(dataset).axes
+        assert line(ax, legend(ax)[0])[0] == pytest.approx(np.arange(1, 4) / 3000)
+
+
+CURVES = {
+    name: normalized_spectrum(np.arange(1.0, size + 1) ** -1.0)
+    for name, size in (("random pixels", 500), ("photographs", 50), ("few", 8))
+}
+
+
+class TestSpectrum:
+    def test_the_curves_lie_on_common_axes_told_apart_by_colour_and_dashes(self):
+        figure = plot.plot_spectrum(CURVES)
+        (ax,) = figure.axes
+        assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+        assert legend(ax) == list(CURVES)
+        for name, (fraction, value) in CURVES.items():
+            x, y = line(ax, name)
+            assert x == pytest.approx(np.asarray(fraction))
+            assert y == pytest.approx(np.asarray(value))
+        styles = {(found.get_color(), found.get_linestyle()) for found in ax.get_lines()}
+        assert len(styles) == 3
+        figure.draw_without_rendering()
+        assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())
+
+    def test_eigenvalues_that_are_zero_are_left_out(self):
+        (ax,) = plot.plot_spectrum({"one": normalized_spectrum(np.array([4.0, 1.0, 0.0]))}).axes
+        assert line(ax, "one")[1][:2] == pytest.approx([1, 0.25])
+        assert np.isnan(line(ax, "one")[1][2])
+
+    @pytest.mark.parametrize(("size", "expected"), [(1, ["1"]), (4, ["1/4", "1"]), (10, ["$10^{-1}$", "1"])])
+    def test_few_eigenvalues_have_few_ticks(self, size, expected):
+        (ax,) = plot.plot_spectrum({"few": normalized_spectrum(np.ones(size))}).axes
+        assert [tick.get_text() for tick in ax.get_xticklabels()] == expected
+
+    def test_no_curve_is_refused(self):
+        with pytest.raises(ValueError, match=r"spectra must hold at least one curve, .* got none"):
+            plot.plot_spectrum({})
 
 
 class TestEncode:

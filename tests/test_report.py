@@ -9,8 +9,10 @@ import pytest
 
 import lazyjax as lj
 from helpers import relative_error
-from lazyjax._summary import fit_slope
+from lazyjax._spectrum import condition_number
+from lazyjax._summary import fit_slope, kernel_facts, rounding_notes
 from lazyjax._task import make_task
+from lazyjax.regression import kernel_regression
 
 F = lj.mlp(jnp.tanh)
 W0 = lj.init_mlp(jr.key(0), [4, 16, 3])
@@ -73,6 +75,63 @@ def test_drift_stability_and_spectrum_are_those_of_their_modules(report):
     np.testing.assert_allclose(data["kernel_eigenvalue"][:20], lj.spectrum(F, W0, X)[:20] / 12, rtol=1e-6)
 
 
+def test_the_kernel_s_prediction_is_that_of_kernel_regression(report):
+    data, a = report.dataset, report.dataset.attrs
+    losses = [lj.square_loss(jnp.eye(3)[labels]) for labels in (LABELS, LABELS_TEST)]
+    found = kernel_regression(lj.center(F, W0), W0, X, losses[0], x_test=X_TEST)
+    time, best = found.best_time(losses[1])
+    times = jnp.stack([time, jnp.inf])
+    assert list(data["stop"].values) == ["best", "end"]
+    np.testing.assert_allclose(data["kernel_time"], times, rtol=1e-6)
+    np.testing.assert_allclose(data["kernel_test_loss"][0], best, rtol=1e-9)
+    for part, loss, outputs, labels in (
+        ("train", losses[0], found.outputs(times), LABELS),
+        ("test", losses[1], found.test_outputs(times), LABELS_TEST),
+    ):
+        np.testing.assert_allclose(data[f"kernel_{part}_loss"], [loss(y) for y in outputs], rtol=1e-6, atol=1e-15)
+        right = np.mean(np.argmax(np.asarray(outputs), axis=2) == np.asarray(labels), axis=1)
+        np.testing.assert_allclose(data[f"kernel_{part}_accuracy"], right)
+    # The best stop is no worse than any time of the tangent model's own flow.
+    assert float(best) <= float(data["tangent_test_loss"].min()) * (1 + 1e-6)
+    np.testing.assert_allclose(a["kernel_condition"], found.condition, rtol=1e-6)
+    np.testing.assert_allclose(a["kernel_effective_rank"], found.effective_rank, rtol=1e-6)
+    assert a["kernel_rank"] == 36
+
+
+def test_the_screen_tells_of_the_kernel(report):
+    screen, a = str(report), report.dataset.attrs
+    assert f"rank 36 of 36 outputs, condition number {a['kernel_condition']:.2g}, effective rank" in screen
+    end, best = report.dataset.sel(stop="end"), report.dataset.sel(stop="best")
+    assert (
+        f"test loss {float(end['kernel_test_loss']):.3g} ({100 * float(end['kernel_test_accuracy']):.1f} %)" in screen
+    )
+    assert f"t = {float(best['kernel_time']):.3g}, training loss {float(best['kernel_train_loss']):.3g}" in screen
+
+
+def test_a_best_stop_at_the_end_is_called_so(report):
+    data = report.dataset.copy(deep=True)
+    data["kernel_time"][0] = np.inf
+    assert kernel_facts(data)["stopped when best on the test data"] == "t = inf, no earlier stop is better"
+    assert not kernel_facts(data.drop_dims("stop").drop_attrs())
+
+
+def test_modes_lost_to_single_precision_are_told_of(report):
+    assert report.notes == ()
+    # The same numbers as if ten modes had been cut in float32: the smallest kept is 2e-3, learnt to a tenth at 50.
+    data = report.dataset.copy(deep=True)
+    data["kernel_eigenvalue"][0] = 20.0
+    data.attrs.update(dtype="float32", kernel_rank=26, kernel_condition=1e4)
+    assert "rank 26 of 36 outputs above float32 rounding" in kernel_facts(data)["tangent kernel at w0"]
+    assert kernel_facts(data)["kernel regression, t = inf"].startswith("on these modes, training loss")
+    (note,) = rounding_notes(data)
+    assert note.startswith("10 modes of the kernel are zero or below float32 rounding")
+    assert "sure up to flow times of about 50;" in note
+    assert not rounding_notes(data.drop_dims("stop").drop_vars("stop", errors="ignore"))
+    # With fewer parameters than outputs no mode is missing.
+    data.attrs.update(num_params=26)
+    assert not rounding_notes(data)
+
+
 def test_the_slopes_are_those_of_theorem_2_2(report):
     assert abs(report.slopes["output_gap"].value + 1) < 0.1
     assert abs(report.slopes["param_gap"].value + 2) < 0.1
@@ -105,6 +164,10 @@ def test_a_regression_without_test_data_and_without_preactivations_is_reported()
     assert not names & {"test_loss", "train_accuracy", "stability"}
     assert "kernel_drift" in names
     assert "no slope" in str(report)
+    assert list(report.dataset["stop"].values) == ["end"]
+    assert names >= {"kernel_time", "kernel_train_loss"}
+    assert not names & {"kernel_test_loss", "kernel_train_accuracy"}
+    assert "stopped when best" not in str(report)
 
 
 def test_softmax_runs_without_a_closed_form():
@@ -113,12 +176,19 @@ def test_softmax_runs_without_a_closed_form():
     np.testing.assert_allclose(data["train_loss"].isel(time=0), np.log(3.0), rtol=1e-5)
     assert float(data["train_loss"].sel(alpha=1.0)[-1]) < 0.5
     np.testing.assert_allclose(data["time"][-1], 300 / float(data["kernel_eigenvalue"][0]), rtol=1e-5)
+    assert "stop" not in data.coords
+    np.testing.assert_allclose(data.attrs["kernel_condition"], condition_number(lj.spectrum(F, W0, X)), rtol=1e-5)
+    assert "effective rank" in str(report)
+    assert "kernel regression" not in str(report)
 
 
 def test_a_kernel_too_large_to_diagonalize_gives_its_leading_eigenvalues(monkeypatch):
     monkeypatch.setattr("lazyjax._lanes.DENSE_OUTPUTS", 10)
     report = lj.diagnose(F, W0, X, LABELS, alphas=[100.0], time=0.5)
     np.testing.assert_allclose(report.dataset["kernel_eigenvalue"], lj.spectrum(F, W0, X)[:20] / 12, rtol=1e-6)
+    # Of some eigenvalues follows no condition number.
+    assert "kernel_condition" not in report.dataset.attrs
+    assert "tangent kernel at w0" not in str(report)
 
 
 def test_a_slope_is_fitted_between_floor_and_ceiling():

@@ -40,6 +40,13 @@ from lazyjax.kernel import gram_plan as gram_plan
 from lazyjax.kernel import kernel_matvec as kernel_matvec
 from lazyjax.kernel import spectrum as spectrum
 
+# What follows from it: conditioning, and predictions at any training time.
+from lazyjax._spectrum import condition_number as condition_number
+from lazyjax._spectrum import effective_rank as effective_rank
+from lazyjax._spectrum import normalized_spectrum as normalized_spectrum
+from lazyjax.regression import KernelRegression as KernelRegression
+from lazyjax.regression import kernel_regression as kernel_regression
+
 # Limits of wide nets.
 from lazyjax.arccos import DeepKernel as DeepKernel
 from lazyjax.arccos import arccos_kernel as arccos_kernel

@@ -112,7 +112,8 @@ class _Search:
             return weight
         if line.name == "transpose":
             order = line.eqn.params["permutation"]
-            path = (*weight.path, ("transpose", tuple(order)))
+            # Axes of length one may have come and gone, so that the shape belongs to the order.
+            path = (*weight.path, ("transpose", before, tuple(order)))
             return replace(weight, path=path, roles="".join(weight.roles[i] for i in order))
         if line.name == "broadcast_in_dim":
             roles = ["p"] * len(aval.shape)
@@ -120,8 +121,9 @@ class _Search:
                 if before[axis] == aval.shape[to]:
                     roles[to] = weight.roles[axis]
             return replace(weight, roles="".join(roles))
-        roles = fitted(weight.roles, before, aval.shape) if line.name in ("reshape", "squeeze") else None
-        if roles is None and line.name == "reshape" and "p" not in long_roles(weight.roles, before):
+        reshaped = line.name == "squeeze" or _is_row_major(line)
+        roles = fitted(weight.roles, before, aval.shape) if reshaped else None
+        if roles is None and _is_row_major(line) and "p" not in long_roles(weight.roles, before):
             roles = "m" * len(aval.shape)
         return None if roles is None else replace(weight, path=(*weight.path, aval.shape), roles=roles)
 
@@ -146,9 +148,14 @@ class _Search:
             scale = ((MINUS, 1),)
         before, after = self.shape(entry.target), self.shape(target)
         roles = entry.roles
-        if scale is None and line.name in ("reshape", "squeeze", "broadcast_in_dim"):
+        if scale is None and (line.name in ("squeeze", "broadcast_in_dim") or _is_row_major(line)):
             scale, roles = (), fitted(entry.roles, before, after)
         # An operand of another shape would be repeated: other positions.
         if scale is None or roles is None or (roles == entry.roles and before != after):
             return None
         return replace(entry, target=target, scales=entry.scales + scale, roles=roles)
+
+
+def _is_row_major(line: Line) -> bool:
+    """Whether a line is a reshape that keeps the order of the numbers; with `dimensions` it transposes first."""
+    return line.name == "reshape" and line.eqn.params["dimensions"] is None

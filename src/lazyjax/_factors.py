@@ -82,7 +82,7 @@ def sample_factors(
     shifts = {slot: jnp.zeros(program.avals[slot].shape, program.avals[slot].dtype) for slot in targets}
     moves = {leaf: jnp.zeros_like(leaves[leaf]) for leaf in direct}
 
-    def forward(shifts: dict[int, Array], moves: dict[int, Array]) -> tuple[Array, list[Array]]:
+    def forward(shifts: dict[int, Array], moves: dict[int, Array]) -> tuple[Array, Any]:
         moved = [leaf + moves[i] if i in moves else leaf for i, leaf in enumerate(leaves)]
         values = run(
             program,
@@ -91,26 +91,29 @@ def sample_factors(
             after=lambda slot, value: value + shifts[slot] if slot in shifts else value,
         )
         inputs = [_inputs(group, values) for group in groups]
-        return jnp.ravel(value_of(values, program.output)), inputs
+        # The number of a row cannot carry the factors of its entry: its cotangent does.
+        scales = [[_scale(entry, values) for entry in group.first] if group.is_rows else None for group in groups]
+        return jnp.ravel(value_of(values, program.output)), (inputs, scales)
 
-    out, vjp, inputs = jax.vjp(forward, shifts, moves, has_aux=True)
+    out, vjp, (inputs, scales) = jax.vjp(forward, shifts, moves, has_aux=True)
     at_targets, at_leaves = jax.vmap(vjp)(jnp.eye(out.size, dtype=out.dtype))
     return Factors(
         inputs,
-        [_cotangents(group, at_targets) for group in groups],
+        [_cotangents(group, at_targets, scale) for group, scale in zip(groups, scales, strict=True)],
         [at_leaves[leaf].reshape(out.size, -1) for leaf in direct],
     )
 
 
-def _cotangents(group: Group, at_targets: dict[int, Array]) -> Array:
+def _cotangents(group: Group, at_targets: dict[int, Array], scales: list[Array] | None) -> Array:
     """Delta, (k, p, g, m): the targets' cotangents, their axes sorted by role."""
     parts = []
-    for entry in group.first:
+    for i, entry in enumerate(group.first):
         value = at_targets[entry.target]
         axes = sorted(range(len(entry.roles)), key=lambda i, roles=entry.roles: "pgm".index(roles[i]))
         positions, groups, _, outputs = entry.sizes
         ordered = value.transpose(0, *(1 + i for i in axes))
-        parts.append(ordered.reshape(value.shape[0], positions, groups, outputs))
+        part = ordered.reshape(value.shape[0], positions, groups, outputs)
+        parts.append(part if scales is None else part * scales[i].astype(part.dtype))
     return jnp.concatenate(parts, axis=1)
 
 
@@ -140,19 +143,22 @@ def _input(entry: Entry, values: dict[int, Any]) -> Array:
         free = free_axes(entry.line, entry.other, operand.shape)
         ordered = operand.transpose(*free, *batch[entry.other], *contract[entry.other])
         a = ordered.reshape(positions, groups, inputs)
-    return _scaled(a, entry, values)
+    # A product of numbers of two kinds: the cotangent is floating, so a is too.
+    a = a if jnp.issubdtype(a.dtype, jnp.floating) else a.astype(values[entry.target].dtype)
+    return a * _scale(entry, values).astype(a.dtype)
 
 
 def _feature(line: Line) -> int:
     return line.eqn.params["dimension_numbers"].out_spec[1]
 
 
-def _scaled(a: Array, entry: Entry, values: dict[int, Any]) -> Array:
-    """Times the factors of an entry."""
+def _scale(entry: Entry, values: dict[int, Any]) -> Array:
+    """The product of an entry's factors."""
+    product = jnp.ones((), values[entry.target].dtype)
     for operand, power in entry.scales:
-        factor = jnp.asarray(value_of(values, operand)).reshape(-1)[0].astype(a.dtype)
-        a = a * factor if power == 1 else a / factor
-    return a
+        factor = jnp.asarray(value_of(values, operand)).reshape(-1)[0].astype(product.dtype)
+        product = product * factor if power == 1 else product / factor
+    return product
 
 
 def _row_numbers(entry: Entry, values: dict[int, Any]) -> Array:
@@ -211,14 +217,16 @@ def is_own_product(line: Line) -> bool:
     """
     if line.name != "conv_general_dilated" or jax.default_backend() != "cpu":
         return False
-    return aval_of(line.eqn.outvars[0]).dtype == jnp.float64 and line.eqn.params["batch_group_count"] == 1
+    dtypes = {aval_of(atom).dtype for atom in (*line.eqn.invars, *line.eqn.outvars)}
+    return dtypes == {jnp.dtype(jnp.float64)} and line.eqn.params["batch_group_count"] == 1
 
 
 def _own_way(line: Line, operands: list[Any]) -> list[Any] | None:
     """Lines whose derivatives XLA computes or compiles too slowly, otherwise."""
     if is_own_product(line):
         return [_convolve(line, *(jnp.asarray(operand) for operand in operands))]
-    if line.name == "reduce_window_max" and set(line.eqn.params["base_dilation"]) == {1}:
+    floating = line.name == "reduce_window_max" and jnp.issubdtype(aval_of(line.eqn.invars[0]).dtype, jnp.floating)
+    if floating and set(line.eqn.params["base_dilation"]) == {1}:
         return [_largest(line, jnp.asarray(operands[0]))]
     return None
 

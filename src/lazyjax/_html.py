@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lazyjax._summary import Slope, table_columns
+from lazyjax._summary import Slope, kernel_facts, table_columns
 from lazyjax.report import LazinessReport
 
 CAPTIONS = {
@@ -19,8 +19,9 @@ CAPTIONS = {
     "is the right-hand end, where nothing does.",
     "curves": "Training of the model at a few scales and of its tangent model. Where the lines lie on each other, "
     "training is lazy.",
-    "eigenvalues": "Spectrum of the tangent kernel at the start. The tangent model learns the modes above the dashed "
-    "line within the training time, the others hardly.",
+    "eigenvalues": "Spectrum of the tangent kernel at the start: eigenvalues over the largest, sorted, against their "
+    "index over the number of outputs; what is below rounding is left out. The tangent model learns the modes above "
+    "the dashed line within the training time, the others hardly.",
 }
 
 COLUMNS = {
@@ -82,6 +83,7 @@ $setting
 <p class="key">$key</p>
 <h2>Rates</h2>
 $slopes
+$kernel
 <h2>Figures</h2>
 <div class="figures">
 $figures
@@ -122,6 +124,7 @@ def render_html(report: LazinessReport, figures: Mapping[str, str], settings: Ma
         table=_table(columns),
         key=key + ".",
         slopes=_pairs({name.replace("_", " "): _describe_slope(slope) for name, slope in report.slopes.items()}),
+        kernel=_kernel(kernel_facts(report.dataset)),
         figures="\n".join(_figure(name, source) for name, source in figures.items()),
         notes=_notes(report.notes),
         made=_pairs({name: _text(value) for name, value in settings.items()}),
@@ -156,6 +159,10 @@ def _figure(name: str, source: str) -> str:
         f'<figure><img src="{escape(source)}" alt="{escape(caption)}">\n'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def _kernel(facts: Mapping[str, str]) -> str:
+    return f"<h2>What the kernel alone predicts</h2>\n{_pairs(facts)}" if facts else ""
 
 
 def _notes(notes: tuple[str, ...]) -> str:

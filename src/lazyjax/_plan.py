@@ -12,7 +12,7 @@ import numpy as np
 from lazyjax._entries import find_entries
 from lazyjax._factors import Group, group_entries, is_own_product
 from lazyjax._products import Way
-from lazyjax._program import Constant, Program, trace
+from lazyjax._program import Constant, Line, Program, aval_of, trace
 
 MEMORY = 2**29
 """Bytes for the factors of the blocks at work, where the result itself is not larger."""
@@ -116,17 +116,37 @@ def choose(model: Any, leaves: Sequence[Any], row: Any, *, method: str, trace_ou
     out = program.output.value if isinstance(program.output, Constant) else program.avals[program.output]
     k = prod(out.shape)
     entries = {} if method == "jacobian" else find_entries(program, len(leaves))
-    groups, ways = [], []
-    for group in group_entries(entries):
-        costs = _costs(group.sizes, k, trace_outputs=trace_outputs, count=count, rows=group.is_rows)
-        groups.append(group)
-        ways.append(min(costs, key=lambda way, costs=costs: costs[way][0]))
+    groups = group_entries(entries)
+    size = out.dtype.itemsize
+    ways = [_cheapest(group, k, trace_outputs=trace_outputs, count=count, itemsize=size) for group in groups]
     direct = [i for i in range(len(leaves)) if i not in entries]
     if not groups and not direct:
         # No parameter has a part in the outputs: a Jacobian of zeros.
         direct = [0]
     size = _sample_bytes(program, groups, ways, [leaves[i] for i in direct], k)
     return Choice(program, groups, ways, direct, k, out.ndim == 1, out.dtype, size)
+
+
+def _cheapest(group: Group, k: int, *, trace_outputs: bool, count: int, itemsize: int) -> Way:
+    """The way of least price, of those whose bytes a block has room for; of least bytes, where none has."""
+    costs = _costs(group.sizes, k, trace_outputs=trace_outputs, count=count, rows=group.is_rows)
+    numbers: dict[Way, int] = {way: _numbers(group, way, k) for way in costs}
+    ways: list[Way] = [*costs]
+    fitting: list[Way] = [way for way in ways if itemsize * numbers[way] <= MEMORY // 4]
+
+    def rank(way: Way) -> float:
+        return costs[way][0] if fitting else float(numbers[way])
+
+    return min(fitting or ways, key=rank)
+
+
+def _numbers(group: Group, way: Way, k: int) -> int:
+    """How many numbers of a group one sample holds."""
+    p, g, d, m = group.sizes
+    inputs = p if group.is_rows and way == "spatial" else p * g * d
+    # All pairs of positions with another sample, and what is summed over one of them.
+    extra = {"outer": 0, "spatial": p * p * g + k * p * g * m, "jacobian": 2 * k * g * d * m}
+    return inputs + k * p * g * m + extra[way]
 
 
 def _costs(
@@ -141,9 +161,8 @@ def _costs(
     if p == g == 1 and not rows:
         outer = d + m * pairs
         costs = {"outer": (outer + pairs, outer)}
-    if not rows:
-        jacobian = g * d * m * pairs
-        costs["jacobian"] = (jacobian + 2 * p * g * d * m * k / count, jacobian)
+    jacobian = g * d * m * pairs
+    costs["jacobian"] = (jacobian + 2 * p * g * d * m * k / count, jacobian)
     return costs
 
 
@@ -156,16 +175,23 @@ def _sample_bytes(program: Program, groups: list[Group], ways: list[Way], direct
     # What does not depend on the sample is there once, not once a sample.
     used = [program.avals[slot] for slot in moving if slot_is_floating(program.avals[slot])]
     sizes = [prod(aval.shape) for aval in used]
-    forward, largest = sum(sizes), max(sizes, default=1)
+    forward, largest = sum(sizes) + sum(map(_looped, program.lines)), max(sizes, default=1)
     held = sum(2 * k * prod(leaf.shape) for leaf in direct)
     for group, way in zip(groups, ways, strict=True):
-        p, g, d, m = group.sizes
-        inputs = p if group.is_rows else p * g * d
-        held += inputs + k * p * g * m + (2 * k * g * d * m if way == "jacobian" else 0)
+        p, g, d, _ = group.sizes
+        held += _numbers(group, way, k)
         if is_own_product(group.first[0].line):
-            largest = max(largest, inputs)
+            largest = max(largest, p * g * d)
     itemsize = max((np.dtype(aval.dtype).itemsize for aval in used), default=4)
     return itemsize * (forward + held + 2 * k * largest)
+
+
+def _looped(line: Line) -> int:
+    """Numbers that a loop keeps of its passes for the way back."""
+    if line.name != "scan":
+        return 0
+    inner = [aval_of(out) for eqn in line.eqn.params["jaxpr"].jaxpr.eqns for out in eqn.outvars]
+    return line.eqn.params["length"] * sum(prod(aval.shape) for aval in inner if slot_is_floating(aval))
 
 
 def slot_is_floating(aval: Any) -> bool:
@@ -203,9 +229,16 @@ def _budget(result_bytes: int) -> int:
 
 
 def describe(
-    choice: Choice, names: list[str], leaves: Sequence[Any], n1: int, n2: int | None, *, trace_outputs: bool
+    choice: Choice,
+    names: list[str],
+    leaves: Sequence[Any],
+    counts: tuple[int, int | None],
+    *,
+    trace_outputs: bool,
+    devices: int,
 ) -> GramPlan:
-    """The plan to print."""
+    """The plan to print, of `counts` samples in x1 and x2."""
+    n1, n2 = counts
     k = 1 if trace_outputs else choice.num_outputs
     rows, columns = n1 * k, (n1 if n2 is None else n2) * k
     pairs = n1 * (n1 + 1) / 2 if n2 is None else n1 * n2
@@ -220,9 +253,10 @@ def describe(
         flops = 2.0 * pairs * size * (choice.num_outputs if trace_outputs else choice.num_outputs**2)
         parts.append(PlanPart((names[i],), "jacobian", "jacobian", (1, 1, 1, size), flops))
     result = rows * columns * np.dtype(choice.dtype).itemsize
-    blocks = block_sizes(choice.sample_bytes, result, n1, n2)
+    blocks = block_sizes(choice.sample_bytes, result, n1, n2, devices)
     held_samples = blocks[0] if (n2 is None and blocks[0] == n1) else sum(blocks)
-    working = held_samples * choice.sample_bytes + 2 * blocks[0] * blocks[1] * k * k * np.dtype(choice.dtype).itemsize
+    # Of a block of the result there are also its mirror image and what it is summed from.
+    working = held_samples * choice.sample_bytes + 4 * blocks[0] * blocks[1] * k * k * np.dtype(choice.dtype).itemsize
     return GramPlan(tuple(parts), (rows, columns), blocks, sum(p.flops for p in parts), result, working)
 
 

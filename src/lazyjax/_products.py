@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lazyjax._factors import Factors
+from lazyjax._factors import Factors, Group
 
 Way = Literal["outer", "spatial", "jacobian"]
 
@@ -55,21 +55,24 @@ class Rows(eqx.Module):
         return leaf.shape[0], leaf.shape[1]
 
 
-def make_rows(factors: Factors, ways: list[Way], dtype: Any, *, trace: bool) -> Rows:
+def make_rows(factors: Factors, groups: list[Group], ways: list[Way], dtype: Any, *, trace: bool) -> Rows:
     """Factors of samples (leading axis) in the dtype of the result, each group in its way.
 
     `trace` sums over the outputs.
     """
     outer, spatial, rows = [], [], [part.astype(dtype) for part in factors.rows]
-    for a, cotangents, way in zip(factors.inputs, factors.cotangents, ways, strict=True):
+    for a, cotangents, group, way in zip(factors.inputs, factors.cotangents, groups, ways, strict=True):
         delta = cotangents.astype(dtype)
-        a = a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: PLW2901
-        if way == "jacobian":
-            rows.append(_einsum("npgd,nkpgm->nkgdm", a, delta).reshape(*delta.shape[:2], -1))
-        elif way == "outer":
-            outer.append((a[:, 0, 0], _summed(delta[:, :, 0, 0], trace)))
-        else:
+        if group.is_rows and way == "spatial":
             spatial.append((a, _summed(delta, trace)))
+            continue
+        seen = jax.nn.one_hot(a, group.sizes[2], dtype=dtype)[:, :, None] if group.is_rows else a.astype(dtype)
+        if way == "jacobian":
+            rows.append(_einsum("npgd,nkpgm->nkgdm", seen, delta).reshape(*delta.shape[:2], -1))
+        elif way == "outer":
+            outer.append((seen[:, 0, 0], _summed(delta[:, :, 0, 0], trace)))
+        else:
+            spatial.append((seen, _summed(delta, trace)))
     return Rows(outer, spatial, _summed(jnp.concatenate(rows, axis=2), trace) if rows else None)
 
 

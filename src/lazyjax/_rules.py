@@ -116,13 +116,13 @@ def _convolution(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -
         prod(kernel[axis] for axis in spec[1:]),
         shape[out[1]] // groups,
     )
-    order = (weight.path, "convolution", tuple(spec), groups)
+    order = (weight.path, "convolution", tuple(spec), groups, kernel)
     return Entry(weight.leaf, "convolution", order, line, 0, weight.scales, line.outputs[0], "".join(roles), sizes)
 
 
 def _addition(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> Entry | None:
     before, shape = shape_of(line.inputs[position]), shape_of(line.outputs[0])
-    if len(before) != len(shape):
+    if len(before) != len(shape) or 0 in shape:
         return None
     # An axis of length one is repeated.
     axes = list(zip(weight.roles, before, shape, strict=True))
@@ -149,17 +149,20 @@ def _rows(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> Entry
     out = len(shape_of(line.outputs[0]))
     roles = "".join("m" if axis in dims.offset_dims else "p" for axis in range(out))
     sizes = (prod(indices[:-1]), 1, table[0], prod(table[1:]))
-    order = (weight.path, "rows")
+    order = (weight.path, "rows", table)
     return Entry(weight.leaf, "rows", order, line, 1, weight.scales, line.outputs[0], roles, sizes)
 
 
+# What becomes of indices outside the table is known for these.
 _MODES = (
     lax.GatherScatterMode.CLIP,
     lax.GatherScatterMode.FILL_OR_DROP,
     lax.GatherScatterMode.PROMISE_IN_BOUNDS,
 )
 
-RULES = {
+Rule = Callable[[ShapeOf, Line, int, Weight], Entry | None]
+
+RULES: dict[str, Rule] = {
     "dot_general": _product,
     "conv_general_dilated": _convolution,
     "add": _addition,
@@ -167,3 +170,4 @@ RULES = {
     "sub": _addition,
     "gather": _rows,
 }
+"""By primitive: (shapes, line, position of the parameter, what it holds) to its entry, None where there is none."""

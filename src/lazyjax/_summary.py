@@ -160,3 +160,54 @@ def format_slope(name: str, slope: Slope) -> str:
         f"{name} ~ alpha^{slope.value:.2f} over alpha = {slope.first:g} to {slope.last:g} "
         f"({slope.points} points; theorem 2.2: {slope.theory:g} or faster)"
     )
+
+
+def kernel_facts(data: "xarray.Dataset") -> dict[str, str]:
+    """What the kernel at w0 tells: heading to text; only what was computed."""
+    a, facts = data.attrs, {}
+    if "kernel_condition" in a:
+        rounding = f" above {a['dtype']} rounding" if _lost_modes(data) else ""
+        facts["tangent kernel at w0"] = (
+            f"rank {a['kernel_rank']} of {a['num_train'] * a['outputs']} outputs{rounding}, condition number "
+            f"{a['kernel_condition']:.2g}, effective rank {a['kernel_effective_rank']:.3g}"
+        )
+    if "stop" not in data.coords:
+        return facts
+    which = "on these modes, " if _lost_modes(data) else ""
+    facts["kernel regression, t = inf"] = which + _predicted(data.sel(stop="end"))
+    if "best" in data["stop"].values:
+        best = data.sel(stop="best")
+        time = float(best["kernel_time"])
+        facts["stopped when best on the test data"] = (
+            f"t = {time:.3g}, {_predicted(best)}" if np.isfinite(time) else "t = inf, no earlier stop is better"
+        )
+    return facts
+
+
+def _lost_modes(data: "xarray.Dataset") -> int:
+    """How many eigenvalues are not above rounding, of those that parameters and outputs are enough for."""
+    a = data.attrs
+    return min(a["num_params"], a["num_train"] * a["outputs"]) - a["kernel_rank"]
+
+
+def rounding_notes(data: "xarray.Dataset") -> list[str]:
+    """Up to when the prediction holds, where single precision may hide modes of the kernel."""
+    a = data.attrs
+    if a["dtype"] == "float64" or "stop" not in data.coords or not (lost := _lost_modes(data)):
+        return []
+    # At this time a mode at the edge, the largest that may be missing, would be learnt to a tenth.
+    sure = 0.1 * a["kernel_condition"] / float(data["kernel_eigenvalue"][0])
+    return [
+        f"{lost} modes of the kernel are zero or below {a['dtype']} rounding and taken for zero, so what kernel "
+        f"regression predicts is sure up to flow times of about {sure:.2g}; float64 (--x64) tells more of them."
+    ]
+
+
+def _predicted(data: "xarray.Dataset") -> str:
+    parts = []
+    for part, name in (("train", "training"), ("test", "test")):
+        loss, accuracy = f"kernel_{part}_loss", f"kernel_{part}_accuracy"
+        if loss in data:
+            right = f" ({100 * float(data[accuracy]):.1f} %)" if accuracy in data else ""
+            parts.append(f"{name} loss {float(data[loss]):.3g}{right}")
+    return ", ".join(parts)

@@ -1,12 +1,26 @@
-r"""The tangent flow of the square loss in closed form: one eigendecomposition, all times at once."""
+r"""The tangent flow of the square loss in closed form: one eigendecomposition, all times at once.
+
+Everything is a filter of the modes of $K = c JJ^T$. Of the coefficient of $\bar y(0) - y^*$ on a mode of eigenvalue
+$\lambda$ the flow takes away the share $1 - e^{-t\lambda}$, ridge regression $\lambda/(\lambda + \mu)$; with
+$\mu = 1/t$ the former is the larger, by 30 % at most, and they agree to first order at both ends.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Real
 
+from lazyjax._check import is_concrete
+from lazyjax._spectrum import condition_of, without_rounding
 from lazyjax._types import Outputs
 from lazyjax.tangent import Tangent
+
+Numbers = float | int | Real[Array, ""] | Real[Array, " time"] | Real[np.ndarray, ""] | Real[np.ndarray, " time"]
+"""One time (or penalty), or a vector of them; results get its axis in front."""
 
 
 class TangentSolution(eqx.Module):
@@ -24,28 +38,82 @@ class TangentSolution(eqx.Module):
     condition: Float[Array, ""]
     _vectors: Float[Array, "m m"]
     _coefficients: Float[Array, " m"]
-    _start: Outputs
+    start: Outputs
     _weight: float = eqx.field(static=True)
 
-    def outputs(self, t: Float[Array, ""]) -> Outputs:
+    def outputs(self, t: Numbers) -> Float[Array, "..."]:
         r"""$\bar y(t)$, t in [0, inf], of the targets' shape."""
-        # inf * 0 must be 0: a zero eigenvalue keeps its residual for ever.
-        exponent = jnp.where(self.eigenvalues > 0, t * self.eigenvalues, 0)
-        change = self._vectors @ (jnp.expm1(-exponent) * self._coefficients)
-        return self._start + change.reshape(self._start.shape)
+        return self._each(t, "t", lambda s: self._without(-jnp.expm1(-self._exponent(s))))
 
-    def loss(self, t: Float[Array, ""]) -> Float[Array, ""]:
+    def loss(self, t: Numbers) -> Float[Array, "..."]:
         r"""$R(\bar y(t))$."""
-        exponent = jnp.where(self.eigenvalues > 0, t * self.eigenvalues, 0)
-        return 0.5 * self._weight * jnp.sum((jnp.exp(-exponent) * self._coefficients) ** 2)
+        c = self._weight
+        return self._each(t, "t", lambda s: 0.5 * c * jnp.sum((jnp.exp(-self._exponent(s)) * self._coefficients) ** 2))
 
-    def cotangent(self, t: Float[Array, ""]) -> Outputs:
+    def cotangent(self, t: Numbers) -> Float[Array, "..."]:
         r"""The r for which $\bar u(t) = J^T r$, so that $D f(w_0, x)\, J^T r$ are the outputs at other inputs."""
-        positive = self.eigenvalues > 0
-        safe = jnp.where(positive, self.eigenvalues, 1)
-        phi = jnp.where(positive, -jnp.expm1(-t * safe) / safe, 0)
-        r = -self._weight * (self._vectors @ (phi * self._coefficients))
-        return r.reshape(self._start.shape)
+        return self._each(t, "t", lambda s: self._cotangent(-jnp.expm1(-self._exponent(s)) / self._safe()))
+
+    def ridge(self, penalty: Numbers) -> Float[Array, "..."]:
+        r"""The outputs at the u that minimizes $R(\bar y(0) + Ju) + \frac{\mu}{2}|u|^2$, the penalty mu in [0, inf]."""
+        return self._each(penalty, "penalty", lambda mu: self._without(self.eigenvalues / (self._safe() + mu)))
+
+    def ridge_cotangent(self, penalty: Numbers) -> Float[Array, "..."]:
+        r"""The r for which that u is $J^T r$."""
+        return self._each(penalty, "penalty", lambda mu: self._cotangent(1 / (self._safe() + mu)))
+
+    def modes(self, t: Numbers) -> Float[Array, "..."]:
+        r"""$\bar u(t)$ in an orthonormal basis of the range of $J^T$, (m,); so its norm is $|\bar u(t)|$."""
+        scaled = self._scale() * self._coefficients
+        return self._each(t, "t", lambda s: jnp.expm1(-self._exponent(s)) * scaled)
+
+    def from_modes(self, modes: Float[Array, " m"]) -> Outputs:
+        r"""The r for which $J^T r$ is the vector that `modes` writes so."""
+        return (self._vectors @ (self._scale() * modes)).reshape(self.start.shape)
+
+    def _each(self, values: Numbers, name: str, function: Callable[[Array], Array]) -> Array:
+        """The function of a number, or of each one of a vector."""
+        _check_numbers(values, name)
+        numbers = jnp.asarray(values, self.start.dtype)
+        return function(numbers) if numbers.ndim == 0 else jax.vmap(function)(numbers)
+
+    def _positive(self, values: Array) -> Array:
+        """Without the modes of eigenvalue zero."""
+        return jnp.where(self.eigenvalues > 0, values, 0)
+
+    def _safe(self) -> Array:
+        """The eigenvalues, with 1 for a zero: no derivative of an unused branch is a NaN."""
+        return jnp.where(self.eigenvalues > 0, self.eigenvalues, 1)
+
+    def _scale(self) -> Array:
+        """From coordinates of a displacement to those of its cotangent: 1 over the singular values of J."""
+        return self._positive(jnp.sqrt(self._weight / self._safe()))
+
+    def _exponent(self, t: Array) -> Array:
+        """T times the eigenvalues; inf * 0 must be 0: a zero eigenvalue keeps its residual for ever."""
+        # The derivative by an eigenvalue at t = inf must be 0, not inf * 0.
+        finite = jnp.isfinite(t)
+        return self._positive(jnp.where(finite, jnp.where(finite, t, 0) * self._safe(), jnp.inf))
+
+    def _without(self, share: Array) -> Outputs:
+        """The start less these shares of the coefficients."""
+        return self.start - (self._vectors @ (share * self._coefficients)).reshape(self.start.shape)
+
+    def _cotangent(self, factor: Array) -> Outputs:
+        # On a zero eigenvalue J^T r is zero whatever r.
+        r = -self._weight * (self._vectors @ self._positive(factor * self._coefficients))
+        return r.reshape(self.start.shape)
+
+
+def _check_numbers(values: Any, name: str) -> None:
+    """Refuse what is no number in [0, inf] or vector of them."""
+    if np.ndim(values) > 1:
+        msg = f"{name} must be a number or a vector of them, got shape {np.shape(values)}."
+        raise ValueError(msg)
+    if is_concrete(values) and not np.all(np.asarray(values) >= 0):
+        what = "a flow time" if name == "t" else "a penalty"
+        msg = f"{name} must be {what} in [0, inf], got {np.min(np.asarray(values))}."
+        raise ValueError(msg)
 
 
 def solve_tangent(matrix: Float[Array, "m m"], start: Outputs, target: Outputs, weight: float) -> TangentSolution:
@@ -66,16 +134,18 @@ def solve_tangent(matrix: Float[Array, "m m"], start: Outputs, target: Outputs, 
 
 
 def tangent_solution(
-    values: Float[Array, " m"], vectors: Float[Array, "m m"], start: Outputs, target: Outputs, weight: float
+    values: Float[Array, " m"],
+    vectors: Float[Array, "m m"],
+    start: Outputs,
+    target: Outputs,
+    weight: float,
+    *,
+    rtol: float | None = None,
 ) -> TangentSolution:
-    """As `solve_tangent`, from the eigenvalues (rising) and eigenvectors of K."""
-    # What rounding leaves of a zero eigenvalue. The customary factor `size` instead of its root would cut modes
-    # that are learnt within any horizon of interest: at 2560 outputs in float32 all below 3e-4 of the largest.
-    cut = values.size**0.5 * jnp.finfo(values.dtype).eps * jnp.maximum(values[-1], 0)
-    values = jnp.where(values > cut, values, 0)
-    condition = values[-1] / jnp.min(jnp.where(values > 0, values, jnp.inf))
+    """As `solve_tangent`, from the eigenvalues (rising) and eigenvectors of K; rtol as for `condition_number`."""
+    values = without_rounding(values, rtol)
     coefficients = vectors.T @ (start - target.astype(start.dtype)).ravel()
-    return TangentSolution(values[::-1], condition, vectors[:, ::-1], coefficients[::-1], start, weight)
+    return TangentSolution(values[::-1], condition_of(values), vectors[:, ::-1], coefficients[::-1], start, weight)
 
 
 def tangent_gram(tangent: Tangent, *, block: int = 128) -> Float[Array, "m m"]:

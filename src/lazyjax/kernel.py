@@ -106,7 +106,9 @@ def _gram(
         None if x2 is None else n2,
         1 if mesh is None else mesh.size,
     )
-    full = assemble(lambda x: _make_rows(choice, leaves, x, trace), x1, x2, sizes, choice.dtype, mesh)
+    # As the plan: rules of derivatives are traced here.
+    with jax.default_matmul_precision("highest"):
+        full = assemble(lambda x: _make_rows(choice, leaves, x, trace), x1, x2, sizes, choice.dtype, mesh)
     return full if trace or not choice.has_axis else full.reshape(n1, k, n2, k)
 
 
@@ -127,7 +129,7 @@ def _choose(
 def _make_rows(choice: Choice, leaves: list[Array], x: Array, trace: bool) -> Rows:
     """Factors of a block of samples."""
     factors = jax.vmap(lambda row: sample_factors(choice.program, choice.groups, choice.direct, leaves, row))(x)
-    return make_rows(factors, choice.ways, choice.dtype, trace=trace)
+    return make_rows(factors, choice.groups, choice.ways, choice.dtype, trace=trace)
 
 
 def gram_diagonal(f: Model, w: Params, x: Shaped[Array, "n ..."], *, method: Method = "auto") -> Outputs:
@@ -164,8 +166,10 @@ def _diagonal(f: Model, coordinates: Params, rest: Params, x: Array, method: Met
         rows = _make_rows(choice, leaves, sample[None], False)
         return jnp.diagonal(product(rows, rows, choice.dtype))
 
-    size, _ = block_sizes(choice.sample_bytes, 0, x.shape[0], None)
-    values = jax.lax.map(one, x, batch_size=size)
+    k = choice.num_outputs
+    size, _ = block_sizes(choice.sample_bytes + 4 * k * k * jnp.dtype(choice.dtype).itemsize, 0, x.shape[0], None)
+    with jax.default_matmul_precision("highest"):
+        values = jax.lax.map(one, x, batch_size=size)
     return values if choice.has_axis else values[:, 0]
 
 
@@ -177,6 +181,7 @@ def gram_plan(
     *,
     method: Method = "auto",
     trace: bool = False,
+    mesh: Mesh | None = None,
 ) -> GramPlan:
     r"""What `gram` would do with the same arguments, and the memory it would take, without doing it.
 
@@ -189,6 +194,7 @@ def gram_plan(
         x2: Other inputs; None for x1.
         method: As in `gram`.
         trace: As in `gram`.
+        mesh: As in `gram`; the memory is that of each device.
 
     Returns:
         `GramPlan`: the way of each parameter, operations, block sizes, bytes. Print it.
@@ -211,7 +217,8 @@ def gram_plan(
         choice, leaves = _choose(f, coordinates, rest, x1, method, trace)
         names = [jtu.keystr(path) or "w" for path, _ in jtu.tree_leaves_with_path(coordinates)]
         n2 = None if x2 is None else x2.shape[0]
-        plans.append(describe(choice, names, leaves, x1.shape[0], n2, trace_outputs=trace))
+        devices = 1 if mesh is None else mesh.size
+        plans.append(describe(choice, names, leaves, (x1.shape[0], n2), trace_outputs=trace, devices=devices))
         return jnp.zeros(())
 
     eqx.filter_eval_shape(plan, w, x1, x2)

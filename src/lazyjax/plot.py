@@ -1,10 +1,11 @@
-"""A report as figures: one function a figure, each one column (3.5 inches) wide.
+"""Results as figures: one function a figure, each one column (3.5 inches) wide.
 
 matplotlib is imported here only, inside the functions, by its object interface: no window, no global state.
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; no line is told by colour alone.
 """
 
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,16 +13,18 @@ import numpy as np
 from lazyjax._plot_axes import (
     BLACK,
     BLUE,
-    GREY,
     ORANGE,
     AlphaAxis,
-    choose_scale,
     draw_legend,
     mark_failed,
     only_positive,
     style_axes,
 )
-from lazyjax._summary import Slope, relative_gap
+from lazyjax._plot_kernel import draw_limit_kernel
+from lazyjax._plot_panels import choose_lanes, draw_curve, draw_gap, draw_scores, draw_spectra
+from lazyjax._spectrum import normalized_spectrum
+from lazyjax._summary import relative_gap
+from lazyjax.experiments.limit_kernel import LimitKernel
 from lazyjax.report import LazinessReport
 
 if TYPE_CHECKING:
@@ -31,8 +34,6 @@ if TYPE_CHECKING:
 
 Source = LazinessReport | Any
 """A report, or its dataset."""
-
-PARTS = {"train": (BLUE, "o"), "test": (ORANGE, "s")}
 
 
 def report_figures(report: LazinessReport) -> "dict[str, matplotlib.figure.Figure]":
@@ -79,25 +80,12 @@ def plot_scores(report: Source) -> "matplotlib.figure.Figure":
         report: A `LazinessReport` or its dataset.
     """
     data = _dataset(report)
-    last = data.isel(time=-1)
     kinds = [kind for kind in ("accuracy", "loss") if f"train_{kind}" in data]
     axis = AlphaAxis(data["alpha"])
     figure, axes = _make_axes(len(kinds))
     for ax, kind in zip(axes, kinds, strict=True):
-        scale = 100.0 if kind == "accuracy" else 1.0
-        shown = []
-        for part, (color, marker) in PARTS.items():
-            if f"{part}_{kind}" not in data:
-                continue
-            values = scale * np.asarray(last[f"{part}_{kind}"], dtype=np.float64)
-            tangent = scale * float(last[f"tangent_{part}_{kind}"])
-            axis.plot(ax, values, color=color, marker=marker, label=part)
-            ax.axhline(tangent, color=color, linestyle="--", linewidth=1, label=f"{part}, tangent model", zorder=1)
-            shown += [*values, tangent]
-        if kind == "loss":
-            choose_scale(ax, shown)
+        draw_scores(ax, axis, data, kind)
         mark_failed(ax, axis, data["failed"])
-        ax.set_ylabel("accuracy (%)" if kind == "accuracy" else "loss R")
     draw_legend(axes[0])
     axis.finish(axes[-1])
     return figure
@@ -120,9 +108,9 @@ def plot_gaps(report: Source) -> "matplotlib.figure.Figure":
     with np.errstate(divide="ignore"):
         param_floor = scaled / alphas / norm
     figure, axes = _make_axes(2)
-    _draw_gap(axes[0], axis, relative_gap(data), np.full(alphas.size, floor), slopes.get("output_gap"))
+    draw_gap(axes[0], axis, relative_gap(data), np.full(alphas.size, floor), slopes.get("output_gap"))
     param_gap = np.asarray(data["param_gap"].max("time"), dtype=np.float64) / norm
-    _draw_gap(axes[1], axis, param_gap, param_floor, slopes.get("param_gap"))
+    draw_gap(axes[1], axis, param_gap, param_floor, slopes.get("param_gap"))
     axes[0].set_ylabel("output gap /\ninitial residual")
     axes[1].set_ylabel(f"parameter gap{unit}")
     for ax in axes:
@@ -130,32 +118,6 @@ def plot_gaps(report: Source) -> "matplotlib.figure.Figure":
         draw_legend(ax)
     axis.finish(axes[-1])
     return figure
-
-
-def _draw_gap(
-    ax: "matplotlib.axes.Axes", axis: AlphaAxis, values: np.ndarray, floor: np.ndarray, slope: Slope | None
-) -> None:
-    ax.set_yscale("log")
-    axis.plot(ax, only_positive(values), color=BLUE, marker="o", label="largest over time")
-    if slope is not None and np.isfinite(slope.value):
-        used = (axis.alphas >= slope.first) & (axis.alphas <= slope.last) & (values > 0)
-        level = np.mean(np.log(values[used]) - slope.value * np.log(axis.alphas[used]))
-        ends = np.array([slope.first, slope.last])
-        label = rf"fit: $\alpha^{{{slope.value:.2f}}}$"
-        ax.plot(ends, np.exp(level) * ends**slope.value, color=ORANGE, linewidth=4, alpha=0.5, label=label, zorder=1)
-    floor = only_positive(floor)
-    if np.isfinite(floor).any():
-        bottom = min(ax.get_ylim()[0], float(np.nanmin(floor)) / 3)
-        ax.set_ylim(bottom=bottom)
-        ax.fill_between(
-            axis.positions,
-            bottom,
-            floor,
-            color=GREY,
-            alpha=0.35,
-            linewidth=0,
-            label=r"numerical floor ($\alpha=\infty$)",
-        )
 
 
 def plot_drift(report: Source) -> "matplotlib.figure.Figure":
@@ -197,94 +159,82 @@ def plot_curves(report: Source) -> "matplotlib.figure.Figure":
     data = _dataset(report)
     test = next((name for name in ("test_accuracy", "test_loss") if name in data), None)
     names = ["train_loss", *([] if test is None else [test])]
-    chosen = _choose_lanes(data)
-    colors = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(chosen), 2)))
-    times = np.asarray(data["time"], dtype=np.float64)
-    later = times > 0  # the start has no place on a logarithmic axis
+    lanes = choose_lanes(data)
+    colors = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(lanes), 2)))
     figure, axes = _make_axes(len(names))
     for ax, name in zip(axes, names, strict=True):
-        scale = 100.0 if name.endswith("accuracy") else 1.0
-        shown = []
-        for lane, color, width in zip(chosen, colors, (3.5, 2.6, 1.9, 1.3), strict=False):
-            values = scale * np.asarray(data[name].isel(alpha=lane), dtype=np.float64)
-            label = rf"$\alpha={_power(float(data['alpha'][lane]))}$"
-            ax.plot(times[later], values[later], color=color, linewidth=width, label=label)
-            shown += [*values[later]]
-        tangent = scale * np.asarray(data[f"tangent_{name}"], dtype=np.float64)
-        ax.plot(times[later], tangent[later], color=BLACK, linestyle="--", linewidth=1, label="tangent model")
-        ax.set_xscale("log")
-        if name.endswith("loss"):
-            choose_scale(ax, [*shown, *tangent[later]])
-    labels = {"train_loss": "training loss R", "test_loss": "test loss R", "test_accuracy": "test accuracy (%)"}
-    for ax, name in zip(axes, names, strict=True):
-        ax.set_ylabel(labels[name])
+        draw_curve(ax, data, name, lanes, colors)
     axes[-1].set_xlabel("flow time t (learning rate x steps)")
     draw_legend(axes[0], columns=3)
     return figure
 
 
-def _choose_lanes(data: "xarray.Dataset") -> list[int]:
-    """The three smallest scales, where the curves differ, and the largest finite one."""
-    alphas = np.asarray(data["alpha"], dtype=np.float64)
-    usable = [i for i in range(alphas.size) if np.isfinite(alphas[i]) and not bool(data["failed"][i])]
-    return usable if len(usable) <= 4 else [*usable[:3], usable[-1]]
-
-
-def _power(alpha: float) -> str:
-    exponent = np.log10(alpha)
-    whole = round(exponent)
-    return f"10^{{{whole}}}" if abs(exponent - whole) < 1e-6 and abs(whole) > 2 else f"{alpha:g}"
-
-
 def plot_eigenvalues(report: Source) -> "matplotlib.figure.Figure":
-    """Eigenvalues of the tangent kernel at the start, relative to the largest one.
+    """Spectrum of the tangent kernel at the start as in Figure 7(b), and which of its modes are learnt in time.
 
     Args:
         report: A `LazinessReport` or its dataset.
     """
     data = _dataset(report)
-    values = np.asarray(data["kernel_eigenvalue"], dtype=np.float64)
-    modes = np.asarray(data["mode"])
+    # In the precision they were computed in, which says what of them is rounding.
+    values = np.asarray(data["kernel_eigenvalue"], dtype=data.attrs["dtype"])
     largest = float(values[0])
+    curve = normalized_spectrum(values, size=data.attrs["num_train"] * data.attrs["outputs"])
     figure, (ax,) = _make_axes(1)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    # Below rounding of the largest eigenvalue there is no telling one from zero.
-    rounding = float(np.finfo(data.attrs["dtype"]).eps)
-    shown = only_positive(np.where(values > rounding * largest, values / largest, np.nan))
-    style = "o-" if values.size <= 30 else "-"
-    ax.plot(
-        modes,
-        shown,
-        style,
-        color=BLUE,
-        markersize=3,
-        linewidth=1.5,
-        label=rf"$\lambda_i/\lambda_1$, $\lambda_1={largest:.3g}$",
-    )
-    ax.axhline(
-        1 / (largest * data.attrs["horizon"]),
-        color=ORANGE,
-        linestyle="--",
-        linewidth=1,
-        label=r"$\lambda_i T=1$: learnt above, by the end $T$",
-    )
-    if values.size < 100:  # matplotlib would write 2 x 10^0, 3 x 10^0, ... on top of each other
-        ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if tick <= values.size]
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.set_xticks([], minor=True)
-    ax.set_xlabel("index i of the eigenvalue")
+    draw_spectra(ax, {rf"$\lambda_i/\lambda_1$, $\lambda_1={largest:.3g}$": curve})
+    learnt = r"$\lambda_i T=1$: learnt above, by the end $T$"
+    ax.axhline(1 / (largest * data.attrs["horizon"]), color=ORANGE, linestyle="--", linewidth=1, label=learnt)
     ax.set_ylabel("kernel eigenvalue /\nlargest")
     draw_legend(ax, columns=1)
     return figure
 
 
-def _make_axes(rows: int) -> "tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]":
-    """A figure one column wide of panels below each other, on one horizontal axis."""
+def plot_spectrum(spectra: Mapping[str, tuple[Any, Any]]) -> "matplotlib.figure.Figure":
+    r"""Spectra of tangent kernels in one figure, as in Figure 7(b): $\lambda_i/\lambda_1$ over $i/(nk)$, log-log.
+
+    Args:
+        spectra: Label to (fraction, value), each (m,), from `lazyjax.normalized_spectrum`.
+
+    Raises:
+        ValueError: no spectrum.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), supplement C.3, Figure 7(b).
+
+    Example:
+        >>> figure = plot_spectrum({"two modes": normalized_spectrum(np.array([4.0, 1.0]))})
+        >>> print(figure.axes[0].get_xscale())
+        log
+    """
+    if not spectra:
+        msg = "spectra must hold at least one curve, label to lazyjax.normalized_spectrum(eigenvalues), got none."
+        raise ValueError(msg)
+    figure, (ax,) = _make_axes(1)
+    draw_spectra(ax, spectra)
+    draw_legend(ax, columns=1 if max(map(len, spectra)) > 20 else 2)
+    return figure
+
+
+def plot_limit_kernel(result: LimitKernel) -> "matplotlib.figure.Figure":
+    """Figure 4: tangent kernels of random two-layer nets beside their limit, and their distance against the width.
+
+    Args:
+        result: From `lazyjax.experiments.limit_kernel.run`.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), supplement A.2, Figure 4.
+    """
+    figure, axes = _make_axes(2, share=False)
+    draw_limit_kernel(axes, result)
+    return figure
+
+
+def _make_axes(rows: int, *, share: bool = True) -> "tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]":
+    """A figure one column wide of panels below each other, on one horizontal axis if they `share` it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.5, 0.7 + 1.9 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    axes = list(figure.subplots(rows, 1, sharex=share, squeeze=False)[:, 0])
     for ax in axes:
         style_axes(ax)
     return figure, axes

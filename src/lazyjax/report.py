@@ -20,6 +20,7 @@ from lazyjax._lanes import (
     MEASURES,
     Reference,
     Setting,
+    Spectrum,
     add_probe,
     check_horizon,
     choose_horizon,
@@ -30,7 +31,17 @@ from lazyjax._lanes import (
     prepare,
     run_lane,
 )
-from lazyjax._summary import Slope, fit_slope, format_slope, format_table, table_columns, write_verdict
+from lazyjax._prediction import describe_kernel, predict
+from lazyjax._summary import (
+    Slope,
+    fit_slope,
+    format_slope,
+    format_table,
+    kernel_facts,
+    rounding_notes,
+    table_columns,
+    write_verdict,
+)
 from lazyjax._types import Model, Params
 from lazyjax.loss import Loss
 from lazyjax.maps import OnData, center
@@ -48,12 +59,14 @@ class LazinessReport(eqx.Module):
     r"""How lazily a model trains; made by `diagnose`. Printing it gives one screen of text.
 
     Attributes:
-        dataset: Everything measured, an `xarray.Dataset` over alpha, time and kernel mode. Per alpha and time:
+        dataset: Everything measured, an `xarray.Dataset` over alpha, time, kernel mode and stop. Per alpha and time:
             train_loss, output_gap (norm in F), param_gap, displacement ($\|w - w_0\|$), and with test data
             test_loss, with classes train_accuracy and test_accuracy. Per time the same of the tangent model
             (tangent_train_loss, ...). Per alpha: kernel_drift (on the first `num_probe` training samples),
-            stability, num_steps, failed, message. Per mode:
-            kernel_eigenvalue (F's metric). The attributes hold the settings.
+            stability, num_steps, failed, message. Per mode: kernel_eigenvalue (F's metric). Per stop, for the square
+            loss and kernels that are diagonalized: kernel_time, kernel_train_loss, ..., what kernel regression predicts
+            at the stop that is "best" on the test data and at the "end", t = inf. The attributes hold the settings,
+            and kernel_condition, kernel_rank, kernel_effective_rank where all eigenvalues are known.
         slopes: Fitted power laws of "output_gap" and "param_gap" on alpha.
         verdict: What it comes to, in plain words.
         notes: What could not be measured, and why.
@@ -65,7 +78,7 @@ class LazinessReport(eqx.Module):
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One screen: verdict, table, slopes."""
+        """One screen: verdict, table, slopes, kernel."""
         a = self.dataset.attrs
         head = (
             f"lazyjax report: {a['num_params']} parameters, {a['num_train']} training samples, {a['outputs']} outputs "
@@ -73,6 +86,7 @@ class LazinessReport(eqx.Module):
         )
         lines = [head, "", textwrap.fill(self.verdict, 110), "", format_table(table_columns(self.dataset)), ""]
         lines += [format_slope(name.replace("_", " "), slope) for name, slope in self.slopes.items()]
+        lines += [textwrap.fill(f"{name}: {text}", 110) for name, text in kernel_facts(self.dataset).items()]
         lines += [textwrap.fill(f"note: {note}", 110) for note in self.notes]
         return "\n".join(lines)
 
@@ -153,11 +167,11 @@ def diagnose(
         chunk=1 if jax.default_backend() == "cpu" else None,
         progress=progress,
     )
-    _announce("the step criterion", progress)
-    _complete(data, setting, reference, eigenvalues, key)
+    _announce("the step criterion and the prediction from the kernel", progress)
+    _complete(data, setting, reference, spectrum, key)
     data.attrs["seconds"] = clock.perf_counter() - started
     slopes = _slopes(data)
-    return LazinessReport(data, slopes, write_verdict(data, slopes), tuple(notes))
+    return LazinessReport(data, slopes, write_verdict(data, slopes), (*notes, *rounding_notes(data)))
 
 
 def _announce(text: str, progress: bool) -> None:
@@ -176,12 +190,14 @@ def _check_alphas(alphas: Sequence[float]) -> list[float]:
 
 
 def _complete(
-    data: "xarray.Dataset", s: Setting, reference: Reference, eigenvalues: np.ndarray, key: PRNGKeyArray | None
+    data: "xarray.Dataset", s: Setting, reference: Reference, spectrum: Spectrum, key: PRNGKeyArray | None
 ) -> None:
     """Add to the lanes what is the same for all of them: the tangent model's curves, the kernel, the settings."""
     for name, values in measure(s, reference.outputs, reference.test_outputs).items():
         data[f"tangent_{name}"] = ("time", np.asarray(values))
-    data["kernel_eigenvalue"] = ("mode", eigenvalues)
+    data["kernel_eigenvalue"] = ("mode", spectrum.eigenvalues)
+    for name, values in predict(s, spectrum).items():
+        data[name] = values
     coordinates = eqx.filter(s.w0, eqx.is_inexact_array)
     data.attrs.update(
         num_params=sum(leaf.size for leaf in jtu.tree_leaves(coordinates)),
@@ -195,6 +211,7 @@ def _complete(
         w0_norm=float(tree_norm(coordinates)),
         initial_residual=float(s.loss.norm(s.loss.gradient(jnp.zeros_like(reference.outputs[0])))),
         lazy_ratio=float(_measure_lazy_ratio(s, key)),
+        **describe_kernel(spectrum, s.num_outputs),
     )
     for name, text in _UNITS.items():
         if name in data.variables:
@@ -222,6 +239,12 @@ _UNITS = {
     "kernel_drift": ("|K(w) - K(w0)| / |K(w0)| in Frobenius norm, on the first num_probe training samples", "1"),
     "stability": ("share of pre-activations that kept their sign", "1"),
     "kernel_eigenvalue": ("eigenvalue of Dh Dh* in F's metric", "1 / flow time"),
+    "stop": ("when kernel regression stops: best on the test data, or never", "1"),
+    "kernel_time": ("flow time at which kernel regression stops", "flow time"),
+    "kernel_train_loss": ("training loss R of kernel regression", "loss"),
+    "kernel_test_loss": ("test loss R of kernel regression", "loss"),
+    "kernel_train_accuracy": ("share of right training answers of kernel regression", "1"),
+    "kernel_test_accuracy": ("share of right test answers of kernel regression", "1"),
 }
 
 
