@@ -118,13 +118,13 @@ def choose(model: Any, leaves: Sequence[Any], row: Any, *, method: str, trace_ou
     entries = {} if method == "jacobian" else find_entries(program, len(leaves))
     groups = group_entries(entries)
     size = out.dtype.itemsize
-    ways = [_cheapest(group, k, trace_outputs=trace_outputs, count=count, itemsize=size) for group in groups]
+    chosen: list[Way] = [_cheapest(group, k, trace_outputs=trace_outputs, count=count, itemsize=size) for group in groups]
     direct = [i for i in range(len(leaves)) if i not in entries]
     if not groups and not direct:
         # No parameter has a part in the outputs: a Jacobian of zeros.
         direct = [0]
-    size = _sample_bytes(program, groups, ways, [leaves[i] for i in direct], k)
-    return Choice(program, groups, ways, direct, k, out.ndim == 1, out.dtype, size)
+    size = _sample_bytes(program, groups, chosen, [leaves[i] for i in direct], k)
+    return Choice(program, groups, chosen, direct, k, out.ndim == 1, out.dtype, size)
 
 
 def _cheapest(group: Group, k: int, *, trace_outputs: bool, count: int, itemsize: int) -> Way:
