@@ -118,8 +118,7 @@ def choose(model: Any, leaves: Sequence[Any], row: Any, *, method: str, trace_ou
     entries = {} if method == "jacobian" else find_entries(program, len(leaves))
     groups = group_entries(entries)
     size = out.dtype.itemsize
-    facts = {"trace_outputs": trace_outputs, "count": count, "itemsize": size}
-    chosen: list[Way] = [_cheapest(group, k, **facts) for group in groups]
+    chosen: list[Way] = [
         _cheapest(group, k, trace_outputs=trace_outputs, count=count, itemsize=size) for group in groups
     ]
     direct = [i for i in range(len(leaves)) if i not in entries]
