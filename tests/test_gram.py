@@ -506,6 +506,28 @@ def test_a_model_that_drops_the_axis_of_a_single_sample_is_refused():
         jax.jit(lambda x: lj.gram(f, draw(0, W=(5, 2)), x))(DATA)
 
 
+def test_half_precision_has_a_gram_summed_in_the_dtype_of_the_outputs():
+    w = draw(0, W=(5, 40), a=(40, 2))
+    half = lambda w, x: jnp.tanh(x.astype(jnp.bfloat16) @ w["W"].astype(jnp.bfloat16)) @ w["a"].astype(jnp.bfloat16)
+    outputs = {jnp.bfloat16: half, jnp.float32: lambda w, x: half(w, x).astype(jnp.float32)}
+    jacobian = jacobian_of(lambda w, x: jnp.tanh(x @ w["W"]) @ w["a"], w, DATA[:9])
+    exact = (jacobian @ jacobian.T).reshape(9, 2, 9, 2)
+    for dtype, f in outputs.items():
+        k = lj.gram(f, w, DATA[:9])
+        assert k.dtype == dtype
+        np.testing.assert_allclose(k.astype(float), exact, rtol=0, atol=0.03 * np.abs(exact).max())
+
+
+def test_masks_are_pooled_and_empty_leaves_are_no_parameters():
+    def f(w, x):
+        mask = lax.reduce_window((x > 0).astype(jnp.int32), np.int32(-1), lax.max, (1, 2), (1, 1), "SAME")
+        return head(x @ w["W"] * mask[:, :4].astype(x.dtype)) + jnp.sum(w["none"] + 1.0)
+
+    w = draw(0, W=(5, 4)) | {"none": jnp.zeros(0)}
+    jacobian = jacobian_of(f, w, DATA[:4])
+    np.testing.assert_allclose(lj.gram(f, w, DATA[:4]).reshape(8, 8), jacobian @ jacobian.T, rtol=1e-12, atol=1e-12)
+
+
 SHARDED = """
 import jax, jax.numpy as jnp, jax.random as jr, numpy as np
 from jax.sharding import Mesh

@@ -1,5 +1,8 @@
 """Checks of a model on samples: one row of outputs each, independent of all others."""
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lazyjax._check import check_finite, check_outputs, is_concrete
+from lazyjax._program import aval_of
 from lazyjax._types import Model, Params
 
 FEW = 16
@@ -67,15 +71,15 @@ def _check_independent(f: Model, w: Params, pair: Array) -> None:
 
     Slopes, because outputs may all be zero (a centred model, a last layer that starts from zero).
     """
-    together, alone, terms, turned = _pair(f, *eqx.partition(w, eqx.is_inexact_array), pair)
-    if not is_concrete((together, alone, terms, turned)):
+    together, alone, terms, turned, rounding = _pair(f, *eqx.partition(w, eqx.is_inexact_array), pair)
+    if not is_concrete((together, alone, terms, turned, rounding)):
         return
     check_finite(alone, "f(w, x1[:2])")
     gap = np.max(np.abs(np.asarray(together, np.float64) - np.asarray(alone, np.float64)))
-    # In half precision the digits are too few for more than this.
-    allowed = max(float(terms) * min(0.1, 1e3 * float(jnp.finfo(alone.dtype).eps)), 0.0)
+    # In half precision the digits are too few for more than a tenth.
+    allowed = min(0.1, 1e3 * float(rounding))
     # A unit at its kink may turn by rounding; mixing changes slopes altogether.
-    if gap > allowed or float(turned) > MIXED:
+    if gap > allowed * float(terms) or float(turned) > max(MIXED, allowed):
         msg = (
             "f must treat every sample by itself, but its outputs for one change with the other samples "
             f"(by {gap:.1e}, their slopes by {100 * float(turned):.2g} %), as with batch normalisation in training "
@@ -85,8 +89,8 @@ def _check_independent(f: Model, w: Params, pair: Array) -> None:
 
 
 @eqx.filter_jit
-def _pair(f: Model, coordinates: Params, rest: Params, pair: Array) -> tuple[Array, Array, Array, Array]:
-    """Outputs of two samples together and each alone, the size of the terms they sum, relative change of slopes.
+def _pair(f: Model, coordinates: Params, rest: Params, pair: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Outputs of two samples together and each alone, the size of the terms they sum, change of slopes, rounding.
 
     The terms, and not the outputs, set the rounding: a mirrored or centred model's outputs cancel. Slopes along a
     direction without symmetry, of the size of the parameters, show both.
@@ -102,7 +106,16 @@ def _pair(f: Model, coordinates: Params, rest: Params, pair: Array) -> tuple[Arr
     joint, single = (slope.astype(jnp.result_type(float)) for slope in slopes)
     largest = jnp.maximum(jnp.max(jnp.abs(joint)), jnp.max(jnp.abs(single)))
     turned = jnp.where(largest > 0, jnp.max(jnp.abs(joint - single)) / jnp.where(largest > 0, largest, 1), 0)
-    return together, alone, jnp.maximum(largest, jnp.max(jnp.abs(alone)).astype(largest.dtype)), turned
+    size = jnp.maximum(largest, jnp.max(jnp.abs(alone)).astype(largest.dtype))
+    return together, alone, size, turned, jnp.asarray(_coarsest(both, coordinates))
+
+
+def _coarsest(function: Callable[..., Any], *args: Any) -> float:
+    """The largest rounding unit of all floating numbers of a program: outputs may be cast up in the end."""
+    program = jax.make_jaxpr(function)(*args).jaxpr
+    dtypes = {aval_of(out).dtype for eqn in program.eqns for out in eqn.outvars if hasattr(aval_of(out), "dtype")}
+    floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floating), default=0.0)
 
 
 def _direction(leaf: Array) -> Array:
