@@ -1,5 +1,6 @@
 """Settings of all tests: float64, no silent promotion, one key a test."""
 
+import gc
 import os
 import zlib
 
@@ -13,6 +14,17 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs of one file go before the next one begins.
+
+    On a CPU each takes several memory maps, of which Linux allows a process 65530: XLA crashes without any left.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
