@@ -69,12 +69,15 @@ class Worker:
         peak = None if before is None else resident("VmHWM") - before
         return facts | {"compile_s": compile_s, "first_s": first_s, "peak_bytes": peak, "planned_bytes": planned}
 
-    def run(self) -> dict[str, Any]:
-        """One more run."""
+    def run(self, repeats: int = 1) -> dict[str, Any]:
+        """Some more runs, and their median."""
+        return {"seconds": statistics.median(self._run() for _ in range(repeats))}
+
+    def _run(self) -> float:
         self.gram = None
         start = time.perf_counter()
         self.gram = jax.block_until_ready(self.call())
-        return {"seconds": time.perf_counter() - start}
+        return time.perf_counter() - start
 
     def check(self, file: str) -> dict[str, Any]:
         """The largest error of the reference's rows, in units of the largest entry."""

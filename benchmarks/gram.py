@@ -37,7 +37,9 @@ DTYPES = ("float32", "float64")
 FACTS = ("n", "compile_s", "first_s", "peak_bytes", "planned_bytes", "versions")
 """What a row takes over from the process."""
 PATIENCE_S = 1200.0
-"""The longest run that is waited for."""
+"""The longest reply that is waited for."""
+TURN_S = 0.3
+"""About what a turn of a quick contender takes."""
 RIGHT = {"float32": 1e-3, "float64": 1e-9}
 """Errors above are wrong results; kinks of ReLU, which rounding crosses, are not."""
 TARGETS = {
@@ -57,6 +59,7 @@ class Settings(NamedTuple):
     peer: Path | None
     ours: bool
     limit_s: float
+    best_limit_s: float = PATIENCE_S
 
 
 class Case(NamedTuple):
@@ -151,7 +154,7 @@ def best(rows: dict[str, dict[str, Any]]) -> str | None:
 
 
 def race(case: Case) -> dict[str, Any]:
-    """Screen the slow ones, bring in all that are quick enough and the peer's best at any rate, then run in turn."""
+    """Screen the slow ones, bring in all that are quick enough and the peer's best more readily, then run in turn."""
     slow = [*(["jacobian"] if case.settings.ours else []), *(PEERS if case.settings.peer else [])]
     rows = {kind: screen(kind, case) for kind in slow}
     quick = [kind for kind in slow if rows[kind].get("run_s", math.inf) <= case.settings.limit_s]
@@ -159,7 +162,7 @@ def race(case: Case) -> dict[str, Any]:
     with ExitStack() as stack:
         for kind in (*(("ours", "eager") if case.settings.ours else ()), *quick):
             rows[kind], workers[kind] = enter(kind, case, stack)
-        while (kind := best(rows)) and kind not in workers and rows[kind]["run_s"] <= PATIENCE_S:
+        while (kind := best(rows)) and kind not in workers and rows[kind]["run_s"] <= case.settings.best_limit_s:
             rows[kind], workers[kind] = enter(kind, case, stack)
         workers = {kind: worker for kind, worker in workers.items() if "failed" not in rows[kind]}
         gemms = [gemm(case, workers)]
@@ -172,7 +175,11 @@ def race(case: Case) -> dict[str, Any]:
 
 
 def in_turn(rows: dict[str, dict[str, Any]], workers: dict[str, Worker]) -> None:
-    """Medians of runs in turn, so that a busy machine slows all alike; of a long one its first run stands."""
+    """Medians of runs in turn, so that a busy machine slows all alike; of a long one its first run stands.
+
+    Of quick ones a turn is several runs, whose median counts: one alone would pay for what its neighbours left in the
+    caches, which is no cost of its own.
+    """
     counts = {kind: min(25, int(40 / rows[kind]["run_s"])) for kind in workers}
     if "eager" in counts:
         counts["eager"] = max(1, counts.get("ours", 0))  # its first run told of its compilation
@@ -182,7 +189,8 @@ def in_turn(rows: dict[str, dict[str, Any]], workers: dict[str, Worker]) -> None
         # Each round starts with another one: none always runs in the wake of the same neighbour.
         for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
             if turn < counts[kind]:
-                runs[kind].append(workers[kind].ask("run")["seconds"])
+                repeats = max(1, min(9, int(TURN_S / rows[kind]["run_s"])))
+                runs[kind].append(workers[kind].ask("run", repeats=repeats)["seconds"])
     for kind, times in runs.items():
         if times:
             rows[kind] |= {"run_s": statistics.median(times), "runs": times}
@@ -270,7 +278,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE")
     parser.add_argument("--size", choices=list(works.SIZES), default="full", help="smoke is for trying out, no record")
     parser.add_argument("--peers-only", action="store_true", help="without ours; writes nothing")
-    parser.add_argument("--limit", type=float, default=30.0, help="seconds; slower contenders are extrapolated")
+    parser.add_argument("--limit", type=float, default=4.0, help="seconds; slower contenders are extrapolated")
+    parser.add_argument("--best-limit", type=float, default=600.0, help="the same for the peer's best")
     args = parser.parse_args()
     peer = args.peer if args.peer and (args.peer / "bin" / "python").exists() else None
     if peer is None:
@@ -279,7 +288,7 @@ def main() -> None:
     elif not peer.absolute().is_relative_to(harness.ROOT):
         # The record's command has no path of this machine.
         sys.argv = [word.replace(str(args.peer), "FOLDER") for word in sys.argv]
-    settings = Settings(args.size, peer, not args.peers_only, args.limit)
+    settings = Settings(args.size, peer, not args.peers_only, args.limit, args.best_limit)
     complete = peer and args.size == "full" and not args.peers_only and args.dtypes == list(DTYPES)
     for name in args.only:
         record = work(name, args.dtypes, settings)

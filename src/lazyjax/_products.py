@@ -109,12 +109,14 @@ def _triangles(rows: Rows, dtype: Any, depth: int = DEPTH) -> Array:
 def product(first: Rows, second: Rows, dtype: Any) -> Float[Array, "m1 m2"]:
     """The block of two sets of samples, (n1 * k, n2 * k)."""
     (n1, k1), (n2, k2) = first.shape, second.shape
-    block = jnp.zeros((n1, k1, n2, k2), dtype)
+    block = jnp.zeros((n1, k1, n2 * k2), dtype)
+    for (a1, delta1), (a2, delta2) in zip(first.outer, second.outer, strict=True):
+        # Spread over the outputs first: along rows that are stored together the product with it is quick.
+        inner = lax.optimization_barrier(jnp.repeat(_einsum("nd,md->nm", a1, a2), k2, axis=1))
+        block += inner[:, None] * _einsum("nkp,mp->nkm", delta1, delta2.reshape(n2 * k2, -1))
+    block = block.reshape(n1, k1, n2, k2)
     if first.jacobian is not None:
         block += _einsum("nks,mls->nkml", first.jacobian, second.jacobian)
-    for (a1, delta1), (a2, delta2) in zip(first.outer, second.outer, strict=True):
-        inner = _einsum("nd,md->nm", a1, a2)[:, None, :, None]
-        block += inner * _einsum("nkp,mlp->nkml", delta1, delta2)
     for (a1, delta1), (a2, delta2) in zip(first.spatial, second.spatial, strict=True):
         # A sample at a time: all pairs of positions at once would fill the memory.
         block += lax.map(functools.partial(_pair_against, a2, delta2), (a1, delta1))
