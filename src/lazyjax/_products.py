@@ -28,6 +28,9 @@ SMALL = 128
 DEPTH = 2
 """How often a diagonal block is split: 5/8 of its products remain, in programs of seven products a group."""
 
+ALONE = 4096
+"""Numbers in a Jacobian row from which a leaf is multiplied by itself."""
+
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -37,12 +40,12 @@ class Rows(eqx.Module):
     Attributes:
         outer: (a (n, d), Delta (n, k, m)) a group.
         spatial: (a (n, p, g, d) or row numbers (n, p), Delta (n, k, p, g, m)) a group.
-        jacobian: (n, k, size), all other leaves side by side, or None.
+        jacobian: (n, k, size) of all other leaves, the small ones side by side.
     """
 
     outer: list[tuple[Float[Array, "n _"], Float[Array, "n k _"]]]
     spatial: list[tuple[Float[Array, "n _ _ _"] | Int[Array, "n _"], Float[Array, "n k _ _ _"]]]
-    jacobian: Float[Array, "n k size"] | None
+    jacobian: list[Float[Array, "n k _"]]
 
     def part(self, start: int, stop: int) -> "Rows":
         """Some of the samples."""
@@ -73,7 +76,14 @@ def make_rows(factors: Factors, groups: list[Group], ways: list[Way], dtype: Any
             outer.append((seen[:, 0, 0], _summed(delta[:, :, 0, 0], trace)))
         else:
             spatial.append((seen, _summed(delta, trace)))
-    return Rows(outer, spatial, _summed(jnp.concatenate(rows, axis=2), trace) if rows else None)
+    return Rows(outer, spatial, [_summed(part, trace) for part in _joined(rows)])
+
+
+def _joined(rows: list[Array]) -> list[Array]:
+    """The small ones as one: each product costs a launch. The large ones by themselves can go once they are used."""
+    small = [part for part in rows if part.shape[2] < ALONE]
+    large = [part for part in rows if part.shape[2] >= ALONE]
+    return large + ([jnp.concatenate(small, axis=2)] if small else [])
 
 
 def _summed(delta: Array, trace: bool) -> Array:
@@ -88,7 +98,7 @@ def symmetric_product(rows: Rows, dtype: Any) -> Float[Array, "m m"]:
     """All products of samples with each other, half of them by symmetry."""
     n, k = rows.shape
     block = jnp.zeros((n * k, n * k), dtype)
-    if rows.outer or rows.jacobian is not None:
+    if rows.outer or rows.jacobian:
         block = _triangles(Rows(rows.outer, [], rows.jacobian), dtype)
     for a, delta in rows.spatial:
         block += _half_circle(a, delta).reshape(n * k, n * k)
@@ -114,9 +124,11 @@ def product(first: Rows, second: Rows, dtype: Any) -> Float[Array, "m1 m2"]:
         # Spread over the outputs first: along rows that are stored together the product with it is quick.
         inner = lax.optimization_barrier(jnp.repeat(_einsum("nd,md->nm", a1, a2), k2, axis=1))
         block += inner[:, None] * _einsum("nkp,mp->nkm", delta1, delta2.reshape(n2 * k2, -1))
+    block = block.reshape(n1 * k1, n2 * k2)
+    for part1, part2 in zip(first.jacobian, second.jacobian, strict=True):
+        # As matrices: with more axes XLA moves them about on a CPU, a fifth of the time.
+        block += _einsum("rs,cs->rc", part1.reshape(n1 * k1, -1), part2.reshape(n2 * k2, -1))
     block = block.reshape(n1, k1, n2, k2)
-    if first.jacobian is not None:
-        block += _einsum("nks,mls->nkml", first.jacobian, second.jacobian)
     for (a1, delta1), (a2, delta2) in zip(first.spatial, second.spatial, strict=True):
         # A sample at a time: all pairs of positions at once would fill the memory.
         block += lax.map(functools.partial(_pair_against, a2, delta2), (a1, delta1))
