@@ -69,6 +69,9 @@ from lazyjax.criterion import measure_kernel_drift as measure_kernel_drift
 from lazyjax.step import lazy_ratio as lazy_ratio
 from lazyjax.step import step_criterion as step_criterion
 
+# Every theorem: numbers in, numbers out.
+from lazyjax import bounds as bounds
+
 # Many runs, and one answer.
 from lazyjax.sweep import sweep as sweep
 from lazyjax.report import LazinessReport as LazinessReport
