@@ -53,6 +53,7 @@ ORDER = [
     "descent",
     "step",
     "criterion",
+    "correction",
     "_bounds_numbers",
     "_bounds_horizon",
     "_bounds_uniform",

@@ -63,9 +63,11 @@ from lazyjax.descent import gradient_descent as gradient_descent
 from lazyjax.criterion import Comparison as Comparison
 from lazyjax.criterion import compare as compare
 
-# How lazy: along a flow, and in one step.
+# How lazy: along a flow, to first order in 1/alpha, and in one step.
 from lazyjax.criterion import activation_stability as activation_stability
 from lazyjax.criterion import measure_kernel_drift as measure_kernel_drift
+from lazyjax.correction import Correction as Correction
+from lazyjax.correction import lazy_correction as lazy_correction
 from lazyjax.step import lazy_ratio as lazy_ratio
 from lazyjax.step import step_criterion as step_criterion
 
