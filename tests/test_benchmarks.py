@@ -16,6 +16,7 @@ import gpu_gram
 import gram
 import harness
 import helpers
+import kappa
 import lazyjax as lj
 import readme_numbers
 
@@ -193,6 +194,14 @@ def test_gpu_gram_without_a_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpu_gram.py"])
     gpu_gram.main()
     assert capsys.readouterr().out.startswith("No GPU here")
+
+
+@pytest.mark.parametrize("name", ["mlp", "two_layer", "mlp_closure"])
+def test_kappa_at_toy_size(name):
+    found = kappa.question(*kappa.cases(toy=True)[name], repeats=1)
+    assert found["lower"] <= found["value"] <= found["upper"]
+    assert 1 <= found["ratio"] < 2
+    assert found["run_s"] < found["first_s"]
 
 
 def test_gpu_gram_counts_the_cheaper_way_of_every_convolution():

@@ -23,11 +23,15 @@ def on_data(problem):
     return problem._replace(h=OnData(problem.f, problem.x))
 
 
+def cast(tree, dtype):
+    return jtu.tree_map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
+
+
 TIMES = jnp.array([0.0, 0.5, 2.0, 8.0])
 TIGHT = {"rtol": 1e-11, "atol": 1e-13, "solver": diffrax.Tsit5(), "max_steps": 2**14}
 CENTRED = on_data(centred_problem(jr.key(2)))
 MIRRORED = on_data(mirrored_problem(jr.key(3)))
-LOGISTIC = lj.logistic_loss(jnp.array([0, 1, 1, 0, 1]))
+LOGISTIC = cast(lj.logistic_loss(jnp.array([0, 1, 1, 0, 1])), float)  # no weak types: one program for what is cast back
 
 
 class Net(eqx.Module):
@@ -69,10 +73,6 @@ CASES = {
         TIMES,
     ),
 }
-
-
-def cast(tree, dtype):
-    return jtu.tree_map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
 def correct(problem, ts=TIMES, **options):

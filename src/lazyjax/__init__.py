@@ -63,16 +63,32 @@ from lazyjax.descent import gradient_descent as gradient_descent
 from lazyjax.criterion import Comparison as Comparison
 from lazyjax.criterion import compare as compare
 
-# How lazy: along a flow, to first order in 1/alpha, and in one step.
+# How lazy: along a flow, to first order in 1/alpha, in one step, and at the start.
 from lazyjax.criterion import activation_stability as activation_stability
 from lazyjax.criterion import measure_kernel_drift as measure_kernel_drift
 from lazyjax.correction import Correction as Correction
 from lazyjax.correction import lazy_correction as lazy_correction
 from lazyjax.step import lazy_ratio as lazy_ratio
 from lazyjax.step import step_criterion as step_criterion
+from lazyjax.curvature import Kappa as Kappa
+from lazyjax.curvature import kappa as kappa
+from lazyjax._neurons import two_layer_curvature as two_layer_curvature
+
+# Lipschitz constants, which the theorems take.
+from lazyjax.lipschitz import PathLipschitz as PathLipschitz
+from lazyjax.lipschitz import lipschitz_along as lipschitz_along
+from lazyjax._ball_constants import two_layer_lipschitz as two_layer_lipschitz
+from lazyjax.lipschitz import local_lipschitz as local_lipschitz
+from lazyjax.lipschitz import sampled_lipschitz_lower as sampled_lipschitz_lower
 
 # Every theorem: numbers in, numbers out.
 from lazyjax import bounds as bounds
+
+# A flow that certifies its own bounds, and the whole theory tried on random ones.
+from lazyjax.certificate import Certificate as Certificate
+from lazyjax.certificate import certify as certify
+from lazyjax.verify import Verification as Verification
+from lazyjax.verify import verify as verify
 
 # Many runs, and one answer.
 from lazyjax.sweep import sweep as sweep

@@ -6,20 +6,19 @@ Norms in F are in the metric of the loss (see `lazyjax.loss`), norms of paramete
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
-import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lazyjax._check import check_alpha, check_outputs, is_concrete
+from lazyjax._check import check_alpha, is_concrete
 from lazyjax._field import ModelField, TangentField, check_start, make_field, tree_norm
-from lazyjax._krylov import lanczos
+from lazyjax._hessian import SecondDerivative, check_starts, norm_lower
+from lazyjax._path import change_quotient
 from lazyjax._types import Model, Outputs, Params, RealScalar
 from lazyjax._user_loss import as_loss
-from lazyjax.difference import finite_jvp
 from lazyjax.loss import Loss
+from lazyjax.maps import without_constant
 from lazyjax.tangent import Tangent, linearize, singular_values
 
 
@@ -86,7 +85,8 @@ def step_criterion(
     before, after = loss(field.outputs(u0)), loss(field.outputs(u1))
     _check_moving(before, field(u0))
     objective_change = jnp.abs(after - before) / before
-    jacobian_change = _jacobian_change(h, w0, loss, u1, field.eps, key) / dh_norm
+    quotient = change_quotient(h, loss, w0, u1, field.eps, num_matvecs=50, key=key)
+    jacobian_change = quotient * field.eps * tree_norm(u1) / dh_norm
     return StepCriterion(eta, objective_change, jacobian_change, jacobian_change / objective_change)
 
 
@@ -110,32 +110,6 @@ def _at_start(
     return loss, field, linearize(h, w0)
 
 
-def _jacobian_change(h: Model, w0: Params, loss: Loss, u: Params, eps: Array, key: PRNGKeyArray | None) -> Array:
-    r"""$\|Dh(w_0 + \varepsilon u) - Dh(w_0)\|$ in F's metric, by Lanczos on the difference times its transpose."""
-    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
-    out = check_outputs(h, w0)
-
-    def difference(v: Params) -> Array:
-        def product(c: Params) -> Array:
-            return jax.jvp(lambda w: h(eqx.combine(w, rest)), (c,), (v,))[1]
-
-        return eps * finite_jvp(product, coordinates, u, eps)
-
-    zero = jtu.tree_map(jnp.zeros_like, coordinates)
-    _, transpose = jax.vjp(difference, zero)
-    weight = jnp.asarray(loss.weight, out.dtype)
-    # The difference is of the size of eps: scaled to O(1), its square does not underflow.
-    scale = jnp.where(eps > 0, 1 / jnp.clip(eps, jnp.finfo(eps.dtype).tiny, 1), 1)
-
-    def product(r: Array) -> Array:
-        (direction,) = transpose(r.reshape(out.shape))
-        direction = jtu.tree_map(lambda d: scale.astype(d.dtype) * d, direction)
-        return weight * scale * difference(direction).ravel()
-
-    theta, _, _ = lanczos(product, out.size, 50, dtype=out.dtype, key=key)
-    return jnp.sqrt(jnp.maximum(theta[-1], 0)) / scale
-
-
 def lazy_ratio(
     h: Model,
     loss: Loss | Callable[[Outputs], RealScalar],
@@ -148,18 +122,18 @@ def lazy_ratio(
     r"""$F_\alpha \|D^2(\alpha h)\| / (\|\nabla F_\alpha\| \|D(\alpha h)\|)$ at w0: far below 1 is lazy.
 
     Unlike $\kappa$, it sees whether the residual is aligned with Dh: always lazy_ratio >= kappa/2 for the square
-    loss. $\|D^2h\|$ enters by `hessian_norm_lower`, so the value is a lower estimate.
+    loss. $\|D^2h\|$ is the largest found in a search, so the value is a lower estimate; `kappa` gives an upper one.
 
     Args:
         h: Model h(w), smooth (a ReLU's kinks have no second derivative and are not seen).
         loss: R on outputs.
         w0: Start.
         alpha: Output scale in (0, inf].
-        starts: Of `hessian_norm_lower`.
+        starts: Random starts of the search; one alone often misses the maximum.
         key: For the random starts; None for a fixed one.
 
     Raises:
-        ValueError, TypeError: as `gradient_flow`.
+        ValueError, TypeError: as `gradient_flow`; `starts` below 1.
 
     Source:
         Chizat, Oyallon, Bach (2019), section 1.2.
@@ -169,70 +143,12 @@ def lazy_ratio(
         >>> print(f"{lazy_ratio(lambda w: w + w**2, square_loss(jnp.ones(1)), jnp.zeros(1)):.3f}")
         1.000
     """
+    check_starts(starts)
     loss, field, tangent = _at_start(h, loss, w0, alpha)
-    d2h_norm = hessian_norm_lower(h, w0, loss, starts=starts, key=key)
+    form = SecondDerivative(without_constant(h), w0, loss.weight**0.5)
+    d2h_norm = norm_lower(form, tangent.outputs.size, jr.key(0) if key is None else key, starts)
     dh_norm = singular_values(tangent, loss, key=key).largest
     gradient = field(jtu.tree_map(jnp.zeros_like, field.coordinates))
     _check_moving(loss(field.start), gradient)
     gradient_norm = tree_norm(gradient)
     return field.eps * loss(field.start) * d2h_norm / (gradient_norm * dh_norm)
-
-
-def hessian_norm_lower(
-    h: Model,
-    w0: Params,
-    loss: Loss,
-    *,
-    starts: int = 10,
-    iterations: int = 20,
-    key: PRNGKeyArray | None = None,
-) -> Float[Array, ""]:
-    r"""Lower estimate of $\|D^2h(w_0)\| = \sup_{|u|=1} \|D^2h(w_0)(u, u)\|_F$.
-
-    Alternates $z = D^2h(u, u)/\|\cdot\|$ with u the eigenvector of largest absolute eigenvalue of the Hessian of
-    $\langle z, h\rangle_F$ (Lanczos: plain power iteration fails on its +- pairs), from random starts.
-
-    Args:
-        h: Model h(w).
-        w0: Where.
-        loss: Gives the metric of F.
-        starts: Random starts, vmapped; one start alone often misses the maximum.
-        iterations: Alternations of each.
-        key: For the starts; None for a fixed one.
-
-    Raises:
-        ValueError: `starts` or `iterations` below 1.
-
-    Example:
-        >>> from lazyjax import square_loss
-        >>> print(f"{hessian_norm_lower(lambda w: w**2, jnp.ones(1), square_loss(jnp.ones(1))):.3f}")
-        2.000
-    """
-    if starts < 1 or iterations < 1:
-        msg = f"starts and iterations must be at least 1, got {starts} and {iterations}."
-        raise ValueError(msg)
-    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
-    flat, unravel = jfu.ravel_pytree(coordinates)
-
-    def model(v: Array) -> Array:
-        return h(eqx.combine(unravel(v), rest))
-
-    def second(u: Array) -> Array:
-        return jax.jvp(lambda v: jax.jvp(model, (v,), (u,))[1], (flat,), (u,))[1]
-
-    def improve(u: Array, k: PRNGKeyArray) -> tuple[Array, Array]:
-        z = second(u)
-        norm = loss.norm(z)
-        z = loss.weight * z / jnp.where(norm > 0, norm, 1)
-        hessian = jax.linearize(jax.grad(lambda v: jnp.sum(z * model(v))), flat)[1]
-        theta, _, vectors = lanczos(hessian, flat.size, 20, dtype=flat.dtype, key=k)
-        return vectors[jnp.argmax(jnp.abs(theta))], norm
-
-    def ascend(k: PRNGKeyArray) -> Array:
-        first, *rest_keys = jr.split(k, iterations + 1)
-        u = jr.normal(first, flat.shape, flat.dtype)
-        u, norms = jax.lax.scan(improve, u / jnp.linalg.norm(u), jnp.stack(rest_keys))
-        return jnp.maximum(jnp.max(norms), loss.norm(second(u)))
-
-    keys = jr.split(jr.key(0) if key is None else key, starts)
-    return jnp.max(jax.vmap(ascend)(keys))
