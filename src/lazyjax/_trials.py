@@ -36,7 +36,7 @@ RATES = ("output_gap", "param_gap", "displacement_norm")
 
 
 class Trials(eqx.Module):
-    """All lanes of a family; the axes are instance, alpha (and time).
+    """All lanes of a family (or one of them); the axes are instance, alpha (and time).
 
     Attributes:
         claims: Of each lane.
@@ -46,7 +46,7 @@ class Trials(eqx.Module):
 
     claims: list[Claim]
     facts: Facts
-    followed: Bool[Array, "instance alpha"]
+    followed: Bool[Array, "..."]
 
 
 def run_family(family: Family, key: PRNGKeyArray, instances: int) -> Trials:
