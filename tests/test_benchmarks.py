@@ -12,6 +12,7 @@ import pytest
 import _gram_ours
 import _gram_worker
 import _gram_works as works
+import fig1c
 import gpu_gram
 import gram
 import harness
@@ -80,11 +81,20 @@ def test_index_names_every_benchmark():
 
 def test_the_numbers_of_the_readme_are_those_of_the_records():
     text = (harness.ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- numbers: ") == 4
+    assert text.count("<!-- numbers: ") == 5
     assert readme_numbers.rewritten(text) == text
     altered = text.replace(" s on the first run", "0 s on the first run")
     assert altered != text
     assert readme_numbers.rewritten(altered) == text
+
+
+def test_contenders_of_figure_1c_take_the_same_steps():
+    found = fig1c.measure(taus=3, steps=2, repeats=1)
+    assert {"ours", "numpy"} <= set(found["rows"])
+    assert all(row["error"] < 1e-6 for row in found["rows"].values())
+    assert found["ratios"]["ours"] == 1
+    minutes = found["paper_size_minutes"]["ours"]
+    assert minutes == pytest.approx(found["rows"]["ours"]["run_s"] * 33 * 10 * 10_000 / 6 / 60)
 
 
 @pytest.fixture

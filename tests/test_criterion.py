@@ -121,6 +121,19 @@ def test_stability_counts_the_signs_that_stay():
     np.testing.assert_allclose(activation_stability(doubled, start, (w, w), x), np.mean(shares))
 
 
+def test_stability_under_jit_and_vmap_loses_no_sign():
+    """A mean of these comparisons comes as 0.72 there with jax 0.10.1 on a CPU."""
+    w = jtu.tree_map(lambda leaf: leaf.astype(jnp.float32), lj.init_two_layer(jr.key(2), 100, 50))
+    x = jr.normal(jr.key(1), (1000, 100), jnp.float32)
+
+    def stability(t):
+        w0 = jtu.tree_map(lambda leaf: t * leaf, w)
+        return activation_stability(lj.two_layer(), w0, jtu.tree_map(lambda leaf: 1.00001 * leaf, w0), x)
+
+    scales = jnp.arange(1, 13, dtype=jnp.float32)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(stability))(scales), 1)
+
+
 def test_a_model_without_preactivations_has_no_stability():
     with pytest.raises(TypeError, match=r"f.preactivations\(w, x\)"):
         activation_stability(lambda w, x: x @ w, jnp.ones(2), jnp.ones(2), jnp.ones((3, 2)))

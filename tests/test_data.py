@@ -1,8 +1,39 @@
+import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
-from lazyjax.data import digits, load_arrays
+import lazyjax as lj
+from lazyjax.data import digits, draw_teacher, load_arrays, sphere
+
+
+class TestTeacher:
+    def test_points_are_uniform_on_the_sphere(self, getkey):
+        x = sphere(getkey(), 20_000, 4)
+        np.testing.assert_allclose(jnp.linalg.norm(x, axis=1), 1, rtol=1e-14)
+        # Mean 0 and covariance 1/d, each within five standard errors.
+        np.testing.assert_allclose(x.mean(axis=0), 0, atol=5 * (1 / 4 / 20_000) ** 0.5)
+        np.testing.assert_allclose(x.T @ x / 20_000, jnp.eye(4) / 4, atol=5 * 0.25 / 20_000**0.5)
+
+    def test_units_have_norm_one_up_to_the_scale(self, getkey):
+        teacher = draw_teacher(getkey(), 7, scale=100.0)
+        np.testing.assert_allclose(jnp.abs(teacher["a"]) * jnp.linalg.norm(teacher["b"], axis=1), 100, rtol=1e-14)
+        assert lj.two_layer()(teacher, sphere(getkey(), 5, 7)).shape == (5,)
+
+    def test_both_signs_occur(self):
+        signs = {float(sign) for seed in range(8) for sign in draw_teacher(jr.key(seed), 3)["a"]}
+        assert signs == {-1.0, 1.0}
+
+    def test_dtype(self):
+        leaves = jax.tree.leaves(draw_teacher(jr.key(0), 3, dtype=jnp.float32))
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+    def test_refuses_no_points_and_no_dimension(self):
+        with pytest.raises(ValueError, match="n and d must be at least 1, got n=0, d=3"):
+            sphere(jr.key(0), 0, 3)
+        with pytest.raises(ValueError, match="n and d must be at least 1, got n=3, d=0"):
+            draw_teacher(jr.key(0), 0)
 
 
 class TestDigits:

@@ -37,6 +37,7 @@ ORDER = [
     "_spectrum",
     "closed_form",
     "arccos",
+    "population",
     "phi",
     "_cost",
     "_anchored",
@@ -89,11 +90,15 @@ ORDER = [
     "_plot_axes",
     "_plot_kernel",
     "_plot_panels",
+    "_plot_rates",
+    "_plot_student",
+    "_plot_trajectories",
     "plot",
     "_html",
     "_user",
     "_output",
     "_quiet",
+    "_reproduce",
     "cli",
 ]
 # The doors of the package: they may import anything, and nothing imports them.

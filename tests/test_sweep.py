@@ -1,14 +1,19 @@
 """Sweeps: labels, chunks, one program, failed lanes, refusals."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import xarray
 from diffrax import RESULTS
 
 import lazyjax as lj
 from helpers import centred_problem, relative_error
+
+sweep_module = sys.modules["lazyjax.sweep"]  # the package's attribute of that name is the function
 
 OVER = {"alpha": [1.0, 2.0, 4.0], "seed": [0, 1]}
 
@@ -116,6 +121,64 @@ def test_a_chunk_of_a_given_size_is_one_program():
     assert len(traces) == 1
     with pytest.raises(ValueError, match="chunk must be at least 1 lane, got 0"):
         lj.sweep(one, over={"a": [1.0]}, chunk=0)
+
+
+def counted(ran):
+    """A run that tells the host of each lane, one of which fails."""
+
+    def one(a):
+        jax.debug.callback(lambda a: ran.append(float(a)), a)
+        result = RESULTS.where(a == 3.0, RESULTS.max_steps_reached, RESULTS.successful)
+        return {"y": jnp.stack([a, a**2]), "result": result}
+
+    return one
+
+
+AXIS = {"a": [1.0, 2.0, 3.0, 4.0, 5.0]}
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    whole = lj.sweep(counted([]), over=AXIS)
+    folder = tmp_path / "deep" / "kept"
+    ran, program = [], sweep_module._call
+
+    def killed(*arguments):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(None)
+        return program(*arguments)
+
+    monkeypatch.setattr(sweep_module, "_call", killed)
+    with pytest.raises(KeyboardInterrupt):
+        lj.sweep(counted([]), over=AXIS, chunk=2, folder=folder)
+    monkeypatch.undo()
+    # Half-written, as by a full disk: it does not count.
+    (folder / "lanes-000004.npz.partial").write_bytes(b"PK")
+    lanes = []
+    again = lj.sweep(counted(lanes), over=AXIS, chunk=2, folder=folder)
+    jax.effects_barrier()
+    assert lanes == [5.0, 5.0]  # the last chunk, filled up
+    xarray.testing.assert_identical(again, whole)
+    assert again["message"].values[2] != ""
+    lanes.clear()
+    xarray.testing.assert_identical(lj.sweep(counted(lanes), over=AXIS, chunk=2, folder=folder), whole)
+    assert lanes == []
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"over": {"a": [1.0, 2.0]}}, "axis a .* there and .* here"),
+        ({"chunk": 3}, "chunk 2 there and 3 here"),
+        ({"settings": {"width": 7}}, "width 5 there and 7 here"),
+        ({"shared": {"b": jnp.zeros(2)}}, "shared"),
+    ],
+)
+def test_a_folder_of_another_sweep_is_refused(tmp_path, change, match):
+    options = {"over": AXIS, "chunk": 2, "settings": {"width": 5}, "shared": {"b": jnp.ones(2)}, "folder": tmp_path}
+    lj.sweep(lambda a, b: {"y": a + b}, **options)
+    with pytest.raises(ValueError, match=f"holds another sweep .*{match}.*choose another folder"):
+        lj.sweep(lambda a, b: {"y": a + b}, **options | change)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import tyro
 from lazyjax._html import render_html
 from lazyjax._output import REPORT, STAGE, check_folder, describe, report_json, versions
 from lazyjax._quiet import without_cache_noise
+from lazyjax._reproduce import Reproduce, choose_settings, draw_files, list_figures, make_figure, render_numbers
 from lazyjax._types import Model, Params
 from lazyjax._user import check_model, default_model, load_model, parse_alphas, split_key, split_spec
 from lazyjax.data import DataSet, digits, load_arrays
@@ -94,6 +95,7 @@ class Info:
 Command = (
     Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
@@ -119,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("\n".join(f"{name:10} {value}" for name, value in describe_machine().items()))
         elif isinstance(options, Verify):
             run_verify(options)
+        elif isinstance(options, Reproduce):
+            run_reproduce(options)
         else:
             run_report(options, shlex.join(["lazyjax", *arguments]))
     except (ValueError, TypeError, OSError) as error:
@@ -130,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"lazyjax: error: {reason.removeprefix('equinox.EquinoxRuntimeError: ')}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("lazyjax: interrupted, nothing written", file=sys.stderr)
+        kept = isinstance(options, Reproduce) and options.kept.exists()
+        left = "the same command goes on where it stopped" if kept else "nothing written"
+        print(f"lazyjax: interrupted, {left}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -222,8 +228,27 @@ def run_report(options: Report, command: str) -> None:
             for kind in ("svg", "png")
         }
     print(report)
-    _write(options.out, _render(report, images, configuration, command, stages.seconds), report.dataset)
+    files = _render(report, images, configuration, command, stages.seconds)
+    _write(options.out, {"sweep.nc": report.dataset}, files)
     print(f"\nwrote {options.out / 'report.html'} (beside it: {REPORT}, sweep.nc, figures/)")
+
+
+def run_reproduce(options: Reproduce) -> None:
+    """`lazyjax reproduce`: settings are checked before the long work, results moved into place at its end."""
+    if options.figure == "list":
+        print(list_figures())
+        return
+    settings = choose_settings(options)
+    _configure(options)
+    stages = Stages()
+    with stages("run", f"{options.figure}, {options.size} size"), without_cache_noise():
+        data = make_figure(options, settings)
+    with stages("draw", "drawing the figure"):
+        files = draw_files(options, data)
+    print(render_numbers(options, data))
+    _write(options.out, {f"{options.figure}.nc": data}, files)
+    shutil.rmtree(options.kept, ignore_errors=True)
+    print(f"\nwrote {options.out / options.figure}.png (beside it: .svg, .nc); {stages.seconds['run']:.0f} s")
 
 
 def _check_options(options: Report) -> None:
@@ -241,7 +266,7 @@ def _check_options(options: Report) -> None:
         raise ValueError(msg)
 
 
-def _configure(options: Report) -> None:
+def _configure(options: Report | Reproduce) -> None:
     """Precision and compilation cache, before JAX computes anything."""
     if options.x64:
         jax.config.update("jax_enable_x64", True)
@@ -288,16 +313,18 @@ def _render(
     return files
 
 
-def _write(out: Path, files: Mapping[str, bytes], dataset: Any) -> None:
-    """Write everything aside, then move it into place, the report's JSON last: no half-written file is ever there."""
+def _write(out: Path, datasets: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write everything aside, then move it into place, the last file last: no half-written file is ever there."""
     stage = out / STAGE
     shutil.rmtree(stage, ignore_errors=True)
-    (stage / "figures").mkdir(parents=True)
-    dataset.to_netcdf(stage / "sweep.nc", engine="netcdf4")
+    for name in (*datasets, *files):
+        for folder in (stage, out):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, dataset in datasets.items():
+        dataset.to_netcdf(stage / name, engine="netcdf4")
     for name, content in files.items():
         (stage / name).write_bytes(content)
-    (out / "figures").mkdir(exist_ok=True)
-    for name in ("sweep.nc", *files):
+    for name in (*datasets, *files):
         with (stage / name).open("rb") as file:
             os.fsync(file.fileno())
         os.replace(stage / name, out / name)

@@ -1,4 +1,4 @@
-"""Data to train on: real digits that come with scikit-learn, or arrays of your own from a `.npz` file."""
+"""Data to train on: a teacher on the sphere, scikit-learn's digits, or arrays of your own from a `.npz` file."""
 
 import zipfile
 import zlib
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._check import check_finite
+from lazyjax._types import RealScalar
 
 NUM_DIGITS = 1797
 """Images that scikit-learn bundles."""
@@ -27,6 +29,67 @@ class DataSet(NamedTuple):
     def test(self) -> tuple[Array, Array] | None:
         """(x_test, y_test) as `lazyjax.diagnose` takes it, or None."""
         return None if self.x_test is None or self.y_test is None else (self.x_test, self.y_test)
+
+
+def sphere(key: PRNGKeyArray, n: int, d: int, *, dtype: Any = None) -> Float[Array, "n d"]:
+    """Independent points, uniform on the unit sphere of R^d.
+
+    Args:
+        key: Random key.
+        n: Points.
+        d: Dimension.
+        dtype: Floating dtype; None for JAX's default.
+
+    Raises:
+        ValueError: n or d below 1.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 3.1 (the inputs).
+
+    Example:
+        >>> print(jnp.linalg.norm(sphere(jr.key(0), 2, 3), axis=1).round(6))
+        [1. 1.]
+    """
+    if n < 1 or d < 1:
+        msg = f"n and d must be at least 1, got n={n}, d={d}."
+        raise ValueError(msg)
+    points = jr.normal(key, (n, d), jnp.result_type(float) if dtype is None else dtype)
+    return points / jnp.linalg.norm(points, axis=1, keepdims=True)
+
+
+def draw_teacher(
+    key: PRNGKeyArray, d: int, *, units: int = 3, scale: RealScalar = 1.0, dtype: Any = None
+) -> dict[str, Array]:
+    r"""A two-layer ReLU teacher $\sum_j a^*_j \max(b^*_j \cdot x, 0)$ with $|a^*_j b^*_j| = c$.
+
+    The paper draws Gaussian weights and normalizes each unit so that $|a^*_j b^*_j| = 1$, its code draws unit $b^*_j$
+    and signs $a^*_j$: the same law of functions, since a positive factor passes through ReLU. Here it is the code's,
+    $b^*_j$ uniform on the sphere and $a^*_j = \pm c$. Where the paper's code trains towards another multiple of the
+    teacher (100 for Figure 2a, 1/200 for Figure 2b), that is `scale`.
+
+    Args:
+        key: Random key.
+        d: Dimension of the inputs.
+        units: Hidden units, three in the paper.
+        scale: c.
+        dtype: Floating dtype; None for JAX's default.
+
+    Returns:
+        {"a": (units,), "b": (units, d)}, parameters of `two_layer()`.
+
+    Raises:
+        ValueError: d or units below 1.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 3.1.
+
+    Example:
+        >>> print(jnp.abs(draw_teacher(jr.key(0), 5)["a"]))
+        [1. 1. 1.]
+    """
+    key_a, key_b = jr.split(key)
+    b = sphere(key_b, units, d, dtype=dtype)
+    return {"a": jnp.asarray(scale, b.dtype) * jr.rademacher(key_a, (units,), b.dtype), "b": b}
 
 
 def digits(num_train: int = 256, *, seed: int = 0, dtype: Any = None) -> DataSet:

@@ -5,7 +5,7 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; n
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +22,14 @@ from lazyjax._plot_axes import (
 )
 from lazyjax._plot_kernel import draw_limit_kernel
 from lazyjax._plot_panels import choose_lanes, draw_curve, draw_gap, draw_scores, draw_spectra
+from lazyjax._plot_rates import draw_rates, draw_sparse_regression
+from lazyjax._plot_student import draw_population, draw_student_scale, draw_student_width
+from lazyjax._plot_trajectories import draw_trajectories
 from lazyjax._spectrum import normalized_spectrum
 from lazyjax._summary import relative_gap
-from lazyjax.experiments.limit_kernel import LimitKernel
+from lazyjax.experiments.limit_kernel import LimitKernel, from_table
+from lazyjax.experiments.population_descent import unconverged
+from lazyjax.experiments.sparse_regression import excess
 from lazyjax.report import LazinessReport
 
 if TYPE_CHECKING:
@@ -226,6 +231,36 @@ def plot_limit_kernel(result: LimitKernel) -> "matplotlib.figure.Figure":
     """
     figure, axes = _make_axes(2, share=False)
     draw_limit_kernel(axes, result)
+    return figure
+
+
+EXPERIMENTS: "dict[str, tuple[int, Callable[[Sequence[Any], xarray.Dataset], None]]]" = {
+    **dict.fromkeys(("fig1a", "fig1b", "fig6a", "fig6b", "fig6c"), (1, draw_trajectories)),
+    "fig1c": (1, draw_student_scale),
+    "fig2a": (1, draw_student_width),
+    "fig2b": (1, lambda axes, data: draw_population(axes, data, unconverged(data))),
+    "fig4": (2, lambda axes, data: draw_limit_kernel(axes, from_table(data))),
+    "rates": (3, draw_rates),
+    "woodworth": (
+        2,
+        lambda axes, data: draw_sparse_regression(axes, data, excess(data, "flow"), excess(data, "potential")),
+    ),
+}
+"""How the figures of `lazyjax.experiments` are drawn: panels, and what fills them."""
+
+
+def plot_experiment(name: str, data: "xarray.Dataset") -> "matplotlib.figure.Figure":
+    """A figure of the paper from its data.
+
+    Args:
+        name: As in `lazyjax.experiments.catalogue.FIGURES`.
+        data: What its `run` returned, or that read back from NetCDF.
+    """
+    panels, draw = EXPERIMENTS[name]
+    figure, axes = _make_axes(panels, share=False)
+    if draw is draw_trajectories:  # a square panel
+        figure.set_size_inches(3.5, 4.2)
+    draw(axes, data)
     return figure
 
 

@@ -1,9 +1,14 @@
 r"""Many runs as one compiled program: a grid over named axes, in chunks of lanes that fit memory, labelled."""
 
 import functools
+import hashlib
 import itertools
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -35,6 +40,8 @@ def sweep(
     chunk: int | None = None,
     memory: int = MEMORY_BYTES,
     progress: bool = False,
+    folder: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> "xarray.Dataset":
     r"""Evaluate `run` at every point of a grid, vmapped, and label the results.
 
@@ -54,6 +61,10 @@ def sweep(
             take few solver steps from waiting for those that take many.
         memory: Bytes that one chunk may take, temporaries included.
         progress: Show a progress bar with an estimate, one tick a lane.
+        folder: Where to keep each finished chunk until the end, so that the same call continues after it when it was
+            interrupted. The folder stays: delete it when its results are safe elsewhere.
+        settings: What else decides the results of `run`, plain numbers and texts by name: with it, the axes, the
+            arrays of `shared` and the versions of lazyjax and JAX a folder is recognized.
 
     Returns:
         A Dataset with the axes of `over` first, coordinates on them, and "failed" (bool) and "message" per lane.
@@ -62,7 +73,7 @@ def sweep(
 
     Raises:
         ValueError: no axes or an empty one; `chunk` below 1; `run` returns a reserved name or an axis name; `dims`
-            do not fit.
+            do not fit; `folder` holds another sweep.
         TypeError: an axis that is not numbers; `run` does not return a dict of arrays.
 
     Example:
@@ -80,17 +91,76 @@ def sweep(
     shape = tuple(len(values) for values in axes.values())
     points = list(itertools.product(*(range(size) for size in shape)))
     lanes = {name: values[np.asarray([point[i] for point in points])] for i, (name, values) in enumerate(axes.items())}
-    program, size = _compile(run, lanes, dict(shared or {}), dims or {}, chunk, memory)
-    parts = []
-    with tqdm(total=len(points), unit="run", desc="sweep", disable=not progress) as bar:
-        for first in range(0, len(points), size):
-            index = np.minimum(np.arange(first, first + size), len(points) - 1)
-            part = jax.device_get(program({name: jnp.asarray(values[index]) for name, values in lanes.items()}))
-            count = min(size, len(points) - first)
-            parts.append(jtu.tree_map(lambda leaf, count=count: leaf[:count], part))
-            bar.update(count)
+    program, size, structure = _compile(run, lanes, dict(shared or {}), dims or {}, chunk, memory)
+    kept = None if folder is None else _Kept(Path(folder), structure)
+    if kept is not None:
+        kept.check(_configuration(axes, size, shared or {}, settings or {}))
+    parts = _run_chunks(program, lanes, size, kept, progress=progress)
     joined = jtu.tree_map(lambda *leaves: np.concatenate(leaves), *parts)
     return _label(joined, axes, dims or {}, coords or {})
+
+
+class _Kept:
+    """The finished chunks of a sweep in a folder, each written whole or not at all."""
+
+    def __init__(self, folder: Path, structure: Any):
+        self.folder, self.structure = folder, structure
+
+    def check(self, configuration: Mapping[str, Any]) -> None:
+        """Take the folder for this configuration, or refuse it."""
+        path = self.folder / "sweep.json"
+        here = json.loads(json.dumps(configuration, default=str))
+        if path.exists():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+            if differ:
+                changes = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ)
+                msg = f"folder {self.folder} holds another sweep ({changes}); choose another folder, or delete it."
+                raise ValueError(msg)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, lambda file: file.write(json.dumps(here, indent=1).encode()))
+
+    def load(self, first: int) -> Any:
+        """The chunk that begins with this lane, None where it is not finished."""
+        path = self._path(first)
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return jtu.tree_unflatten(self.structure, [arrays[f"arr_{i}"] for i in range(len(arrays.files))])
+
+    def store(self, first: int, part: Any) -> None:
+        """Keep a finished chunk."""
+        _write_whole(self._path(first), lambda file: np.savez(file, *jtu.tree_leaves(part)))
+
+    def _path(self, first: int) -> Path:
+        return self.folder / f"lanes-{first:06d}.npz"
+
+
+def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    aside = path.with_name(f"{path.name}.partial")
+    with aside.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _configuration(
+    axes: Mapping[str, np.ndarray], size: int, shared: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a kept chunk belongs to."""
+    digest = hashlib.sha256()
+    for path, leaf in jtu.tree_leaves_with_path(eqx.filter(dict(shared), eqx.is_array)):
+        digest.update(f"{jtu.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return {
+        **settings,
+        **{f"axis {name}": [str(values.dtype), *map(str, values.tolist())] for name, values in axes.items()},
+        "chunk": size,
+        "shared": digest.hexdigest(),
+        "versions": {name: version(name) for name in ("lazyjax", "jax")},
+    }
 
 
 def _axis(name: str, values: Any) -> np.ndarray:
@@ -111,8 +181,8 @@ def _compile(
     dims: Mapping[str, Sequence[str]],
     chunk: int | None,
     memory: int,
-) -> tuple[Callable[[dict[str, Array]], Any], int]:
-    """One program for `size` lanes at a time: all of them, or by the first try's need as many as fit."""
+) -> tuple[Callable[[dict[str, Array]], Any], int, Any]:
+    """One program for `size` lanes at a time, all or by the first try's need as many as fit; its output's tree."""
     total = len(next(iter(lanes.values())))
     arrays, static = eqx.partition(shared, eqx.is_array)
     arrays = jtu.tree_map(jnp.asarray, arrays)  # NumPy's too are arguments
@@ -130,13 +200,40 @@ def _compile(
     size = total if chunk is None else min(chunk, total)
     while True:
         shapes = {name: jax.ShapeDtypeStruct((size,), values.dtype) for name, values in lanes.items()}
-        program = jax.jit(batch).lower(shapes, arrays).compile()
+        lowered = jax.jit(batch).lower(shapes, arrays)
+        program = lowered.compile()
         need = program.memory_analysis()
         used = 0 if need is None else need.temp_size_in_bytes + need.output_size_in_bytes
         if used <= memory or size == 1:
-            return functools.partial(_call, program, arrays), size
+            return functools.partial(_call, program, arrays), size, jtu.tree_structure(lowered.out_info)
         chunks = math.ceil(total / max(1, int(size * memory / used)))
         size = min(size - 1, math.ceil(total / chunks))
+
+
+def _run_chunks(
+    program: Callable[[dict[str, Array]], Any],
+    lanes: Mapping[str, np.ndarray],
+    size: int,
+    kept: _Kept | None,
+    *,
+    progress: bool,
+) -> list[Any]:
+    """All chunks in order: first those that were kept, then the others, kept as they are finished."""
+    total = len(next(iter(lanes.values())))
+    parts, first = [], 0
+    while kept is not None and first < total and (part := kept.load(first)) is not None:
+        parts.append(part)
+        first += size
+    with tqdm(total=total, initial=min(first, total), unit="run", desc="sweep", disable=not progress) as bar:
+        for start in range(first, total, size):
+            index = np.minimum(np.arange(start, start + size), total - 1)
+            count = min(size, total - start)
+            part = jax.device_get(program({name: jnp.asarray(values[index]) for name, values in lanes.items()}))
+            parts.append(jtu.tree_map(lambda leaf, count=count: leaf[:count], part))
+            if kept is not None:
+                kept.store(start, parts[-1])
+            bar.update(count)
+    return parts
 
 
 def _call(program: Callable[..., Any], arrays: dict[str, Any], points: dict[str, Array]) -> Any:

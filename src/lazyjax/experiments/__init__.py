@@ -1,5 +1,6 @@
-"""The paper's figures, one file each: settings in, a pure run on a key, a frozen result out.
+"""The paper's figures, one file each: settings in, a pure run, a labelled result out.
 
-Import the file you want, for example `from lazyjax.experiments import limit_kernel`. Nothing here draws or writes;
-`lazyjax.plot` turns a result into a figure.
+`catalogue` has them by name, as `lazyjax reproduce` takes them; or import the file you want, for example
+`from lazyjax.experiments import student_scale`. Nothing here draws or prints; `lazyjax.plot` turns a result into a
+figure.
 """

@@ -5,17 +5,24 @@ of one term: the rate is exactly $m^{-1/2}$, and with N(0, 1) weights V is known
 """
 
 import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from lazyjax.arccos import arccos_kernel
+from lazyjax.experiments._figure import Figure, Number, record
 from lazyjax.kernel import gram
 from lazyjax.maps import rescale
 from lazyjax.model import init_two_layer, two_layer
+
+if TYPE_CHECKING:
+    import xarray
 
 JACOBIAN_BYTES = 2**26
 """Memory for the Jacobians of the nets that are taken together."""
@@ -187,3 +194,63 @@ def term_variance(angles: Float[Array, " n"]) -> Float[Array, " n"]:
     second = 3 * sine * cosine + rest * (1 + 2 * cosine**2)
     mean = (cosine * rest + first) / (2 * jnp.pi)
     return (3 * cosine**2 * rest + 2 * cosine * first + second) / (2 * jnp.pi) - mean**2
+
+
+def run_table(
+    settings: Settings | None = None, *, seed: int = 0, folder: Path | None = None, progress: bool = False
+) -> "xarray.Dataset":
+    """`run` as a labelled dataset: its fields over angle, width, shown width and net.
+
+    Args:
+        settings: As of `run`.
+        seed: For the key.
+        folder: Not used: a run takes seconds.
+        progress: Not used.
+    """
+    import xarray
+
+    del folder, progress
+    result = run(settings, key=jr.key(seed))
+    chosen = result.settings
+    data = {
+        "limit": ("angle", result.limit),
+        "realizations": (("shown", "net", "angle"), result.realizations),
+        "errors": ("width", result.errors),
+        "expected": ("width", result.expected),
+        "slope": ((), result.slope),
+    }
+    coords = {"angle": result.angles, "width": list(chosen.widths), "shown": list(chosen.shown)}
+    return record(xarray.Dataset(jax.device_get(data), jax.device_get(coords)), chosen, seed, variant="the paper's")
+
+
+def from_table(data: "xarray.Dataset") -> LimitKernel:
+    """The result behind a dataset of `run_table`."""
+    stored = {field.name: data.attrs[f"setting_{field.name}"] for field in dataclasses.fields(Settings)}
+    # An empty tuple is stored as its text.
+    several = {name: () if stored[name] == "()" else stored[name] for name in ("widths", "shown")}
+    chosen: dict[str, Any] = {name: int(value) for name, value in stored.items() if name not in several}
+    chosen |= {name: tuple(int(width) for width in np.atleast_1d(value)) for name, value in several.items()}
+    fields = {name: jnp.asarray(data[name].values) for name in ("limit", "realizations", "errors", "expected", "slope")}
+    return LimitKernel(settings=Settings(**chosen), angles=jnp.asarray(data["angle"].values), **fields)
+
+
+def numbers(data: "xarray.Dataset") -> list[Number]:
+    """The rate beside theory, the errors over the expected ones, the limit at quarters of the half circle."""
+    rows = [Number("power of m in the error", float(data["slope"]), -0.5)]
+    for width in data["width"].values:
+        one = data.sel(width=width)
+        rows.append(Number(f"error / expected, m = {width}", float(one["errors"] / one["expected"]), 1.0))
+    known = (1.0, 0.6428696254, 0.1591549431, -0.0642371558, 0.0)
+    for quarter, value in enumerate(known):
+        place = quarter * (data.sizes["angle"] - 1) / 4
+        if place == int(place):
+            rows.append(Number(f"K({quarter} pi/4)", float(data["limit"][int(place)]), value))
+    return rows
+
+
+PRESETS = {
+    "small": Settings(widths=(10, 100, 300), shown=(10, 100), num_shown=3, num_seeds=50, num_angles=13),
+    "default": Settings(),
+    "paper": Settings(widths=(10, 30, 100, 300, 1000, 3000, 10_000), num_seeds=400),
+}
+FIGURE = Figure("tangent kernels of random nets and their limit", PRESETS, run_table, numbers)

@@ -1,0 +1,146 @@
+"""`lazyjax reproduce`: its options, what they may get wrong, and what it makes, as values; `cli` prints and writes."""
+
+import ast
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from lazyjax._output import encode_numbers
+from lazyjax.experiments import catalogue
+from lazyjax.experiments._figure import Number
+from lazyjax.plot import encode, plot_experiment
+
+if TYPE_CHECKING:
+    import xarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Make a figure of the paper anew, and print its numbers beside their references.
+
+    Writes FIGURE.png, FIGURE.svg and FIGURE.nc (all data, with settings and versions). An interrupted run goes on where
+    it stopped when it is called again.
+
+    Attributes:
+        figure: Which one, for example fig1c; `lazyjax reproduce list` names all.
+        size: Small takes seconds, default a few minutes on two cores, paper has the paper's own numbers.
+        set: Settings to change, for example --set taus=0.1,1,10 seeds=2.
+        seed: The first of the random seeds.
+        out: Folder for the files; those of another configuration are not overwritten.
+        cache: Folder for compiled programs. Without it: lazyjax's folder in the user's cache folder.
+        no_cache: Compile everything anew and keep nothing.
+    """
+
+    figure: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FIGURE")]
+    size: Literal["small", "default", "paper"] = "default"
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
+    seed: int = 0
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("lazyjax-figures")
+    cache: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    no_cache: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    @property
+    def x64(self) -> bool:
+        """Always: descents run in the dtype of their settings, the risks of lazy nets need float64."""
+        return True
+
+    @property
+    def kept(self) -> Path:
+        """Where parts of an unfinished run are kept."""
+        return self.out / f".{self.figure}-partial"
+
+
+def list_figures() -> str:
+    """What `lazyjax reproduce list` prints."""
+    return "\n".join(f"{name:12} {figure.title}" for name, figure in catalogue.FIGURES.items())
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE texts as settings: numbers, texts, and numbers with commas between them.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    changes = {}
+    for text in texts:
+        name, mark, value = text.partition("=")
+        if not mark or not name or not value:
+            msg = f"--set takes NAME=VALUE, for example taus=0.1,1,10, got {text!r}."
+            raise ValueError(msg)
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    return changes
+
+
+def choose_settings(options: Reproduce) -> Any:
+    """The settings that the options ask for; everything that they can get wrong is found here.
+
+    Raises:
+        ValueError: an unknown figure or setting, a value out of its range, a file of another configuration.
+    """
+    settings = catalogue.settings_of(options.figure, options.size, parse_changes(options.set))
+    if not 0 <= options.seed < 2**31:
+        msg = f"--seed must lie in 0..2^31 - 1, got {options.seed}."
+        raise ValueError(msg)
+    if options.out.exists() and not options.out.is_dir():
+        msg = f"--out {options.out} must be a folder, but is a file; choose another folder with --out."
+        raise ValueError(msg)
+    _check_file(options, settings)
+    return settings
+
+
+def describe(options: Reproduce, settings: Any) -> str:
+    """The configuration of a figure: equal ones give equal results."""
+    made = {"figure": options.figure, "seed": options.seed, **dataclasses.asdict(settings)}
+    return json.dumps(encode_numbers(made), allow_nan=False)
+
+
+def _check_file(options: Reproduce, settings: Any) -> None:
+    import xarray
+
+    path = options.out / f"{options.figure}.nc"
+    if not path.exists():
+        return
+    try:
+        with xarray.open_dataset(path, engine="netcdf4") as data:
+            there = data.attrs.get("configuration")
+    except (OSError, ValueError):
+        there = None
+    if there != describe(options, settings):
+        msg = f"{path} is of another configuration, nothing was overwritten; choose another folder with --out."
+        raise ValueError(msg)
+
+
+def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
+    """Run the experiment, going on from what an interrupted run has kept."""
+    figure = catalogue.find(options.figure)
+    data = figure.run(settings, seed=options.seed, folder=options.kept, progress=True)
+    return data.assign_attrs(
+        figure=options.figure, title=figure.title, size=options.size, configuration=describe(options, settings)
+    )
+
+
+def draw_files(options: Reproduce, data: "xarray.Dataset") -> dict[str, bytes]:
+    """The figure as files: name to content."""
+    figure = plot_experiment(options.figure, data)
+    return {f"{options.figure}.{kind}": encode(figure, kind) for kind in ("png", "svg")}
+
+
+def render_numbers(options: Reproduce, data: "xarray.Dataset") -> str:
+    """The numbers of a figure beside their references, as a table."""
+    figure = catalogue.find(options.figure)
+    found = figure.numbers(data)
+    width = max(len(number.label) for number in found)
+    head = f"{options.figure}: {figure.title}\n{'':{width}}  {'here':>10}  {'reference':>10}"
+    return "\n".join([head, *(_row(number, width) for number in found)])
+
+
+def _row(number: Number, width: int) -> str:
+    reference = "" if number.reference is None else f"{number.reference:.4g}"
+    return f"{number.label:{width}}  {number.value:>10.4g}  {reference:>10}  {number.note}".rstrip()

@@ -1,0 +1,78 @@
+r"""The paper's own engine: gradient descent by optax inside one program, looked at in chosen steps.
+
+`lazyjax.gradient_descent` follows one model at any alpha to its end; here many small nets are followed, plainly, and
+measured on the way. As there, the state is the displacement $v = w - w_0$: in float32 a lazy net moves by less than a
+rounding of its weights a step, and would stand still.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+from lazyjax._types import Params
+
+
+def descend(
+    gradient: Callable[[Params, Array], Params],
+    w0: Params,
+    optimiser: optax.GradientTransformation,
+    frames: Int[np.ndarray, " frames"],
+    measure: Callable[[Params], Any],
+) -> tuple[Params, Any]:
+    r"""Follow an optimiser from w0, and measure the displacement after some of its steps.
+
+    Args:
+        gradient: $(w, i) \mapsto$ the gradient that step i takes at w; i counts from 0 (for a batch of its own).
+        w0: Start, a tree of floating arrays.
+        optimiser: Any optax optimiser; its learning rate may be traced, so that lanes of a `vmap` have their own.
+        frames: After how many steps to measure, rising; the last is where the descent ends.
+        measure: Of the displacement, any tree of arrays.
+
+    Returns:
+        (displacement, measures): the last v, and the measures with a leading axis of frames.
+
+    Raises:
+        ValueError: frames not rising, or below 0.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 3.1 (experiments by gradient descent).
+
+    Example:
+        >>> gradient = lambda w, i: w  # of w^2/2
+        >>> v, seen = descend(gradient, jnp.ones(1), optax.sgd(0.5), np.array([0, 1, 3]), lambda v: v[0])
+        >>> print(seen)
+        [ 0.    -0.5   -0.875]
+    """
+    if frames.ndim != 1 or frames.size == 0 or frames[0] < 0 or (np.diff(frames) <= 0).any():
+        msg = f"frames must be rising numbers of steps, at least 0, got {frames}."
+        raise ValueError(msg)
+
+    def step(i: Array, carry: tuple[Params, Any]) -> tuple[Params, Any]:
+        v, state = carry
+        w = jtu.tree_map(jnp.add, w0, v)
+        updates, state = optimiser.update(gradient(w, i), state, w)
+        return jtu.tree_map(lambda a, b: a + b.astype(a.dtype), v, updates), state
+
+    def until(carry: tuple[Params, Any], ends: tuple[Array, Array]) -> tuple[Any, Any]:
+        carry = jax.lax.fori_loop(*ends, step, carry)
+        return carry, measure(carry[0])
+
+    ends = (jnp.asarray(np.concatenate([[0], frames[:-1]])), jnp.asarray(frames))
+    (v, _), measures = jax.lax.scan(until, (jtu.tree_map(jnp.zeros_like, w0), optimiser.init(w0)), ends)
+    return v, measures
+
+
+def even_frames(steps: int, frames: int) -> Int[np.ndarray, " frames"]:
+    """About `frames` equally spaced numbers of steps from 0 to `steps`, both among them."""
+    return np.unique(np.round(np.linspace(0, steps, min(frames, steps + 1))).astype(int))
+
+
+def log_frames(steps: int, frames: int) -> Int[np.ndarray, " frames"]:
+    """0 and at most `frames` more numbers of steps, equally spaced on a logarithmic scale up to `steps`."""
+    return np.unique(np.concatenate([[0], np.round(np.geomspace(1, steps, frames)).astype(int)]))

@@ -1,0 +1,95 @@
+"""What all figures have in common: what a figure is, a number beside its reference, checks of settings, records."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import xarray
+
+PACKAGES = ("lazyjax", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy", "scipy")
+
+SIZES = ("small", "default", "paper")
+
+
+class Number(NamedTuple):
+    """A number of a figure.
+
+    Attributes:
+        label: What it is.
+        value: What this run found.
+        reference: What it is compared with; None where nothing is known.
+        note: How good that comparison is, or why there is none.
+    """
+
+    label: str
+    value: float
+    reference: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure that can be made anew.
+
+    Attributes:
+        title: What it shows, in a line.
+        presets: Settings by size, one of `SIZES` each.
+        run: `run(settings, seed=, folder=, progress=)` to a labelled dataset; an interrupted run goes on from what it
+            kept in `folder`.
+        numbers: The dataset's numbers beside their references.
+    """
+
+    title: str
+    presets: Mapping[str, Any]
+    run: "Callable[..., xarray.Dataset]"
+    numbers: "Callable[[xarray.Dataset], list[Number]]"
+
+
+def record(dataset: "xarray.Dataset", settings: Any, seed: int, **more: Any) -> "xarray.Dataset":
+    """The dataset with every setting, the seed and all versions in its attributes."""
+    chosen = {f"setting_{name}": plain(value) for name, value in dataclasses.asdict(settings).items()}
+    versions = {f"version_{name}": version(name) for name in PACKAGES}
+    return dataset.assign_attrs({**chosen, "seed": seed, **{k: plain(v) for k, v in more.items()}, **versions})
+
+
+def plain(value: Any) -> Any:
+    """A setting as a NetCDF attribute holds it: numbers, texts, and lists of numbers that are not empty."""
+    if isinstance(value, bool):
+        return int(value)
+    if value is None or (isinstance(value, tuple) and not value):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_counts(settings: Any, **least: int) -> None:
+    """Refuse settings that are not whole numbers of at least so much."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            msg = f"{name} must be a whole number of at least {low}, got {value!r}."
+            raise ValueError(msg)
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Refuse settings that are not positive finite numbers, or non-empty tuples of them, each only once."""
+    for name in names:
+        value = getattr(settings, name)
+        values = value if isinstance(value, tuple) else (value,)
+        good = all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values)
+        if not values or not good or len(set(values)) < len(values):
+            what = "different positive finite numbers" if isinstance(value, tuple) else "a positive finite number"
+            msg = f"{name} must be {what}, got {value!r}."
+            raise ValueError(msg)
+
+
+def check_even(settings: Any, name: str) -> None:
+    """Refuse an odd number of units for a mirrored start."""
+    value = getattr(settings, name)
+    for width in value if isinstance(value, tuple) else (value,):
+        if width % 2:
+            msg = f"{name} must be even for a symmetrized init, whose second half mirrors the first, got {width}; "
+            msg += f"use {width + 1}."
+            raise ValueError(msg)

@@ -1,0 +1,270 @@
+r"""Figure 1(c): the test loss of a two-layer ReLU student against the standard deviation tau of its start.
+
+Two engines. Gradient descent, as the paper's code has it: step min(10, 0.1/tau^2), all tau of a seed side by side in
+one program. And, for the lazy half of the curve, the exact flow up to the same time. Both are measured by the exact
+population risk. The tangent model's descent has a closed form; by homogeneity it is one curve for all tau whose step
+is not capped, and where the curve ends as tau grows.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from lazyjax._types import Params
+from lazyjax.criterion import activation_stability
+from lazyjax.experiments._descent import descend, even_frames, log_frames
+from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, record
+from lazyjax.experiments._student import Problem, check_double, draw, risk_at
+from lazyjax.exponential import TangentExponential
+from lazyjax.flow import gradient_flow
+from lazyjax.kernel import gram
+from lazyjax.loss import square_loss
+from lazyjax.maps import symmetrize
+from lazyjax.model import two_layer
+from lazyjax.population import tangent_population_risk
+from lazyjax.sweep import sweep
+from lazyjax.tangent import linearize
+
+if TYPE_CHECKING:
+    import xarray
+
+REFERENCE = {
+    "final": {
+        0.01: 0.065, 0.02: 0.209, 0.05: 0.794, 0.1: 1.525, 0.2: 2.239, 0.3: 2.580, 0.5: 2.758, 0.8: 2.817,
+        1.0: 2.844, 2.0: 2.869, 5.0: 2.882, 10.0: 2.881,
+    },
+    "best": {
+        0.01: 0.065, 0.02: 0.209, 0.05: 0.770, 0.1: 1.373, 0.2: 1.705, 0.3: 1.775, 0.5: 1.812, 0.8: 1.819,
+        1.0: 1.821, 2.0: 1.823, 5.0: 1.824, 10.0: 1.824,
+    },
+    "spread": {
+        0.01: 0.044, 0.02: 0.054, 0.05: 0.054, 0.1: 0.079, 0.2: 0.016, 0.3: 0.174, 0.5: 0.356, 0.8: 0.476,
+        1.0: 0.512, 2.0: 0.543, 5.0: 0.550, 10.0: 0.548,
+    },
+}  # fmt: skip
+"""Losses times 1000 by tau: mean of the last and of the best, and standard deviation of the last, over three seeds.
+
+From an independent float64 NumPy run at the paper's size with other random draws and 1000 test samples.
+"""
+TANGENT_REFERENCE = {"final": 2.880, "best": 1.824}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What Figure 1(c) is computed from.
+
+    Attributes:
+        d: Dimension of the inputs.
+        n: Training samples.
+        width: m, units of the student; even, for the start is mirrored.
+        taus: Standard deviations of the start.
+        seeds: Experiments, each with its own teacher, inputs and start.
+        steps: Steps of gradient descent.
+        step: eta tau^2, so that eta = step/tau^2 ...
+        largest_step: ... but at most this.
+        frames: Steps after which the risk is measured.
+        lazy_from: From this tau on the flow is computed too.
+        flow_times: Times at which it is measured.
+        dtype: Of descent and flow; the risk is always taken in float64.
+
+    Raises:
+        ValueError: one of them out of its range.
+    """
+
+    d: int = 100
+    n: int = 1000
+    width: int = 50
+    taus: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 2.0, 5.0, 10.0)
+    seeds: int = 3
+    steps: int = 10_000
+    step: float = 0.1
+    largest_step: float = 10.0
+    frames: int = 201
+    lazy_from: float = 0.5
+    flow_times: int = 25
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_counts(self, d=1, n=1, width=2, seeds=1, steps=1, frames=2, flow_times=2)
+        check_positive(self, "taus", "step", "largest_step", "lazy_from")
+        check_even(self, "width")
+        if self.dtype not in ("float32", "float64"):
+            msg = f'dtype must be "float32" or "float64", got {self.dtype!r}.'
+            raise ValueError(msg)
+
+
+PRESETS = {
+    "small": Settings(
+        d=20, n=60, width=10, taus=(0.05, 0.2, 1.0, 4.0), seeds=2, steps=400, frames=21, lazy_from=1.0, flow_times=6
+    ),
+    "default": Settings(),
+    "paper": Settings(taus=tuple(float(f"{10**e:.4g}") for e in np.arange(-22, 11) / 10), seeds=10),
+}
+
+
+def _draw(settings: Settings, seed: Any) -> Problem:
+    return draw(seed, settings.n, settings.d, settings.width, dtype=settings.dtype)
+
+
+def step_of(settings: Settings, tau: Array) -> Array:
+    """The step of gradient descent at a tau."""
+    return jnp.minimum(settings.largest_step, settings.step / tau**2)
+
+
+def run_descent(settings: Settings, problem: Problem, tau: Array) -> dict[str, Array]:
+    """Gradient descent from tau times the start: losses along the way, and how far the weights got."""
+    x, y, teacher, start = problem
+    f = two_layer()
+    tau = tau.astype(x.dtype)
+    w0 = jtu.tree_map(lambda leaf: tau * leaf, start)
+    loss = square_loss(y)
+
+    def measure(v: Params) -> dict[str, Array]:
+        w = jtu.tree_map(jnp.add, w0, v)
+        return {"risk": risk_at(w0, v, teacher), "train_loss": loss(f(w, x))}
+
+    gradient = jax.grad(lambda w: loss(f(w, x)))
+    frames = even_frames(settings.steps, settings.frames)
+    v, seen = descend(lambda w, _: gradient(w), w0, optax.sgd(step_of(settings, tau)), frames, measure)
+    moved = optax.tree.norm(v) / optax.tree.norm(w0)
+    stability = activation_stability(f, w0, jtu.tree_map(jnp.add, w0, v), x)
+    return {**seen, "moved": moved, "stability": stability}
+
+
+def run_tangent(settings: Settings, problem: Problem) -> dict[str, Array]:
+    r"""The descent of the tangent model at the start, $v_k = J^T U \frac{1 - (1 - \eta\lambda)^k}{n\lambda} U^T y^*$.
+
+    $K = JJ^T/n = U \lambda U^T$; in float64 and at tau = 1, which by homogeneity stands for every tau that has its own
+    step. Its outputs at the start are zero.
+    """
+    dtype = problem.teacher["b"].dtype
+    x, y, start = jtu.tree_map(lambda leaf: leaf.astype(dtype), (problem.x, problem.y, problem.start))
+    f = two_layer()
+    values, vectors = jnp.linalg.eigh(gram(f, start, x) / x.shape[0])
+    values = jnp.maximum(values, 0)
+    tangent = linearize(lambda w: f(w, x), start)
+    coefficients = vectors.T @ y / x.shape[0]
+
+    def risk(k: Array) -> Array:
+        # A whole power: a mode that the step overshoots changes sign.
+        left = jax.lax.pow(1 - settings.step * values, jnp.full(values.shape, k))
+        shares = (1 - left) / jnp.where(values > 0, values, 1)
+        cotangent = vectors @ (jnp.where(values > 0, shares, settings.step * k.astype(dtype)) * coefficients)
+        return tangent_population_risk(start, tangent.vjp(cotangent), problem.teacher)
+
+    return {"tangent_risk": jax.lax.map(risk, jnp.asarray(even_frames(settings.steps, settings.frames)))}
+
+
+def run_flow(settings: Settings, seed: Array, tau: Array) -> dict[str, Any]:
+    """The exact flow from the same start, at times up to that of the last step of gradient descent."""
+    x, y, teacher, start = _draw(settings, seed)
+    tau = tau.astype(x.dtype)
+    half = jtu.tree_map(lambda leaf: tau * leaf[: settings.width // 2], start)
+    f2, w2 = symmetrize(two_layer(), half)
+    times = jnp.asarray(log_frames(settings.steps, settings.flow_times - 1), tau.dtype) * step_of(settings, tau)
+    # Looser than the default: near kinks of ReLU the steps are as short as the tolerance makes them.
+    options = {"solver": TangentExponential(), "rtol": 1e-3, "atol": 1e-6, "max_steps": 1024, "throw": False}
+    flow = gradient_flow(functools.partial(f2, x=x), square_loss(y), w2, times, save=("displacement",), **options)
+
+    def risk(u: tuple[Params, Params]) -> Array:
+        first, second = u
+        v = {"a": jnp.concatenate([first["a"], -second["a"]]), "b": jnp.concatenate([first["b"], second["b"]])}
+        return risk_at(jtu.tree_map(lambda leaf: tau * leaf, start), v, teacher)
+
+    steps = flow.stats["num_steps"]
+    return {"flow_risk": jax.lax.map(risk, flow.displacement), "flow_steps": steps, "result": flow.result}
+
+
+def run(
+    settings: Settings | None = None, *, seed: int = 0, folder: Path | None = None, progress: bool = False
+) -> "xarray.Dataset":
+    """Figure 1(c): both engines and the tangent model, for every seed and tau.
+
+    Args:
+        settings: None for those of the default size: about two minutes on two cores.
+        seed: The first of the seeds.
+        folder: Where finished seeds are kept, for a run that is interrupted to go on.
+        progress: Show progress bars.
+
+    Returns:
+        A dataset over seed, tau and step (of gradient descent): "risk", "train_loss", "moved" (the displacement over
+        the start, in norm), "stability" (of activations), "tangent_risk"; over seed, lazy_tau and flow_step:
+        "flow_risk", "flow_steps" (of the solver), "failed" and "message" of flows.
+
+    Raises:
+        ValueError: JAX's default dtype is not float64, in which the risks are taken.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 3.1, Figure 1(c); steps and grid from their code.
+    """
+    import xarray
+
+    settings = Settings() if settings is None else settings
+    check_double()
+    seeds = list(range(seed, seed + settings.seeds))
+    options = {"settings": dataclasses.asdict(settings), "progress": progress, "chunk": 1}
+    found = _sweep_descents(settings, seeds, folder=None if folder is None else folder / "descent", **options)
+    lazy = [tau for tau in settings.taus if tau >= settings.lazy_from]
+    if lazy:
+        flows = sweep(
+            lambda seed, lazy_tau: run_flow(settings, seed, lazy_tau),
+            over={"seed": seeds, "lazy_tau": lazy},
+            dims={"flow_risk": ("flow_step",)},
+            coords={"flow_step": log_frames(settings.steps, settings.flow_times - 1)},
+            folder=None if folder is None else folder / "flow",
+            **options,
+        )
+        found = xarray.merge([found, flows])
+    return record(found, settings, seed, variant="the paper's model; steps and grid of its code")
+
+
+def _sweep_descents(chosen: Settings, seeds: list[int], **options: Any) -> "xarray.Dataset":
+    taus = jnp.asarray(chosen.taus)
+
+    def column(seed: Array) -> dict[str, Array]:
+        problem = _draw(chosen, seed)
+        return jax.vmap(lambda tau: run_descent(chosen, problem, tau))(taus) | run_tangent(chosen, problem)
+
+    dims = {"risk": ("tau", "step"), "train_loss": ("tau", "step"), "moved": ("tau",), "stability": ("tau",)}
+    coords = {"tau": np.asarray(chosen.taus), "step": even_frames(chosen.steps, chosen.frames)}
+    # One seed at a time: its inputs are shared by all tau, so that their products are one large one.
+    found = sweep(column, over={"seed": seeds}, dims=dims | {"tangent_risk": ("step",)}, coords=coords, **options)
+    return found.rename(failed="descent_failed", message="descent_message")
+
+
+def numbers(data: "xarray.Dataset") -> list[Number]:
+    """Losses times 1000 beside the references, for every tau that has one; the tangent model's."""
+    rows = []
+    full = data.attrs["setting_d"] == 100 and data.attrs["setting_n"] == 1000 and data.attrs["setting_steps"] == 10_000
+    losses = {"final": data["risk"].isel(step=-1), "best": data["risk"].min("step")}
+    for kind, values in losses.items():
+        for tau in data["tau"].values:
+            near = [t for t in REFERENCE[kind] if abs(np.log(tau / t)) < 0.01] if full else []
+            here = 1e3 * values.sel(tau=tau)
+            note = f"over seeds +- {float(here.std('seed', ddof=1)):.3f} here" if data.sizes["seed"] > 1 else ""
+            if near and note and kind == "final":
+                note += f", {REFERENCE['spread'][near[0]]} there"
+            reference = REFERENCE[kind][near[0]] if near else None
+            rows.append(Number(f"{kind} loss x 1000, tau = {tau:g}", float(here.mean()), reference, note))
+    tangent = {"final": data["tangent_risk"].isel(step=-1), "best": data["tangent_risk"].min("step")}
+    for kind, values in tangent.items():
+        reference = TANGENT_REFERENCE[kind] if full else None
+        rows.append(Number(f"{kind} loss x 1000, tangent model", 1e3 * float(values.mean("seed")), reference))
+    if "flow_risk" in data:
+        last = data["flow_risk"].isel(flow_step=-1) / data["risk"].isel(step=-1).sel(tau=data["lazy_tau"]).drop_vars(
+            "tau"
+        )
+        rows.append(Number("largest relative gap of flow and descent at the end", float(abs(last - 1).max())))
+        rows.append(Number("flows that stopped early (gradient descent stands alone)", float(data["failed"].sum())))
+    return rows
+
+
+FIGURE = Figure("test loss against the scale tau of the start", PRESETS, run, numbers)

@@ -1,0 +1,221 @@
+r"""Figure 2(a): the test loss of a student against its width m, at output scale 1/sqrt(m) (lazy) and 1/m (not).
+
+Gradient descent on $F_\alpha$ with $\alpha(m)$ and the steps of the paper's code, 1/m and 0.05/m, towards 100 times the
+teacher, as there; and the exact flow at scale 1/sqrt(m) up to the same time, whose horizon is long and stiff only in
+the linear part.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optax
+from jaxtyping import Array
+
+from lazyjax._types import Params
+from lazyjax.experiments._descent import descend, even_frames
+from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
+from lazyjax.experiments._student import Problem, check_double, draw, risk_at
+from lazyjax.exponential import TangentExponential
+from lazyjax.flow import gradient_flow
+from lazyjax.loss import square_loss
+from lazyjax.model import two_layer
+from lazyjax.population import population_inner
+from lazyjax.sweep import sweep
+
+if TYPE_CHECKING:
+    import xarray
+
+SCALINGS = {"1/sqrt(m)": 0.5, "1/m": 1.0}
+"""Output scale alpha(m) = m^-power."""
+
+REFERENCE = {
+    "1/sqrt(m)": {2: 14.5, 4: 0.000, 8: 0.004, 16: 2.02, 32: 5.24, 64: 6.04, 128: 7.26},
+    "1/m": {2: 20.1, 4: 0.013, 8: 0.076, 16: 0.453, 32: 0.790, 64: 1.358, 128: 1.439},
+}
+"""Mean test loss of two seeds after 10^4 steps, from an independent NumPy run; those of scale 1/m still fall."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What Figure 2(a) is computed from.
+
+    Attributes:
+        d: Dimension of the inputs.
+        n: Training samples.
+        widths: Values of m.
+        seeds: Experiments, each with its own teacher, inputs and start.
+        steps: Steps of gradient descent.
+        step_root: eta m at scale 1/sqrt(m).
+        step_mean: eta m at scale 1/m.
+        teacher_scale: Multiple of the teacher that is learnt.
+        frames: Steps after which the risk is measured.
+        flow_from: From this width on the exact flow at scale 1/sqrt(m) is computed too.
+        flow_steps: Solver steps after which it is given up.
+        dtype: Of descent and flow.
+
+    Raises:
+        ValueError: one of them out of its range.
+    """
+
+    d: int = 100
+    n: int = 1000
+    widths: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    seeds: int = 2
+    steps: int = 10_000
+    step_root: float = 1.0
+    step_mean: float = 0.05
+    teacher_scale: float = 100.0
+    frames: int = 51
+    flow_from: int = 64
+    flow_steps: int = 512
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_counts(self, d=1, n=1, seeds=1, steps=1, frames=2, flow_from=1, flow_steps=1)
+        check_positive(self, "widths", "step_root", "step_mean", "teacher_scale")
+
+
+PRESETS = {
+    "small": Settings(
+        d=50, n=60, widths=(2, 8, 32), steps=300, step_root=0.3, step_mean=0.015, frames=11, flow_from=32
+    ),
+    "default": Settings(),
+    "paper": Settings(widths=(2, 3, 5, 8, 13, 20, 32, 51, 81, 128, 203, 323, 512), seeds=10, steps=25_000),
+}
+
+
+def _draw(settings: Settings, width: int, seed: Any) -> Problem:
+    options = {"symmetric": False, "scale": settings.teacher_scale, "dtype": settings.dtype}
+    return draw(seed, settings.n, settings.d, width, **options)
+
+
+def run_descent(settings: Settings, problem: Problem, alpha: Array, step: Array) -> dict[str, Array]:
+    r"""Gradient descent on $R(\alpha f)/\alpha^2$: w moves by $-\eta J^T r/(n\alpha)$ a step."""
+    x, y, teacher, w0 = problem
+    f, loss = two_layer(), square_loss(y)
+    alpha, step = alpha.astype(x.dtype), step.astype(x.dtype)
+
+    def measure(v: Params) -> dict[str, Array]:
+        w = jtu.tree_map(jnp.add, w0, v)
+        return {"risk": risk_at(w0, v, teacher, alpha), "train_loss": loss(alpha * f(w, x))}
+
+    gradient = jax.grad(lambda w: loss(alpha * f(w, x)) / alpha**2)
+    frames = even_frames(settings.steps, settings.frames)
+    v, seen = descend(lambda w, _: gradient(w), w0, optax.sgd(step), frames, measure)
+    zero = 0.5 * population_inner(teacher, teacher)
+    return {**seen, "moved": optax.tree.norm(v) / optax.tree.norm(w0), "zero_risk": zero}
+
+
+def run_flow(settings: Settings, width: int, seed: Array) -> dict[str, Any]:
+    """The exact flow at scale 1/sqrt(m), at the end of training."""
+    x, y, teacher, w0 = _draw(settings, width, seed)
+    alpha = width**-0.5
+    times = jnp.asarray([0.0, settings.steps * settings.step_root / width], x.dtype)
+    options = {"solver": TangentExponential(), "rtol": 1e-3, "atol": 1e-6, "max_steps": settings.flow_steps}
+    flow = gradient_flow(
+        functools.partial(two_layer(), x=x), square_loss(y), w0, times, alpha=alpha, save=("displacement",),
+        throw=False, **options,
+    )  # fmt: skip
+    v = jtu.tree_map(lambda u: u[-1] / alpha, flow.displacement)
+    return {"flow_risk": risk_at(w0, v, teacher, alpha), "result": flow.result}
+
+
+def run(
+    settings: Settings | None = None, *, seed: int = 0, folder: Path | None = None, progress: bool = False
+) -> "xarray.Dataset":
+    """Figure 2(a): both scalings by gradient descent, the lazy one by the exact flow too, for every width and seed.
+
+    Args:
+        settings: None for those of the default size: about three minutes on two cores.
+        seed: The first of the seeds.
+        folder: Where finished parts are kept, for a run that is interrupted to go on.
+        progress: Show progress bars, one for each width and engine.
+
+    Returns:
+        A dataset over width, seed, scaling and step: "risk", "train_loss", "moved", "zero_risk" (of the zero
+        predictor); over flow_width and seed: "flow_risk", "failed" and "message" of flows.
+
+    Raises:
+        ValueError: JAX's default dtype is not float64.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 3.1, Figure 2(a); steps and teacher from their code.
+    """
+    import xarray
+
+    check_double()
+    settings = Settings() if settings is None else settings
+    seeds = list(range(seed, seed + settings.seeds))
+    found = [
+        _run_descents(settings, width, seeds, _part(folder, width, "descent"), progress) for width in settings.widths
+    ]
+    wide = [width for width in settings.widths if width >= settings.flow_from]
+    parts = [xarray.concat(found, xarray.IndexVariable("width", list(settings.widths)))]
+    if wide:
+        flows = [_run_flows(settings, width, seeds, _part(folder, width, "flow"), progress) for width in wide]
+        parts.append(xarray.concat(flows, xarray.IndexVariable("flow_width", wide)))
+    variant = "the code's teacher times 100, grid and steps; the paper's objective"
+    return record(xarray.merge(parts), settings, seed, variant=variant)
+
+
+def _part(folder: Path | None, width: int, engine: str) -> Path | None:
+    return None if folder is None else folder / f"{engine}-{width}"
+
+
+def _run_descents(
+    settings: Settings, width: int, seeds: list[int], folder: Path | None, progress: bool
+) -> "xarray.Dataset":
+    alphas = jnp.asarray([width**-power for power in SCALINGS.values()])
+    steps = jnp.asarray([settings.step_root, settings.step_mean]) / width
+    dims = {"risk": ("scaling", "step"), "train_loss": ("scaling", "step"), "moved": ("scaling",)}
+    coords = {"scaling": list(SCALINGS), "step": even_frames(settings.steps, settings.frames)}
+
+    def descents(seed: Array) -> dict[str, Array]:
+        problem = _draw(settings, width, seed)
+        return jax.vmap(lambda alpha, step: run_descent(settings, problem, alpha, step))(alphas, steps)
+
+    found = sweep(
+        descents, over={"seed": seeds}, dims=dims | {"zero_risk": ("scaling",)}, coords=coords, chunk=1,
+        folder=folder, settings={**dataclasses.asdict(settings), "width": width}, progress=progress,
+    )  # fmt: skip
+    return found.rename(failed="descent_failed", message="descent_message")
+
+
+def _run_flows(
+    settings: Settings, width: int, seeds: list[int], folder: Path | None, progress: bool
+) -> "xarray.Dataset":
+    return sweep(
+        lambda seed: run_flow(settings, width, seed), over={"seed": seeds}, chunk=1,
+        folder=folder, settings={**dataclasses.asdict(settings), "width": width}, progress=progress,
+    )  # fmt: skip
+
+
+def numbers(data: "xarray.Dataset") -> list[Number]:
+    """Mean losses at the end beside the references, for every width that has one."""
+    rows = []
+    full = data.attrs["setting_d"] == 100 and data.attrs["setting_n"] == 1000
+    steps = data.attrs["setting_steps"]
+    last = data["risk"].isel(step=-1)
+    for scaling, known in REFERENCE.items():
+        for width in data["width"].values:
+            value = float(last.sel(scaling=scaling, width=width).mean("seed"))
+            reference = known.get(int(width)) if full else None
+            note = "" if reference is None or steps == 10_000 else "reference after 10000 steps"
+            rows.append(Number(f"test loss, alpha = {scaling}, m = {width}", value, reference, note))
+    zero = float(data["zero_risk"].mean())
+    rows.append(Number("loss of the zero predictor", zero, *([60.0, "two seeds there: 57.4 and 62.5"] if full else [])))
+    if "flow_risk" in data:
+        beside = last.sel(scaling="1/sqrt(m)").sel(width=data["flow_width"]).drop_vars("width")
+        gap = float(abs(data["flow_risk"] / beside - 1).max())
+        rows.append(Number("largest relative gap of flow and descent, 1/sqrt(m)", gap))
+        rows.append(Number("flows that stopped early (gradient descent stands alone)", float(data["failed"].sum())))
+    rows.append(Number("seeds of which a descent diverged", float(data["descent_failed"].sum())))
+    return rows
+
+
+FIGURE = Figure("test loss against the width m at two scales of the output", PRESETS, run, numbers)

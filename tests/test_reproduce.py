@@ -1,0 +1,95 @@
+"""`lazyjax reproduce`: the files of a figure, going on after an interruption, and every bad request."""
+
+import sys
+
+import jax
+import pytest
+import xarray
+
+from lazyjax import cli
+from lazyjax.experiments import catalogue
+
+TINY = ["n=10", "d=5", "width=4", "taus=0.2,2", "seeds=3", "steps=20", "frames=3", "lazy_from=100"]
+ARGUMENTS = ["reproduce", "fig1c", "--size", "small", "--no-cache", "--set", *TINY]
+
+
+@pytest.mark.standard_promotion  # as the command line runs
+class TestFigure:
+    def test_an_interrupted_figure_goes_on_and_writes_its_files(self, tmp_path, monkeypatch, capsys):
+        folder, swept = tmp_path / "out", sys.modules["lazyjax.sweep"]
+        program, calls = swept._call, []
+
+        def killed(*arguments):
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(None)
+            return program(*arguments)
+
+        monkeypatch.setattr(swept, "_call", killed)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*ARGUMENTS, "--out", str(folder)])
+        assert stopped.value.code == 130
+        assert "interrupted, the same command goes on where it stopped" in capsys.readouterr().err
+        assert not (folder / "fig1c.nc").exists()
+        calls.clear()
+        monkeypatch.setattr(swept, "_call", lambda *arguments: calls.append(None) or program(*arguments))
+        cli.main([*ARGUMENTS, "--out", str(folder)])
+        assert len(calls) == 1  # the third seed
+        assert {path.name for path in folder.iterdir()} == {"fig1c.png", "fig1c.svg", "fig1c.nc"}
+        printed = capsys.readouterr()
+        assert "final loss x 1000, tangent model" in printed.out
+        assert "reference" in printed.out
+        assert "3/3" in printed.err
+        with xarray.open_dataset(folder / "fig1c.nc") as data:
+            assert data.attrs["size"] == "small"
+            assert data.attrs["figure"] == "fig1c"
+            assert data.attrs["setting_width"] == 4
+            assert data.sizes["seed"] == 3
+        before = (folder / "fig1c.nc").read_bytes()
+        with pytest.raises(SystemExit):
+            cli.main([*ARGUMENTS, "seeds=2", "--out", str(folder)])
+        assert "fig1c.nc is of another configuration, nothing was overwritten" in capsys.readouterr().err
+        assert (folder / "fig1c.nc").read_bytes() == before
+
+    def test_list_names_every_figure(self, capsys):
+        cli.main(["reproduce", "list"])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == list(catalogue.FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig1"], "there is no figure 'fig1' among fig1a"),
+        (["woodwort"], "did you mean woodworth?"),
+        (["fig1c", "--set", "taus=0,1"], "taus must be different positive finite numbers, got (0.0, 1.0)"),
+        (["fig1c", "--set", "width=3"], "width must be even for a symmetrized init"),
+        (["fig1a", "--set", "tau=-1"], "tau must be a positive finite number, got -1.0"),
+        (["fig1c", "--set", "taus"], "--set takes NAME=VALUE"),
+        (["fig1c", "--set", "colour=red"], "fig1c has no setting 'colour'"),
+        (["fig1c", "--seed", "-1"], "--seed must lie in 0..2^31 - 1, got -1"),
+    ],
+)
+def test_bad_requests_get_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["reproduce", *arguments, "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "fig1c", "--out", str(tmp_path / "out")])
+    assert "must be a folder, but is a file" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_dataset_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "fig1c.nc").write_text("mine")
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "fig1c", "--out", str(tmp_path)])
+    assert "of another configuration" in capsys.readouterr().err
+    assert jax.config.jax_enable_x64
