@@ -6,7 +6,6 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-import lazyjax as lj
 from lazyjax import cli
 from lazyjax._instances import FAMILIES, CurvedLoss
 from lazyjax.verify import verify
@@ -85,5 +84,5 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="must be at least 1"):
         verify(instances=0)
     with jax.enable_x64(False), pytest.raises(ValueError, match="verify needs float64"):
-        lj.verify()
+        verify()
     assert jnp.result_type(float) == jnp.float64

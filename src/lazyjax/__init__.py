@@ -84,11 +84,9 @@ from lazyjax.lipschitz import sampled_lipschitz_lower as sampled_lipschitz_lower
 # Every theorem: numbers in, numbers out.
 from lazyjax import bounds as bounds
 
-# A flow that certifies its own bounds, and the whole theory tried on random ones.
+# A flow that certifies its own bounds (`lazyjax.verify` tries the whole theory on random ones).
 from lazyjax.certificate import Certificate as Certificate
 from lazyjax.certificate import certify as certify
-from lazyjax.verify import Verification as Verification
-from lazyjax.verify import verify as verify
 
 # Many runs, and one answer.
 from lazyjax.sweep import sweep as sweep
