@@ -17,6 +17,7 @@ from helpers import relative_error
 from lazyjax import plot
 from lazyjax.experiments import (
     catalogue,
+    kappa_width,
     lazy_rates,
     population_descent,
     sparse_regression,
@@ -271,6 +272,19 @@ def test_rates_and_constants_of_theorem_2_2():
     assert plot.plot_experiment("rates", data).axes
 
 
+def test_kappa_falls_with_the_width_unless_the_scale_is_that_of_mean_fields():
+    settings = kappa_width.Settings(d=2, n=5, widths=(10, 160), seeds=4, starts=4, fit_from=10)
+    data = kappa_width.run(settings)
+    mean_field, root, one = (kappa_width.slope_of(data, power) for power in (1.0, 0.5, 0.0))
+    # Four nets a width over a factor of 16: a tenth of a power.
+    assert mean_field == pytest.approx(0, abs=0.15)
+    assert root == pytest.approx(-0.5, abs=0.15)
+    assert one == pytest.approx(-0.5, abs=0.15)
+    assert not data["failed"].any()
+    assert len(kappa_width.numbers(data)) == 4
+    assert plot.plot_experiment("kappa-width", data).axes
+
+
 def test_figure_4_as_a_dataset_is_its_result_again():
     figure = catalogue.FIGURES["fig4"]
     settings = dataclasses.replace(figure.presets["small"], num_seeds=10, num_angles=5, widths=(10, 30), shown=(10,))
@@ -305,6 +319,7 @@ def test_every_figure_has_settings_of_each_size_and_a_drawing():
         (population_descent.Settings, {"layer_factor": -1.0}, "layer_factor must be a finite number >= 0"),
         (sparse_regression.Settings, {"n": 100}, "n must be below d"),
         (sparse_regression.Settings, {"alphas": (2.0, 1.0)}, "alphas must rise"),
+        (kappa_width.Settings, {"fit_from": 1001}, "at least two from fit_from"),
         (lazy_rates.Settings, {"fit_from": 1e4}, "at least two from fit_from"),
     ],
 )

@@ -58,3 +58,21 @@ def draw_sparse_regression(axes: Sequence[Any], data: Any, flow: Any, potential:
         ax.set_xscale("log")
         ax.set_ylim(bottom=0)
         draw_legend(ax)
+
+
+def draw_kappa_width(axes: Sequence[Any], data: Any) -> None:
+    """Mean of kappa over random nets against the width, one line a scale, with the fitted powers."""
+    (ax,) = axes
+    widths = np.asarray(data["width"], np.float64)
+    styles = ((1.0, BLUE, "o", "1/m"), (0.5, ORANGE, "s", r"1/\sqrt{m}"), (0.0, BLACK, "^", "1"))
+    for power, color, marker, scale in styles:
+        mean = np.asarray(data["kappa"].sel(power=power).mean("seed"), np.float64)
+        far = widths >= data.attrs["setting_fit_from"]
+        slope = np.polyfit(np.log(widths[far]), np.log(mean[far]), 1)[0]
+        label = rf"$\alpha={scale}$: $m^{{{slope:.2f}}}$"
+        ax.plot(widths, mean, color=color, marker=marker, markersize=3.5, linewidth=1.2, label=label)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("width $m$", fontsize=FONT + 1)
+    ax.set_ylabel(r"mean of $\kappa$", fontsize=FONT + 1)
+    draw_legend(ax)

@@ -22,7 +22,7 @@ from lazyjax._plot_axes import (
 )
 from lazyjax._plot_kernel import draw_limit_kernel
 from lazyjax._plot_panels import choose_lanes, draw_curve, draw_gap, draw_scores, draw_spectra
-from lazyjax._plot_rates import draw_rates, draw_sparse_regression
+from lazyjax._plot_rates import draw_kappa_width, draw_rates, draw_sparse_regression
 from lazyjax._plot_student import draw_population, draw_student_scale, draw_student_width
 from lazyjax._plot_trajectories import draw_trajectories
 from lazyjax._spectrum import normalized_spectrum
@@ -240,6 +240,7 @@ EXPERIMENTS: "dict[str, tuple[int, Callable[[Sequence[Any], xarray.Dataset], Non
     "fig2a": (1, draw_student_width),
     "fig2b": (1, lambda axes, data: draw_population(axes, data, unconverged(data))),
     "fig4": (2, lambda axes, data: draw_limit_kernel(axes, from_table(data))),
+    "kappa-width": (1, draw_kappa_width),
     "rates": (3, draw_rates),
     "woodworth": (
         2,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lazyjax.experiments import (
+    kappa_width,
     lazy_rates,
     limit_kernel,
     population_descent,
@@ -27,6 +28,7 @@ FIGURES: dict[str, Figure] = {
     "fig6b": trajectories.FIGURE_6B,
     "fig6c": trajectories.FIGURE_6C,
     "woodworth": sparse_regression.FIGURE,
+    "kappa-width": kappa_width.FIGURE,
     "rates": lazy_rates.FIGURE,
 }
 
