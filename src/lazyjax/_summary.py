@@ -48,7 +48,7 @@ def fit_slope(alphas: np.ndarray, gaps: np.ndarray, floor: float, ceiling: float
 
 def relative_gap(data: "xarray.Dataset") -> np.ndarray:
     """Largest output gap over time, in units of the initial residual's norm, one a lane."""
-    return np.asarray(data["output_gap"].max("time")) / data.attrs["initial_residual"]
+    return np.asarray(data["output_gap"].max("time"), float) / data.attrs["initial_residual"]
 
 
 def write_verdict(data: "xarray.Dataset", slopes: dict[str, Slope]) -> str:

@@ -61,7 +61,7 @@ def arccos_kernel(
 
     Example:
         >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-        >>> print(arccos_kernel(x, x, layer="both").round(3))
+        >>> print(np.asarray(arccos_kernel(x, x, layer="both")).round(3))
         [[1.    0.159]
          [0.159 1.   ]]
     """
@@ -136,7 +136,8 @@ def deep_kernel(
         Jacot, Gabriel, Hongler (2018); the means from Cho and Saul (2009), Williams (1997); their areas are ours.
 
     Example:
-        >>> print(deep_kernel(jnp.ones(2), jnp.array([1.0, -1.0]), depth=2, weight_variance=2.0).tangent.round(3))
+        >>> kernel = deep_kernel(jnp.ones(2), jnp.array([1.0, -1.0]), depth=2, weight_variance=2.0)
+        >>> print(np.asarray(kernel.tangent).round(3))
         1.371
     """
     if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 1:

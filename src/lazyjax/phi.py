@@ -28,7 +28,8 @@ def phi(z: Float[Array, "..."], k: int) -> Float[Array, "..."]:
         $\varphi_{k+1}(z) = (\varphi_k(z) - 1/k!)/z$ for large |z|, $\varphi_k(z) = \sum_j z^j/(j+k)!$ for small.
 
     Example:
-        >>> print(phi(jnp.array([0.0, -1.0]), 1).round(4))
+        >>> import numpy as np
+        >>> print(np.asarray(phi(jnp.array([0.0, -1.0]), 1)).round(4))
         [1.     0.6321]
     """
     if k < 0:

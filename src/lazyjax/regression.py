@@ -177,7 +177,8 @@ def kernel_regression(
         >>> from lazyjax import square_loss
         >>> x, x_test = jnp.array([[1.0], [2.0]]), jnp.array([[3.0]])
         >>> found = kernel_regression(lambda w, x: x @ w, jnp.zeros(1), x, square_loss(jnp.ones(2)), x_test=x_test)
-        >>> print(found.outputs(jnp.inf), found.test_outputs(jnp.inf))
+        >>> import numpy as np
+        >>> print(np.asarray(found.outputs(jnp.inf)).round(4), np.asarray(found.test_outputs(jnp.inf)).round(4))
         [0.6 1.2] [1.8]
         >>> print(found.rank)
         1
