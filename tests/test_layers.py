@@ -84,6 +84,7 @@ ORDER = [
     "_lanes",
     "_prediction",
     "_summary",
+    "_certified",
     "report",
     "data",
     "experiments",
@@ -98,6 +99,7 @@ ORDER = [
     "_user",
     "_output",
     "_quiet",
+    "_report_command",
     "_reproduce",
     "cli",
 ]

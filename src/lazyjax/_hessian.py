@@ -20,8 +20,8 @@ from lazyjax._cost import count_flops
 from lazyjax._krylov import krylov
 from lazyjax._types import Model, Params
 
-BUDGET = 1.5e12
-"""Multiply-adds of a search: 12 s on two cores."""
+BUDGET = 6e11
+"""Multiply-adds of a search: some 10 s."""
 
 BATCH = 40_000_000
 """Numbers held at a time by starts that are searched side by side."""

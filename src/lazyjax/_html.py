@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lazyjax._certified import headline
 from lazyjax._summary import Slope, kernel_facts, table_columns
+from lazyjax.certificate import HEAD, Certificate
 from lazyjax.report import LazinessReport
 
 CAPTIONS = {
@@ -60,6 +62,8 @@ h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.
   white-space: nowrap; }
 .lanes thead th { border-bottom: 2px solid var(--soft); } .lanes tbody tr:last-child td { border-top: 2px solid
   var(--soft); }
+.claims { font-size: .87rem; } .claims th, .claims td { text-align: left; padding: .15rem .7rem .15rem 0;
+  border-bottom: 1px solid var(--line); white-space: nowrap; }
 .pairs th { text-align: left; font-weight: 600; color: var(--soft); padding: .1rem 1.2rem .1rem 0;
   vertical-align: top; white-space: nowrap; }
 .pairs td { padding: .1rem 0; overflow-wrap: anywhere; }
@@ -84,6 +88,7 @@ $setting
 <h2>Rates</h2>
 $slopes
 $kernel
+$certificate
 <h2>Figures</h2>
 <div class="figures">
 $figures
@@ -125,6 +130,7 @@ def render_html(report: LazinessReport, figures: Mapping[str, str], settings: Ma
         key=key + ".",
         slopes=_pairs({name.replace("_", " "): _describe_slope(slope) for name, slope in report.slopes.items()}),
         kernel=_kernel(kernel_facts(report.dataset)),
+        certificate=_certificate(report.certificate),
         figures="\n".join(_figure(name, source) for name, source in figures.items()),
         notes=_notes(report.notes),
         made=_pairs({name: _text(value) for name, value in settings.items()}),
@@ -136,11 +142,11 @@ def _pairs(rows: Mapping[str, str]) -> str:
     return f'<table class="pairs">\n{cells}\n</table>'
 
 
-def _table(columns: list[tuple[str, list[str]]]) -> str:
+def _table(columns: list[tuple[str, list[str]]], kind: str = "lanes") -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name, _ in columns)
     rows = zip(*(cells for _, cells in columns), strict=True)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table class="lanes">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+    return f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 
 def _describe_slope(slope: Slope) -> str:
@@ -163,6 +169,20 @@ def _figure(name: str, source: str) -> str:
 
 def _kernel(facts: Mapping[str, str]) -> str:
     return f"<h2>What the kernel alone predicts</h2>\n{_pairs(facts)}" if facts else ""
+
+
+def _certificate(certificate: Certificate | None) -> str:
+    """The theorems: a table of all bounds, and what they assume."""
+    if certificate is None:
+        return ""
+    columns = [(name, list(cells)) for name, *cells in zip(HEAD, *certificate.rows(), strict=True)]
+    assumptions = "\n".join(f"<li>{escape(text)}</li>" for text in certificate.assumptions())
+    return (
+        f"<h2>The theorems</h2>\n<p>{escape(headline(certificate).capitalize())}. Each bound takes its constants from "
+        "the flow itself, and is shown at the time where it is closest to what was measured; “-” stands where the "
+        f'assumptions fail or are not known.</p>\n<div class="wide">{_table(columns, "claims")}</div>\n'
+        f"<details><summary>What they assume</summary>\n<ul>\n{assumptions}\n</ul>\n</details>"
+    )
 
 
 def _notes(notes: tuple[str, ...]) -> str:

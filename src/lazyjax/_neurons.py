@@ -30,7 +30,11 @@ MAX_SAMPLES = 2048
 BUDGET = 5e11
 """Multiply-adds for the bounds from above, and again for the search from below: some 10 s each on two cores."""
 
-SEARCHED = 32
+REFINED_SAMPLES = 512
+"""Up to which neurons have a bound from above of their own: beyond, jax 0.10.1 on a CPU sooner or later stalls for
+good in a loop over eigenproblems of that size."""
+
+SEARCHED = 16
 """At most so many neurons, of the largest upper bounds, are searched for the norm of the whole net."""
 
 ROUNDS = 15
@@ -155,16 +159,8 @@ def neurons_of(f: Model, w0: Params, x: Array) -> Neurons | None:
     return Neurons(f.activation, a, b, x.astype(b.dtype), factor.astype(b.dtype))
 
 
-@eqx.filter_jit
-def neuron_bounds(
-    neurons: Neurons, weight: float, key: PRNGKeyArray, starts: int, refined: int, searched: int
-) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """Bounds of the neurons' norms, from below (0 where not searched) and from above (rough where not refined).
-
-    The rough ones take what the largest |sigma'| and |a sigma''| of the samples would give on all of them; those
-    which are largest are refined, and those which then are largest are searched.
-    """
-    root = jnp.asarray(weight**0.5, neurons.x.dtype)
+def rough_bounds(neurons: Neurons, root: Float[Array, ""]) -> Float[Array, " m"]:
+    """From above, one a neuron: what the largest |sigma'| and |a sigma''| of its samples would give on all of them."""
 
     def extremes(neuron: tuple[Array, Array]) -> tuple[Array, Array]:
         one = neurons.neuron(*neuron, root)
@@ -173,20 +169,56 @@ def neuron_bounds(
     first, second = jax.lax.map(extremes, (neurons.a, neurons.b))
     ones = jnp.ones(neurons.x.shape[0], neurons.x.dtype)
     side = jnp.sqrt(largest_eigenvalue(neurons.x.T @ neurons.x))
-    upper = join_blocks(first * side, second * Neuron(ones, ones, neurons.x).inner_upper())
-    # One at a time: XLA can hang on a CPU where thousands of small eigenproblems and products run side by side.
-    order = jnp.argsort(-upper)[:refined]
-    fine = jax.lax.map(lambda n: neurons.neuron(n[0], n[1], root).upper(), (neurons.a[order], neurons.b[order]))
-    upper = upper.at[order].min(fine)
+    return join_blocks(first * side, second * Neuron(ones, ones, neurons.x).inner_upper())
 
-    def below(item: tuple[Array, Array, PRNGKeyArray]) -> Array:
+
+def _search(one: Neuron, key: PRNGKeyArray, starts: int) -> Array:
+    return dense_norm_lower(one.hessian, one.image, (one.x.shape[0], one.x.dtype), key, starts)
+
+
+@eqx.filter_jit
+def neuron_bounds(
+    neurons: Neurons, weight: float, key: PRNGKeyArray, starts: int
+) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
+    """Bounds of every neuron's norm, from below and from above."""
+    root = jnp.asarray(weight**0.5, neurons.x.dtype)
+
+    def both(item: tuple[Array, Array, PRNGKeyArray]) -> tuple[Array, Array]:
         one = neurons.neuron(item[0], item[1], root)
-        return dense_norm_lower(one.hessian, one.image, (ones.size, ones.dtype), item[2], starts)
+        return _search(one, item[2], starts), one.upper()
 
-    chosen = jnp.argsort(-upper)[:searched]
-    lower = jax.lax.map(below, (neurons.a[chosen], neurons.b[chosen], jr.split(key, searched)))
-    lower = jnp.zeros_like(upper).at[chosen].set(lower)
-    return lower, jnp.maximum(lower, upper)
+    # One at a time: XLA can hang on a CPU where thousands of small eigenproblems and products run side by side.
+    lower, upper = jax.lax.map(both, (neurons.a, neurons.b, jr.split(key, neurons.a.size)))
+    return lower, jnp.maximum(lower, jnp.minimum(upper, rough_bounds(neurons, root)))
+
+
+@eqx.filter_jit
+def _largest_neuron(
+    neurons: Neurons, weight: float, key: PRNGKeyArray, starts: int, refined: int, searched: int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Bounds of the largest norm: neurons in the order of their rough bounds, none that cannot be the largest.
+
+    `refined` and `searched` say how many at most; those not refined keep their rough bound.
+    """
+    root = jnp.asarray(weight**0.5, neurons.x.dtype)
+    rough = rough_bounds(neurons, root)
+    order = jnp.argsort(-rough)
+
+    def look(carry: tuple[Array, ...], item: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+        j, k = item
+        one = neurons.neuron(neurons.a[j], neurons.b[j], root)
+        lower, upper, left = carry
+        above = rough[j]
+        if refined:
+            above = jax.lax.cond(above > lower, lambda: jnp.minimum(rough[j], one.upper()), lambda: rough[j])
+        seek = (above > lower) & (left > 0)
+        found = jax.lax.cond(seek, lambda: _search(one, k, starts), lambda: jnp.zeros_like(lower))
+        return (jnp.maximum(lower, found), jnp.maximum(upper, above), left - seek.astype(left.dtype)), None
+
+    zero = jnp.zeros((), neurons.x.dtype)
+    looked = order[: refined or searched]
+    (lower, upper, _), _ = jax.lax.scan(look, (zero, zero, jnp.asarray(searched)), (looked, jr.split(key, looked.size)))
+    return lower, jnp.maximum(jnp.maximum(lower, upper), jnp.max(rough[order[looked.size :]], initial=0))
 
 
 def neuron_bracket(neurons: Neurons, weight: float, key: PRNGKeyArray, starts: int) -> Bracket | None:
@@ -194,11 +226,10 @@ def neuron_bracket(neurons: Neurons, weight: float, key: PRNGKeyArray, starts: i
     refined, searched = BUDGET / neurons.upper_cost, BUDGET / neurons.search_cost(starts)
     if min(refined, searched) < 1:
         return None
-    most = neurons.a.size
-    lower, upper = neuron_bounds(
-        neurons, weight, key, starts, min(most, int(refined)), min(most, SEARCHED, int(searched))
-    )
-    return Bracket(jnp.max(lower), jnp.max(upper), 0.0, "neuron by neuron")
+    refined = refined if neurons.x.shape[0] <= REFINED_SAMPLES else 0
+    counts = min(neurons.a.size, int(refined)), int(min(searched, SEARCHED))
+    lower, upper = _largest_neuron(neurons, weight, key, starts, *counts)
+    return Bracket(lower, upper, 0.0, "neuron by neuron")
 
 
 class NeuronCurvature(eqx.Module):
@@ -266,4 +297,4 @@ def two_layer_curvature(
         raise ValueError(msg)
     weight = 1 / x.shape[0] if mean else 1.0
     key = jr.key(0) if key is None else key
-    return NeuronCurvature(*neuron_bounds(neurons, weight, key, starts, neurons.a.size, neurons.a.size))
+    return NeuronCurvature(*neuron_bounds(neurons, weight, key, starts))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lazyjax._certified import certificate_table
 from lazyjax._user import GAIN, HIDDEN, split_spec
 from lazyjax.data import DataSet
 from lazyjax.report import LazinessReport
@@ -131,6 +132,7 @@ def report_json(
         "slopes": slopes,
         "notes": list(report.notes),
         "table": report_table(report),
+        "certificate": None if report.certificate is None else certificate_table(report.certificate),
         "settings": dict(report.dataset.attrs),
         "configuration": dict(configuration),
         "command": command,

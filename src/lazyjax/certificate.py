@@ -90,6 +90,9 @@ def _row(claim: Claim) -> tuple[str, ...]:
         status = f"fails: {failing[0].name}"
     elif unknown:
         status = f"unknown: {unknown[0].name}"
+    largest = f"{float(jnp.max(claim.measured)):.3g}"
+    if failing or (unknown and not bool(jnp.all(jnp.isfinite(claim.bound)))):
+        return (claim.theorem, claim.quantity, status, "-", largest, "-")
     ratios = np.asarray(claim.ratios)
     if np.all(np.isnan(ratios)):
         i = int(np.argmax(np.asarray(claim.measured)))
@@ -98,8 +101,6 @@ def _row(claim: Claim) -> tuple[str, ...]:
         i = int(np.nanargmin(ratios))
         ratio = f"{ratios[i]:.3g}"
     measured = f"{float(claim.measured[i]):.3g}"
-    if failing:
-        return (claim.theorem, claim.quantity, status, "-", f"{float(jnp.max(claim.measured)):.3g}", "-")
     mark = " VIOLATED" if bool(claim.violated) else ""
     return (claim.theorem, claim.quantity, status, f"{float(claim.bound[i]):.3g}", measured, ratio + mark)
 

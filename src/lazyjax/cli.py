@@ -1,9 +1,7 @@
 """The command `lazyjax`: the only place that prints, writes files, or changes JAX's configuration."""
 
-import base64
 import contextlib
 import dataclasses
-import math
 import os
 import shlex
 import shutil
@@ -11,64 +9,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import tyro
 
-from lazyjax._html import render_html
-from lazyjax._output import REPORT, STAGE, check_folder, describe, report_json, versions
+from lazyjax._output import REPORT, STAGE, check_folder, describe, versions
 from lazyjax._quiet import without_cache_noise
+from lazyjax._report_command import Report, check_options, choose_model, load_data, render_files
 from lazyjax._reproduce import Reproduce, choose_settings, draw_files, list_figures, make_figure, render_numbers
-from lazyjax._types import Model, Params
-from lazyjax._user import check_model, default_model, load_model, parse_alphas, split_key, split_spec
-from lazyjax.data import DataSet, digits, load_arrays
+from lazyjax._user import parse_alphas, split_key
 from lazyjax.plot import encode, report_figures
-from lazyjax.report import LazinessReport, diagnose
+from lazyjax.report import diagnose
 from lazyjax.verify import verify
-
-ALPHAS = ("1", "3", "10", "30", "100", "1000", "1e4", "1e5", "1e6", "1e7", "inf")
-NUM_DIGITS = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """Tell how lazily a model trains.
-
-    Trains it and its tangent model at many output scales alpha, prints what it finds, and writes one folder:
-    report.html to read, report.json, sweep.nc with every curve, and the figures. Without arguments: a small
-    network on handwritten digits.
-
-    Attributes:
-        model: Your network: a file and a function in it, build(key) -> (f, params), with f(params, x) -> outputs
-            for a batch x. Without it: a small tanh network of the size of the data.
-        data: Your data: a .npz file with arrays x and y, and optionally x_test and y_test. Integer y are classes.
-            Without it: scikit-learn's handwritten digits.
-        alphas: Output scales in (0, inf]; inf, the numerical floor, is added.
-        loss: Square (classes become one-hot rows), softmax (cross-entropy), or logistic (two classes).
-        time: Flow time to train for, learning rate times steps. Without it: until the tangent model has learnt.
-        seed: Of the network's init, and of the split of the digits.
-        train: How many digits to train on, the others are for testing; 256 without it.
-        x64: Compute in float64.
-        out: Folder for the results; a folder with another configuration's results is refused.
-        cache: Folder for compiled programs, which make the next run start sooner. Without it: lazyjax's folder in
-            the user's cache folder, see `lazyjax info`.
-        no_cache: Compile everything anew and keep nothing.
-    """
-
-    model: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:FUNCTION")] = None
-    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
-    alphas: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ALPHA ...")] = ALPHAS
-    loss: Literal["square", "softmax", "logistic"] = "square"
-    time: Annotated[float | None, tyro.conf.arg(metavar="TIME")] = None
-    seed: int = 0
-    train: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    x64: tyro.conf.FlagCreatePairsOff[bool] = False
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("lazyjax-report")
-    cache: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    no_cache: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +153,11 @@ def run_verify(options: Verify) -> None:
 def run_report(options: Report, command: str) -> None:
     """`lazyjax report`: everything that can be wrong with the input is found before the long work."""
     alphas = parse_alphas(options.alphas)
-    _check_options(options)
+    check_options(options)
     _configure(options)
     stages = Stages()
     with stages("input", "reading the data and building the model"), without_cache_noise():
-        data = _load_data(options)
+        data = load_data(options)
         train = None if options.data is not None else data.x.shape[0]
         configuration = describe(
             data,
@@ -215,7 +170,7 @@ def run_report(options: Report, command: str) -> None:
         )
         check_folder(options.out, configuration)
         key, probe_key = split_key(options.seed)
-        f, w0 = _load_model(options, key, data)
+        f, w0 = choose_model(options, key, data)
     with stages("diagnose", "the model beside its tangent model"), without_cache_noise():
         report = diagnose(
             f, w0, data.x, data.y, loss=options.loss, test=data.test, alphas=alphas, time=options.time,
@@ -228,7 +183,7 @@ def run_report(options: Report, command: str) -> None:
             for kind in ("svg", "png")
         }
     print(report)
-    files = _render(report, images, configuration, command, stages.seconds)
+    files = render_files(report, images, configuration, command, stages.seconds)
     _write(options.out, {"sweep.nc": report.dataset}, files)
     print(f"\nwrote {options.out / 'report.html'} (beside it: {REPORT}, sweep.nc, figures/)")
 
@@ -251,21 +206,6 @@ def run_reproduce(options: Reproduce) -> None:
     print(f"\nwrote {options.out / options.figure}.png (beside it: .svg, .nc); {stages.seconds['run']:.0f} s")
 
 
-def _check_options(options: Report) -> None:
-    """What the options themselves can get wrong."""
-    if options.model is not None:
-        split_spec(options.model)
-    if options.time is not None and not 0 < options.time < math.inf:
-        msg = f"--time must be a finite positive flow time, got {options.time}."
-        raise ValueError(msg)
-    if not 0 <= options.seed < 2**32:
-        msg = f"--seed must lie in 0..2^32 - 1, got {options.seed}."
-        raise ValueError(msg)
-    if options.train is not None and options.data is not None:
-        msg = "--train chooses how many digits to train on; with --data all samples of x are used, leave it out."
-        raise ValueError(msg)
-
-
 def _configure(options: Report | Reproduce) -> None:
     """Precision and compilation cache, before JAX computes anything."""
     if options.x64:
@@ -277,40 +217,6 @@ def _configure(options: Report | Reproduce) -> None:
         # Of a hundred small programs each costs little to compile, and all of them seconds.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def _load_data(options: Report) -> DataSet:
-    if options.data is not None:
-        return load_arrays(options.data)
-    return digits(NUM_DIGITS if options.train is None else options.train, seed=options.seed)
-
-
-def _load_model(options: Report, key: jax.Array, data: DataSet) -> tuple[Model, Params]:
-    if options.model is None:
-        return default_model(key, data, options.loss)
-    f, w0 = load_model(options.model, key)
-    check_model(f, w0, data, options.model)
-    return f, w0
-
-
-def _render(
-    report: LazinessReport,
-    images: Mapping[tuple[str, str], bytes],
-    configuration: Mapping[str, Any],
-    command: str,
-    seconds: Mapping[str, float],
-) -> dict[str, bytes]:
-    """All files but the dataset: name in the folder to content, the report's JSON last."""
-    sources = {
-        name: "data:image/svg+xml;base64," + base64.b64encode(content).decode("ascii")
-        for (name, kind), content in images.items()
-        if kind == "svg"
-    }
-    made = {"command": command, **configuration, "seconds": dict(seconds), "versions": versions()}
-    files = {f"figures/{name}.{kind}": content for (name, kind), content in images.items()}
-    files["report.html"] = render_html(report, sources, made).encode()
-    files[REPORT] = report_json(report, configuration, command, seconds).encode()
-    return files
 
 
 def _write(out: Path, datasets: Mapping[str, Any], files: Mapping[str, bytes]) -> None:

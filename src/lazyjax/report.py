@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
+from lazyjax._certified import certify_scale, format_certificate
 from lazyjax._check import check_alpha
 from lazyjax._field import tree_norm
 from lazyjax._lanes import (
@@ -43,6 +44,7 @@ from lazyjax._summary import (
     write_verdict,
 )
 from lazyjax._types import Model, Params
+from lazyjax.certificate import Certificate
 from lazyjax.loss import Loss
 from lazyjax.maps import OnData, center
 from lazyjax.step import lazy_ratio
@@ -70,12 +72,15 @@ class LazinessReport(eqx.Module):
         slopes: Fitted power laws of "output_gap" and "param_gap" on alpha.
         verdict: What it comes to, in plain words.
         notes: What could not be measured, and why.
+        certificate: From `certify`, at the smallest lazy alpha (without one, the largest finite): what every theorem
+            bounds, beside what was measured. None where it could not be made; a note says why.
     """
 
     dataset: Any
     slopes: dict[str, Slope]
     verdict: str
     notes: tuple[str, ...]
+    certificate: Certificate | None = None
 
     def __str__(self) -> str:
         """One screen: verdict, table, slopes, kernel."""
@@ -87,6 +92,8 @@ class LazinessReport(eqx.Module):
         lines = [head, "", textwrap.fill(self.verdict, 110), "", format_table(table_columns(self.dataset)), ""]
         lines += [format_slope(name.replace("_", " "), slope) for name, slope in self.slopes.items()]
         lines += [textwrap.fill(f"{name}: {text}", 110) for name, text in kernel_facts(self.dataset).items()]
+        if self.certificate is not None:
+            lines += ["", format_certificate(self.certificate)]
         lines += [textwrap.fill(f"note: {note}", 110) for note in self.notes]
         return "\n".join(lines)
 
@@ -130,7 +137,7 @@ def diagnose(
         ValueError, TypeError: bad arguments, seen before any long computation.
 
     Source:
-        Chizat, Oyallon, Bach (2019), sections 1 and 3.2, theorem 2.2.
+        Chizat, Oyallon, Bach (2019), sections 1 and 3.2, theorems 2.2 to 2.5.
 
     Example:
         >>> import jax.random as jr
@@ -169,9 +176,12 @@ def diagnose(
     )
     _announce("the step criterion and the prediction from the kernel", progress)
     _complete(data, setting, reference, spectrum, key)
+    _announce("the theorems at one scale", progress)
+    certificate, more = certify_scale(setting, data, ts, solver, key)
     data.attrs["seconds"] = clock.perf_counter() - started
     slopes = _slopes(data)
-    return LazinessReport(data, slopes, write_verdict(data, slopes), (*notes, *rounding_notes(data)))
+    notes = (*notes, *more, *rounding_notes(data))
+    return LazinessReport(data, slopes, write_verdict(data, slopes), notes, certificate)
 
 
 def _announce(text: str, progress: bool) -> None:
