@@ -9,6 +9,7 @@ import pytest
 
 import lazyjax as lj
 from helpers import relative_error
+from lazyjax._certified import choose_scale
 from lazyjax._spectrum import condition_number
 from lazyjax._summary import fit_slope, kernel_facts, rounding_notes
 from lazyjax._task import make_task
@@ -146,6 +147,34 @@ def test_the_verdict_and_the_screen_say_what_the_numbers_say(report):
     assert len(screen.splitlines()) < 50
     for word in ("alpha", "train loss", "test acc %", "drift %", "stable %", "tangent", "inf"):
         assert word in screen
+
+
+def test_the_report_certifies_the_first_lazy_scale(report):
+    gap = np.asarray(report.dataset["output_gap"].max("time")) / report.dataset.attrs["initial_residual"]
+    lazy = float(np.asarray(report.dataset["alpha"])[gap < 0.01].min())
+    certificate = report.certificate
+    assert float(certificate.facts.alpha) == lazy
+    assert not certificate.violated
+    # The same numbers as of the sweep, at every fourth time.
+    lane = report.dataset.sel(alpha=lazy)
+    for name, claimed in (
+        ("output_gap", "output_gap"),
+        ("param_gap", "param_gap"),
+        ("displacement", "displacement_norm"),
+    ):
+        measured = np.asarray(certificate.claim("2.2", claimed).measured)
+        np.testing.assert_allclose(measured, lane[name][::4], rtol=1e-6, atol=1e-12)
+    # A bound that says something: of the displacement, within a factor of 20 (Cauchy-Schwarz in time).
+    assert 1 <= float(certificate.claim("2.2", "displacement_norm").ratio) < 20
+    assert f"certificate at alpha = {lazy:g}" in str(report)
+
+
+def test_the_certified_scale_is_one_that_has_a_flow(report):
+    data = report.dataset.copy(deep=True)
+    data["failed"][:] = True
+    assert choose_scale(data) is None
+    data["failed"][1] = False
+    assert choose_scale(data) == float(data["alpha"][1])
 
 
 def test_the_dataset_goes_through_netcdf(report, tmp_path):

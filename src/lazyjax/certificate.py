@@ -94,12 +94,12 @@ def _row(claim: Claim) -> tuple[str, ...]:
     if failing or (unknown and not bool(jnp.all(jnp.isfinite(claim.bound)))):
         return (claim.theorem, claim.quantity, status, "-", largest, "-")
     ratios = np.asarray(claim.ratios)
-    if np.all(np.isnan(ratios)):
-        i = int(np.argmax(np.asarray(claim.measured)))
-        ratio = "below resolution"
-    else:
-        i = int(np.nanargmin(ratios))
+    if np.any(np.isfinite(ratios)):
+        i = int(np.argmin(np.where(np.isnan(ratios), np.inf, ratios)))
         ratio = f"{ratios[i]:.3g}"
+    else:
+        i = int(np.argmax(np.asarray(claim.measured)))
+        ratio = "vacuous" if np.any(np.isinf(ratios)) else "below resolution"
     measured = f"{float(claim.measured[i]):.3g}"
     mark = " VIOLATED" if bool(claim.violated) else ""
     return (claim.theorem, claim.quantity, status, f"{float(claim.bound[i]):.3g}", measured, ratio + mark)
@@ -156,6 +156,20 @@ def certify(
     _check_finite(alpha, ts)
     both = compare(h, loss, w0, ts, alpha=alpha, **options)
     tolerance = (float(options.get("rtol", 1e-6)), float(options.get("atol", 1e-9)))
+    return certify_flows(h, loss, w0, both, tolerance, test=test, key=key)
+
+
+def certify_flows(
+    h: Model,
+    loss: Loss,
+    w0: Params,
+    both: Comparison,
+    tolerance: tuple[float, float],
+    *,
+    test: Model | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Certificate:
+    """As `certify`, for two flows that are there already, followed at a tolerance (rtol, atol)."""
     facts = _measure(h, loss, w0, (both.flow, both.tangent_flow), test, tolerance=tolerance)
     form = SecondDerivative(without_constant(h), w0, float(np.sqrt(loss.weight)))
     kink_share = measure_kinks(form, jr.key(0) if key is None else key)[0]

@@ -86,11 +86,16 @@ def compare(
     save = ("outputs", "displacement")
     flow = gradient_flow(h, loss, w0, ts, alpha=alpha, save=save, **options)
     tangent_flow = gradient_flow(linearize(h, w0), loss, w0, ts, alpha=alpha, save=save, **options)
-    eps = 1 / flow.alpha
-    gap = jtu.tree_map(jnp.subtract, flow.displacement, tangent_flow.displacement)
     drift = None
     if kernel_drift:
-        drift = jax.lax.map(lambda u: measure_kernel_drift(h, w0, u, eps), flow.displacement)
+        drift = jax.lax.map(lambda u: measure_kernel_drift(h, w0, u, 1 / flow.alpha), flow.displacement)
+    return compare_flows(flow, tangent_flow, loss, drift)
+
+
+def compare_flows(flow: Flow, tangent_flow: Flow, loss: Loss, drift: Array | None = None) -> Comparison:
+    """Two flows from one start, with their outputs and displacements at the same times."""
+    eps = 1 / flow.alpha
+    gap = jtu.tree_map(jnp.subtract, flow.displacement, tangent_flow.displacement)
     return Comparison(
         flow=flow,
         tangent_flow=tangent_flow,

@@ -177,7 +177,7 @@ def diagnose(
     _announce("the step criterion and the prediction from the kernel", progress)
     _complete(data, setting, reference, spectrum, key)
     _announce("the theorems at one scale", progress)
-    certificate, more = certify_scale(setting, data, ts, solver, key)
+    certificate, more = certify_scale(setting, data, reference, solver, key)
     data.attrs["seconds"] = clock.perf_counter() - started
     slopes = _slopes(data)
     notes = (*notes, *more, *rounding_notes(data))
