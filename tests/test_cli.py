@@ -21,7 +21,7 @@ from lazyjax import cli
 from lazyjax._html import render_html
 from lazyjax._output import encode_numbers
 from lazyjax._quiet import without_cache_noise
-from lazyjax._user import Network, default_model
+from lazyjax._user import Network, default_model, load_model
 from lazyjax.data import DataSet, digits
 
 FIGURES = ("scores", "gaps", "drift", "eigenvalues", "curves")
@@ -119,6 +119,21 @@ class TestReport:
         ):
             assert text in page
         assert page.count("<tr>") > 10
+
+    def test_json_and_html_have_the_certificate(self, made):
+        certificate = made.report.certificate
+        there = strict((made.folder / "report.json").read_text())["certificate"]
+        assert there["alpha"] == float(certificate.facts.alpha)
+        assert [row["theorem"] for row in there["claims"]] == [claim.theorem for claim in certificate.claims]
+        assert {row["assumptions"] for row in there["claims"]} <= {"holds", "unknown", "fails"}
+        first, claim = there["claims"][0], certificate.claim("2.2", "displacement_norm")
+        assert first["measured"] == np.asarray(claim.measured).tolist()
+        assert first["bound"] == np.asarray(claim.bound).tolist()
+        assert not any(row["violated"] for row in there["claims"])
+        page = (made.folder / "report.html").read_text()
+        assert "<h2>The theorems</h2>" in page
+        assert page.count("<td>2.3</td>") == 3
+        assert "Dh Lipschitz" in page.split("What they assume")[1]
 
     def test_the_law_of_the_gap_is_seen(self, made):
         first, lazy, *_ = strict((made.folder / "report.json").read_text())["table"]
@@ -304,7 +319,7 @@ class TestModelFile:
         write("SIZE = 7", "lazyjax_test_neighbour.py")
         path = write("import lazyjax_test_neighbour as n\ndef build(key): return (lambda w, x: x), n.SIZE")
         before = list(sys.path)
-        assert cli.load_model(path + ":build", jr.key(0))[1] == 7
+        assert load_model(path + ":build", jr.key(0))[1] == 7
         assert sys.path == before
 
 

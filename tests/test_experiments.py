@@ -180,6 +180,25 @@ def test_trajectories_are_those_of_numpy():
     assert any("the exact flow slides along kinks" in text for text in texts)
 
 
+@pytest.mark.parametrize("law", ["positive", "unit"])
+def test_starts_of_the_code_are_mirrored_and_of_their_law(law):
+    _, _, teacher, start = draw(1, 9, 3, 400, law=law)
+    normal = draw(1, 9, 3, 400)
+    np.testing.assert_array_equal(teacher["b"], normal.teacher["b"])
+    np.testing.assert_array_equal(start["a"][:200], -start["a"][200:])
+    np.testing.assert_array_equal(start["b"][:200], start["b"][200:])
+    assert float(jnp.min(start["a"][:200])) >= 0
+    # Mean and mean square of |N(0, 1)| and of U[0, 1], within four standard errors of 200 draws.
+    mean, square = {"positive": ((2 / np.pi) ** 0.5, 1.0), "unit": (1 / 2, 1 / 3)}[law]
+    assert abs(float(jnp.mean(start["a"][:200])) - mean) < 4 * ((square - mean**2) / 200) ** 0.5
+    if law == "unit":
+        np.testing.assert_allclose(jnp.linalg.norm(start["b"], axis=1), 1, rtol=1e-12)
+    else:
+        np.testing.assert_array_equal(start["a"], jnp.abs(normal.start["a"]) * jnp.sign(start["a"]))
+        np.testing.assert_array_equal(start["b"], normal.start["b"])
+    assert (draw(1, 9, 3, 5, symmetric=False, law=law).start["a"] >= 0).all()
+
+
 def test_descents_of_either_scale_are_those_of_numpy():
     settings = student_width.Settings(
         d=20, n=15, widths=(4,), seeds=1, steps=50, step_root=0.1, step_mean=0.005, frames=3, flow_from=4,
@@ -314,6 +333,8 @@ def test_every_figure_has_settings_of_each_size_and_a_drawing():
         (student_scale.Settings, {"dtype": "float16"}, 'dtype must be "float32" or "float64"'),
         (trajectories.Settings, {"tau": -1.0}, "tau must be a positive finite number, got -1.0"),
         (trajectories.Settings, {"width": 3}, "width must be even"),
+        (trajectories.Settings, {"variant": "mine"}, 'variant must be "paper" or "code", got .mine'),
+        (student_scale.Settings, {"variant": "mine"}, 'variant must be "paper" or "code"'),
         (student_width.Settings, {"widths": (0, 2)}, "widths must be different positive finite numbers"),
         (population_descent.Settings, {"width": 5}, "width must be even"),
         (population_descent.Settings, {"layer_factor": -1.0}, "layer_factor must be a finite number >= 0"),

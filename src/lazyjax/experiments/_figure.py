@@ -85,6 +85,13 @@ def check_positive(settings: Any, *names: str) -> None:
             raise ValueError(msg)
 
 
+def check_variant(settings: Any) -> None:
+    """Refuse a variant that is neither the paper's nor its code's."""
+    if settings.variant not in ("paper", "code"):
+        msg = f'variant must be "paper" or "code", got {settings.variant!r}.'
+        raise ValueError(msg)
+
+
 def check_even(settings: Any, name: str) -> None:
     """Refuse an odd number of units for a mirrored start."""
     value = getattr(settings, name)

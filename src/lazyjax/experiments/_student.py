@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._types import Params
 from lazyjax.data import draw_teacher, sphere
@@ -23,7 +23,15 @@ class Problem(NamedTuple):
 
 
 def draw(
-    seed: Any, n: int, d: int, width: int, *, symmetric: bool = True, scale: float = 1.0, dtype: Any = None
+    seed: Any,
+    n: int,
+    d: int,
+    width: int,
+    *,
+    symmetric: bool = True,
+    scale: float = 1.0,
+    law: str = "normal",
+    dtype: Any = None,
 ) -> Problem:
     """The experiment of a seed, drawn in JAX's default dtype; what the student sees is then rounded to its own.
 
@@ -34,15 +42,29 @@ def draw(
         width: Units of the student.
         symmetric: Mirror the second half of the start.
         scale: Of the teacher.
+        law: Of the start: "normal" as in the paper; as in its code "positive", output weights |N(0, 1)|, or "unit",
+            output weights uniform in [0, 1] and input weights on the unit sphere. A mirrored half is negated after.
         dtype: Of inputs, targets and start.
     """
     key_teacher, key_x, key_start = jr.split(jr.key(seed), 3)
     teacher, x = draw_teacher(key_teacher, d, scale=scale), sphere(key_x, n, d)
-    start = init_two_layer(key_start, d, width, symmetric=symmetric)
+    start = _start(key_start, d, width, symmetric=symmetric, law=law)
     dtype = x.dtype if dtype is None else dtype
     x, start = jtu.tree_map(lambda leaf: leaf.astype(dtype), (x, start))
     y = two_layer()(teacher, x.astype(teacher["b"].dtype))
     return Problem(x, y.astype(dtype), teacher, start)
+
+
+def _start(key: PRNGKeyArray, d: int, width: int, *, symmetric: bool, law: str) -> dict[str, Array]:
+    start = init_two_layer(key, d, width, symmetric=symmetric)
+    if law == "normal":
+        return start
+    half = width // 2 if symmetric else width
+    a, b = jnp.abs(start["a"][:half]), start["b"]
+    if law == "unit":
+        a = jr.uniform(jr.fold_in(key, 1), a.shape, a.dtype)
+        b = b / jnp.linalg.norm(b, axis=1, keepdims=True)
+    return {"a": jnp.concatenate([a, -a]) if symmetric else a, "b": b}
 
 
 def risk_at(w0: Params, displacement: Params, teacher: Params, alpha: Any = 1.0) -> Float[Array, ""]:

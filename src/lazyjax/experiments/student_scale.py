@@ -21,7 +21,7 @@ from jaxtyping import Array
 from lazyjax._types import Params
 from lazyjax.criterion import activation_stability
 from lazyjax.experiments._descent import descend, even_frames, log_frames
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, record
+from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, check_variant, record
 from lazyjax.experiments._student import Problem, check_double, draw, risk_at
 from lazyjax.exponential import TangentExponential
 from lazyjax.flow import gradient_flow
@@ -74,6 +74,7 @@ class Settings:
         lazy_from: From this tau on the flow is computed too.
         flow_times: Times at which it is measured.
         dtype: Of descent and flow; the risk is always taken in float64.
+        variant: "paper": Gaussian start; "code": output weights |N(0, tau^2)|, and minus that in the mirrored half.
 
     Raises:
         ValueError: one of them out of its range.
@@ -91,11 +92,13 @@ class Settings:
     lazy_from: float = 0.5
     flow_times: int = 25
     dtype: str = "float32"
+    variant: str = "paper"
 
     def __post_init__(self):
         check_counts(self, d=1, n=1, width=2, seeds=1, steps=1, frames=2, flow_times=2)
         check_positive(self, "taus", "step", "largest_step", "lazy_from")
         check_even(self, "width")
+        check_variant(self)
         if self.dtype not in ("float32", "float64"):
             msg = f'dtype must be "float32" or "float64", got {self.dtype!r}.'
             raise ValueError(msg)
@@ -111,7 +114,8 @@ PRESETS = {
 
 
 def _draw(settings: Settings, seed: Any) -> Problem:
-    return draw(seed, settings.n, settings.d, settings.width, dtype=settings.dtype)
+    law = "positive" if settings.variant == "code" else "normal"
+    return draw(seed, settings.n, settings.d, settings.width, law=law, dtype=settings.dtype)
 
 
 def step_of(settings: Settings, tau: Array) -> Array:
@@ -223,7 +227,7 @@ def run(
             **options,
         )
         found = xarray.merge([found, flows])
-    return record(found, settings, seed, variant="the paper's model; steps and grid of its code")
+    return record(found, settings, seed, variant=f"start of the {settings.variant}; steps and grid of the code")
 
 
 def _sweep_descents(chosen: Settings, seeds: list[int], **options: Any) -> "xarray.Dataset":

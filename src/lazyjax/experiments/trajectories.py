@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from lazyjax._types import Params
 from lazyjax.experiments._descent import descend, log_frames
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, record
+from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, check_variant, record
 from lazyjax.experiments._student import check_double, draw, risk_at
 from lazyjax.flow import gradient_flow
 from lazyjax.loss import square_loss
@@ -43,6 +43,8 @@ class Settings:
         step: eta.
         frames: Steps at which units are looked at, equally spaced on a logarithmic scale.
         flow_steps: Solver steps after which the exact flow is given up.
+        variant: "paper": Gaussian weights; "code": input weights of norm tau, output weights uniform in [0, tau]
+            (there with tau = 0.2, width = 16, step = 0.005, steps = 100000).
 
     Raises:
         ValueError: one of them out of its range.
@@ -56,10 +58,12 @@ class Settings:
     step: float = 0.02
     frames: int = 100
     flow_steps: int = 4096
+    variant: str = "paper"
 
     def __post_init__(self):
         check_counts(self, n=1, width=1, steps=1, frames=2, flow_steps=1)
         check_positive(self, "tau", "step")
+        check_variant(self)
         if self.symmetric:
             check_even(self, "width")
 
@@ -75,7 +79,8 @@ def presets(reference: Settings) -> dict[str, Settings]:
 @eqx.filter_jit
 def follow(settings: Settings, seed: Array) -> dict[str, Any]:
     """Gradient descent from the start, and the exact flow at the same times."""
-    x, y, teacher, start = draw(seed, settings.n, 2, settings.width, symmetric=settings.symmetric)
+    law = "unit" if settings.variant == "code" else "normal"
+    x, y, teacher, start = draw(seed, settings.n, 2, settings.width, symmetric=settings.symmetric, law=law)
     f, loss = two_layer(), square_loss(y)
     w0 = jtu.tree_map(lambda leaf: settings.tau * leaf, start)
     frames = log_frames(settings.steps, settings.frames)
@@ -140,7 +145,9 @@ def run(
         "part": ["first", "second", "a"],
     }
     message = "" if bool(result == RESULTS.successful) else str(RESULTS[result])
-    return record(xarray.Dataset(data, coords), settings, seed, flow_message=message, variant="the paper's model")
+    return record(
+        xarray.Dataset(data, coords), settings, seed, flow_message=message, variant=f"start of the {settings.variant}"
+    )
 
 
 def numbers(data: "xarray.Dataset", reference: dict[str, float]) -> list[Number]:
