@@ -25,13 +25,13 @@ with this much they stay below 1e-5 in float32 for any horizon."""
 
 
 class Options(eqx.Module):
-    """The numerical options of `gradient_flow`, as given."""
+    """The numerical options of `gradient_flow`; the tolerances as arrays: another one is no other program."""
 
     solver: diffrax.AbstractSolver | None
     stepsize_controller: diffrax.AbstractStepSizeController | None
     dt0: RealScalar | None
-    rtol: float = eqx.field(static=True)
-    atol: float = eqx.field(static=True)
+    rtol: Array
+    atol: Array
     save: tuple[str, ...] = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
     progress: bool = eqx.field(static=True)
@@ -52,7 +52,7 @@ def integrate(
         scale = jnp.where(top > 0, 1 / jnp.where(top > 0, top, 1), 1).astype(ts.dtype)
         first = jnp.minimum(scale, finite[-1] - finite[0]) if finite.size > 1 else scale
         dt0 = first if dt0 is None else dt0
-    rtol = max(options.rtol, 32 * float(jnp.finfo(ts.dtype).eps))
+    rtol = jnp.maximum(options.rtol.astype(ts.dtype), 32 * float(jnp.finfo(ts.dtype).eps))
     controller = options.stepsize_controller
     if controller is None:
         controller = _controller(solver, finite, rtol, options)
@@ -83,7 +83,7 @@ def integrate(
     return saved, _result(solution.result), _count(solution.stats, solver)
 
 
-def _controller(solver: diffrax.AbstractSolver, finite: Array, rtol: float, options: Options) -> WatchedController:
+def _controller(solver: diffrax.AbstractSolver, finite: Array, rtol: Array, options: Options) -> WatchedController:
     # A lane that turned NaN rejects every step: the smallest step ends it, far below any step of use.
     span = finite[-1] - finite[0] if finite.size > 1 else jnp.zeros((), finite.dtype)
     dtmin = 1e-6 * float(jnp.finfo(finite.dtype).eps) * span
@@ -91,14 +91,14 @@ def _controller(solver: diffrax.AbstractSolver, finite: Array, rtol: float, opti
     growth = GROWTH if exponential else 10.0
     coefficients: dict[str, Any] = EXPONENTIAL_PI if exponential else EXPLICIT_PI
     pid = diffrax.PIDController(
-        rtol, options.atol, dtmin=dtmin, force_dtmin=False, factormax=growth, **coefficients
+        rtol, options.atol.astype(rtol.dtype), dtmin=dtmin, force_dtmin=False, factormax=growth, **coefficients
     )  # fmt: skip
     # Polynomial dense output is too rough for gaps at large alpha: step exactly onto the save times.
     controller = pid if exponential else diffrax.ClipStepSizeController(pid, step_ts=finite)
     return WatchedController(controller, options.max_steps)
 
 
-def _stationary(field: ModelField | TangentField, start: Params, after: Array, rtol: float) -> Any:
+def _stationary(field: ModelField | TangentField, start: Params, after: Array, rtol: Array) -> Any:
     """Event: the gradient has fallen to rtol of its start, not before the last finite save time."""
     bound = rtol * tree_norm(start)
 

@@ -138,7 +138,9 @@ def lazy_correction(
         if isinstance(solver, TangentExponential) and isinstance(loss, SquareLoss):
             # The linear part at the start is that of all times.
             solver = dataclasses.replace(solver, relinearize=False)
-    options = Options(solver, None, None, rtol, atol, ("outputs", "displacement"), max_steps, False, throw)
+    relative, absolute = jnp.asarray(rtol, float), jnp.asarray(atol, float)
+    inside = throw and not zero_start
+    options = Options(solver, None, None, relative, absolute, ("outputs", "displacement"), max_steps, False, inside)
     out = _lazy_correction(h, loss, w0, jnp.asarray(ts), options, zero_start, endless)
     result = out.tangent_flow.result
     return result.error_if(out, result != RESULTS.successful) if throw else out

@@ -127,11 +127,13 @@ def gradient_flow(
     endless = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
     # A Tangent is linearized again inside: its residuals from outside would be compiled in as constants.
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
-    # As an array, so that another alpha is another argument of the same compiled program.
-    scale = jnp.asarray(alpha, float)
+    # As arrays, so that another alpha or tolerance is another argument of the same compiled program.
+    scale, relative, absolute = (jnp.asarray(value, float) for value in (alpha, rtol, atol))
     if solver is None and not _has_closed_form(h, loss):
         solver = choose_solver(model, loss, w0, ts, scale, zero_start=zero_start)
-    options = Options(solver, stepsize_controller, dt0, rtol, atol, tuple(save), max_steps, progress, throw)
+    # A start declared zero has nothing to throw at.
+    inside = throw and not zero_start
+    options = Options(solver, stepsize_controller, dt0, relative, absolute, tuple(save), max_steps, progress, inside)
     flow = _gradient_flow(model, loss, w0, jnp.asarray(ts), scale, options, zero_start, endless)
     return flow.result.error_if(flow, flow.result != RESULTS.successful) if throw else flow
 
