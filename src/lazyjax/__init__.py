@@ -60,12 +60,21 @@ from lazyjax.result import RESULTS as RESULTS
 from lazyjax.result import SOLVERS as SOLVERS
 from lazyjax.descent import Descent as Descent
 from lazyjax.descent import gradient_descent as gradient_descent
+from lazyjax.training import Training as Training
+from lazyjax.training import train as train
+from lazyjax.training import trained_outputs as trained_outputs
+from lazyjax.schedule import inverse_time_decay as inverse_time_decay
+from lazyjax.augment import pad_and_crop as pad_and_crop
+from lazyjax.augment import random_flip as random_flip
 from lazyjax.criterion import Comparison as Comparison
 from lazyjax.criterion import compare as compare
 
 # How lazy: along a flow, to first order in 1/alpha, in one step, and at the start.
 from lazyjax.criterion import activation_stability as activation_stability
 from lazyjax.criterion import measure_kernel_drift as measure_kernel_drift
+from lazyjax.track import Laziness as Laziness
+from lazyjax.track import Tracker as Tracker
+from lazyjax.track import track as track
 from lazyjax.correction import Correction as Correction
 from lazyjax.correction import lazy_correction as lazy_correction
 from lazyjax.step import lazy_ratio as lazy_ratio
