@@ -64,6 +64,12 @@ from lazyjax.result import RESULTS as RESULTS
 from lazyjax.result import SOLVERS as SOLVERS
 from lazyjax.descent import Descent as Descent
 from lazyjax.descent import gradient_descent as gradient_descent
+from lazyjax.training import Training as Training
+from lazyjax.training import train as train
+from lazyjax.training import trained_outputs as trained_outputs
+from lazyjax.schedule import inverse_time_decay as inverse_time_decay
+from lazyjax.augment import pad_and_crop as pad_and_crop
+from lazyjax.augment import random_flip as random_flip
 from lazyjax.criterion import Comparison as Comparison
 from lazyjax.criterion import compare as compare
 

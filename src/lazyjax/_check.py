@@ -119,3 +119,17 @@ def check_outputs(h: Callable[..., Any], *args: Any, name: str = "h") -> jax.Sha
         msg = f"{name} must return at least one output, got shape {out.shape}: is the data empty?"
         raise ValueError(msg)
     return out
+
+
+def check_inputs(f: Callable[..., Any], w0: Params, x: Any, name: str) -> tuple[jax.Array, tuple[int, ...]]:
+    """Inputs as an array, and the shape of what f makes of them: one row (or number) a sample, all finite."""
+    x = jnp.asarray(x)
+    if x.ndim == 0 or x.size == 0:
+        msg = f"{name} must hold at least one sample, got shape {x.shape}."
+        raise ValueError(msg)
+    check_finite(x, name)
+    shape = check_outputs(f, w0, x, name="f").shape
+    if shape[0] != x.shape[0]:
+        msg = f"f must return one row of outputs a sample, got {shape[0]} rows for {x.shape[0]} samples of {name}."
+        raise ValueError(msg)
+    return x, shape

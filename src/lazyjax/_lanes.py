@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from lazyjax._check import check_finite, check_outputs
+from lazyjax._check import check_inputs
 from lazyjax._choice import DENSE_OUTPUTS
 from lazyjax._field import check_start, make_field, move, tree_norm
 from lazyjax._krylov import top_eigenvalues
@@ -65,29 +65,16 @@ class Setting(eqx.Module):
 def prepare(
     f: Model, w0: Params, x: Any, y: Any, loss: str | Callable[[Array], Loss], test: tuple[Any, Any] | None
 ) -> Setting:
-    x, shape = _check_inputs(f, w0, x, "x")
+    x, shape = check_inputs(f, w0, x, "x")
     made, accuracy = make_task(loss, y, shape, "y")
     made.check(shape)
     x_test = loss_test = accuracy_test = None
     if test is not None:
-        x_test, test_shape = _check_inputs(f, w0, test[0], "x_test")
+        x_test, test_shape = check_inputs(f, w0, test[0], "x_test")
         loss_test, accuracy_test = make_task(loss, test[1], test_shape, "y_test")
     check_start(OnData(center(f, w0), x), made, w0, 1.0, rtol=1e-6)
     name = loss if isinstance(loss, str) else type(made).__name__
     return Setting(f, w0, x, made, accuracy, x_test, loss_test, accuracy_test, None, name, int(np.prod(shape)))
-
-
-def _check_inputs(f: Model, w0: Params, x: Any, name: str) -> tuple[Array, tuple[int, ...]]:
-    x = jnp.asarray(x)
-    if x.ndim == 0 or x.size == 0:
-        msg = f"{name} must hold at least one sample, got shape {x.shape}."
-        raise ValueError(msg)
-    check_finite(x, name)
-    shape = check_outputs(f, w0, x, name="f").shape
-    if shape[0] != x.shape[0]:
-        msg = f"f must return one row of outputs a sample, got {shape[0]} rows for {x.shape[0]} samples of {name}."
-        raise ValueError(msg)
-    return x, shape
 
 
 class Spectrum(eqx.Module):

@@ -1,16 +1,36 @@
-"""From the targets that a user has to the loss and the accuracy that a report shows."""
+"""From the targets that a user has to the loss and the accuracy that are shown, on all samples or on a few of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from lazyjax._check import check_finite
 from lazyjax.loss import Loss, logistic_loss, softmax_cross_entropy, square_loss
 
 Accuracy = Callable[[Array], Array]
+
+
+class Task(NamedTuple):
+    """What is to be learnt.
+
+    Attributes:
+        build: The loss on the targets of any of the samples.
+        targets: Of all samples, sample first.
+        right: Which outputs answer their targets rightly; None where the targets are no classes.
+    """
+
+    build: Callable[[Array], Loss]
+    targets: Array
+    right: Callable[[Array, Array], Bool[Array, " n"]] | None
+
+    def share(self, outputs: Array, targets: Array) -> Array:
+        """The share of right answers."""
+        assert self.right is not None
+        # Counted in whole numbers: jax 0.10.1 on a CPU loses terms of a mean of comparisons under jit and vmap.
+        return jnp.sum(self.right(outputs, targets), dtype=jnp.int32) / outputs.shape[0]
 
 
 def make_task(
@@ -28,40 +48,61 @@ def make_task(
         ValueError: sizes or values do not fit.
         TypeError: `loss` is a loss already, or a function that returns none.
     """
+    task = split_task(loss, y, shape, name)
+    accuracy = None if task.right is None else lambda outputs: task.share(outputs, task.targets)
+    return task.build(task.targets), accuracy
+
+
+def split_task(loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y") -> Task:
+    """As `make_task`, with the targets apart from the loss, so that a batch of them has one too."""
     y = np.asarray(y)
     if y.ndim == 0 or y.size == 0 or y.shape[0] != shape[0]:
         msg = f"{name} must hold one target a sample, got shape {y.shape} for {shape[0]} samples."
         raise ValueError(msg)
     check_finite(jnp.asarray(y), name)
-    if callable(loss):
-        made = None if isinstance(loss, Loss) else loss(jnp.asarray(y))
-        if not isinstance(made, Loss):
-            msg = (
-                "loss must be a name or a function of the targets that returns a loss, such as "
-                f"lambda y: lj.square_loss(y, mean=False), got {type(loss).__name__}."
-            )
-            raise TypeError(msg)
-        return made, None
+    task = _given(loss, jnp.asarray(y)) if callable(loss) else _named(loss, y, shape, name)
+    task.build(task.targets).check(shape)
+    return task
+
+
+def _given(loss: Callable[[Array], Loss], y: Array) -> Task:
+    made = None if isinstance(loss, Loss) else loss(y)
+    if not isinstance(made, Loss):
+        msg = (
+            "loss must be a name or a function of the targets that returns a loss, such as "
+            f"lambda y: lj.square_loss(y, mean=False), got {type(loss).__name__}."
+        )
+        raise TypeError(msg)
+    return Task(loss, y, None)
+
+
+def _named(loss: Any, y: np.ndarray, shape: tuple[int, ...], name: str) -> Task:
     if loss not in ("square", "softmax", "logistic"):
         msg = f'loss must be "square", "softmax", "logistic" or a function of the targets, got {loss!r}.'
         raise ValueError(msg)
     classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
     if loss == "logistic":
-        made = logistic_loss(jnp.asarray(y))
-        made.check(shape)
-        return made, lambda outputs: jnp.mean((outputs > 0) == (made.signs > 0))
+        return Task(logistic_loss, jnp.asarray(y), _same_sign)
     if loss == "softmax" or (classes and y.ndim == 1 and len(shape) == 2 and shape[1] > 1):
-        made = softmax_cross_entropy(_labels(y, name))
-        made.check(shape)
-        labels = made.labels
-        if loss == "square":
-            made = square_loss(jnp.eye(shape[1])[labels])
-        return made, lambda outputs: jnp.mean(jnp.argmax(outputs, axis=1).astype(labels.dtype) == labels)
-    made = square_loss(jnp.asarray(y, jnp.result_type(float)))
-    made.check(shape)
-    if classes and set(np.unique(y)) == {-1, 1}:
-        return made, lambda outputs: jnp.mean((outputs > 0) == (made.minimizer > 0))
-    return made, None
+        labels = _labels(y, name)
+        softmax_cross_entropy(labels).check(shape)
+        if loss == "softmax":
+            return Task(softmax_cross_entropy, labels, _right_class)
+        return Task(square_loss, jnp.eye(shape[1])[labels], _right_row)
+    signs = classes and set(np.unique(y)) == {-1, 1}
+    return Task(square_loss, jnp.asarray(y, jnp.result_type(float)), _same_sign if signs else None)
+
+
+def _same_sign(outputs: Array, targets: Array) -> Array:
+    return (outputs > 0) == (targets > 0)
+
+
+def _right_class(outputs: Array, labels: Array) -> Array:
+    return jnp.argmax(outputs, axis=1).astype(labels.dtype) == labels
+
+
+def _right_row(outputs: Array, rows: Array) -> Array:
+    return jnp.argmax(outputs, axis=1) == jnp.argmax(rows, axis=1)
 
 
 def _labels(y: np.ndarray, name: str) -> Array:

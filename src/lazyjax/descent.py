@@ -98,7 +98,7 @@ def gradient_descent(
         raise TypeError(msg)
     zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
     if is_concrete((alpha, w0)) and bool(np.isinf(alpha)):
-        _check_proportional(optimiser, eqx.filter(w0, eqx.is_inexact_array))
+        check_proportional(optimiser, eqx.filter(w0, eqx.is_inexact_array))
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
     scale = jnp.asarray(alpha, float)
     descent = _gradient_descent(
@@ -107,7 +107,7 @@ def gradient_descent(
     return descent.result.error_if(descent, descent.result != RESULTS.successful) if throw else descent
 
 
-def _check_proportional(optimiser: optax.GradientTransformation, coordinates: Params) -> None:
+def check_proportional(optimiser: optax.GradientTransformation, coordinates: Params) -> None:
     """Refuse, at alpha = inf, an optimiser whose update for twice the gradient is not twice the update."""
     gradient = jtu.tree_map(jnp.ones_like, coordinates)
     state = optimiser.init(coordinates)

@@ -1,0 +1,127 @@
+"""Lanes of a training through compiled programs: all at once where memory allows, else in equal chunks.
+
+The states of the chunks are handed over to the program and come back changed (their memory is used again).
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array
+
+from lazyjax._train_checks import Exam
+from lazyjax._train_step import Course, Lane, State, in_batches, outputs_of, over_lanes, start, train_epoch
+
+SHARE = 0.8
+"""Of an accelerator's free memory that lanes side by side may take."""
+
+
+@eqx.filter_jit
+def begin(course: Course, lanes: Lane) -> State:
+    """The states of some lanes before the first step."""
+    return over_lanes(lambda lane: start(course, lane), course.axes, lanes)
+
+
+# The course is kept, the states are handed over.
+@eqx.filter_jit(donate="all-except-first")
+def _epoch(kept: tuple[Course, Lane, Array], states: State) -> tuple[State, dict[str, Array], Array]:
+    course, lanes, epoch = kept
+    return over_lanes(lambda lane, state: train_epoch(course, lane, state, epoch), course.axes, lanes, states)
+
+
+@eqx.filter_jit
+def _examine(course: Course, lanes: Lane, states: State, exam: Exam) -> dict[str, Array]:
+    """Loss and share of right answers on the test data."""
+
+    def one(lane: Lane, state: State) -> dict[str, Array]:
+        y = in_batches(lambda x: outputs_of(course, lane, state.position, x), exam.x, course.batch_size)
+        measures = {"test_loss": exam.task.build(exam.task.targets)(y)}
+        if exam.task.right is not None:
+            measures["test_accuracy"] = exam.task.share(y, exam.task.targets).astype(y.dtype)
+        return measures
+
+    return over_lanes(one, course.axes, lanes, states)
+
+
+def run_epoch(
+    course: Course, lanes: Lane, states: State, epoch: int, exam: Exam | None
+) -> tuple[State, dict[str, np.ndarray], np.ndarray]:
+    """One more epoch of some lanes: their states, what was measured, and whether each is finite throughout."""
+    states, measures, finite = _epoch((course, lanes, jnp.asarray(epoch, jnp.uint32)), states)
+    if exam is not None:
+        measures = {**measures, **_examine(course, lanes, states, exam)}
+    measures, finite = jax.device_get((measures, finite))
+    for values in measures.values():
+        finite = finite & np.isfinite(values)
+    return states, measures, finite
+
+
+def program_digest(course: Course, lanes: Lane, states: State) -> str:
+    """A short name of the compiled program: of the model, the loss, the optimiser and the augmentation in it."""
+    program: Any = _epoch
+    text = program.lower((course, lanes, jnp.zeros((), jnp.uint32)), states).as_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def count_lanes(lanes: Lane) -> int:
+    """How many there are."""
+    return lanes.alpha.shape[0]
+
+
+def pick(lanes: Lane, axes: Lane, index: np.ndarray) -> Lane:
+    """Some of the lanes; what all share stays shared."""
+
+    def take(part: Any, axis: int | None) -> Any:
+        return part if axis is None else jtu.tree_map(lambda leaf: leaf[index], part)
+
+    return Lane(*(take(part, axis) for part, axis in zip(lanes, axes, strict=True)))
+
+
+def chunks(total: int, size: int) -> list[np.ndarray]:
+    """Indices of the lanes of each chunk, the last one filled up with its last lane again."""
+    return [np.minimum(np.arange(first, first + size), total - 1) for first in range(0, total, size)]
+
+
+def choose_size(course: Course, lanes: Lane, chunk: int | None, memory: int | None) -> int:
+    """Lanes in a chunk: as told, or as many as fit the memory.
+
+    On a CPU one by one unless a memory is given: side by side they are no faster there, since convolutions whose
+    weights have an axis of lanes are slower.
+    """
+    total = count_lanes(lanes)
+    if chunk is not None:
+        return min(chunk, total)
+    if total == 1 or (memory is None and jax.default_backend() == "cpu"):
+        return 1
+    limit = _free_memory() if memory is None else memory
+    size = total
+    while size > 1 and (used := memory_of(course, lanes, size)) > limit:
+        parts = math.ceil(total / max(1, int(size * limit / used)))
+        size = min(size - 1, math.ceil(total / parts))
+    return size
+
+
+def _free_memory() -> int:
+    """Bytes for lanes on the default accelerator."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    # A backend that does not tell gets what every accelerator has.
+    return int(SHARE * (stats.get("bytes_limit", 8 * 2**30) - stats.get("bytes_in_use", 0)))
+
+
+def memory_of(course: Course, lanes: Lane, size: int) -> int:
+    """Bytes that an epoch of so many lanes side by side takes, the data that all share apart."""
+    some = pick(lanes, course.axes, np.minimum(np.arange(size), count_lanes(lanes) - 1))
+    states = eqx.filter_eval_shape(begin, course, some)
+    arrays, static = eqx.partition((course, some, jnp.zeros((), jnp.uint32)), eqx.is_array)
+
+    def epoch(arrays: Any, states: State) -> Any:
+        course, lanes, epoch = eqx.combine(arrays, static)
+        return over_lanes(lambda lane, state: train_epoch(course, lane, state, epoch), course.axes, lanes, states)
+
+    need = jax.jit(epoch).lower(arrays, states).compile().memory_analysis()
+    return 0 if need is None else need.temp_size_in_bytes + need.output_size_in_bytes
