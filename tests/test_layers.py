@@ -101,6 +101,7 @@ ORDER = [
     "images",
     "experiments",
     "_plot_axes",
+    "_plot_deep",
     "_plot_kernel",
     "_plot_panels",
     "_plot_rates",
