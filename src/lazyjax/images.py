@@ -73,16 +73,17 @@ def _read_cifar(folder: Path | None) -> tuple[Arrays, Arrays]:
 
 def _read_digits(folder: Path | None) -> tuple[Arrays, Arrays]:
     from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    from sklearn.model_selection import StratifiedShuffleSplit
 
     if folder is not None:
         msg = f"digits come with scikit-learn and have no folder, got {folder}; leave it out, or choose other data."
         raise ValueError(msg)
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
     # Every pixel becomes one of 4 x 4 equal ones: 8 x 8 to 32 x 32.
     large = np.kron(images.reshape(-1, 8, 8), np.ones((1, 4, 4))).astype(np.uint8)[..., None]
-    x, x_test, y, y_test = train_test_split(large, labels, train_size=DIGITS_TRAIN, stratify=labels, random_state=0)
-    return (x, y), (x_test, y_test)
+    split = StratifiedShuffleSplit(1, train_size=DIGITS_TRAIN, random_state=0).split(images, labels)
+    train, test = next(iter(split))
+    return (large[train], labels[train]), (large[test], labels[test])
 
 
 DIGITS_TRAIN = 1400

@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from lazyjax._types import Model, Params
 from lazyjax.augment import pad_and_crop, random_flip
 from lazyjax.criterion import activation_stability
-from lazyjax.data import DataSet
 from lazyjax.experiments._figure import check_positive
 from lazyjax.images import find_source, load_images
 from lazyjax.networks import find_network
@@ -53,13 +52,27 @@ def check_images(settings: Any, *networks: str) -> None:
     check_positive(settings, "width" if hasattr(settings, "width") else "widths")
 
 
-def load(settings: Any, data_dir: Path | None) -> DataSet:
+class Images(NamedTuple):
+    """Training and test images with their classes."""
+
+    x: Array
+    y: Array
+    x_test: Array
+    y_test: Array
+
+    @property
+    def test(self) -> tuple[Array, Array]:
+        """As `train` takes it."""
+        return self.x_test, self.y_test
+
+
+def load(settings: Any, data_dir: Path | None) -> Images:
     """The images of some settings; `train` and `test` images of them, 0 for all."""
     options = {"num_train": settings.train or None, "num_test": settings.test or None}
-    return load_images(settings.data, data_dir, dtype=DTYPE, **options)
+    return Images(*load_images(settings.data, data_dir, dtype=DTYPE, **options))  # pyright: ignore[reportArgumentType]
 
 
-def start(network: str, seed: int, data: DataSet, *, width: float, gain: float) -> tuple[Model, Params]:
+def start(network: str, seed: int, data: Images, *, width: float, gain: float) -> tuple[Model, Params]:
     """A network and its random parameters."""
     make, init = find_network(network)
     key = jr.fold_in(jr.key(seed), 0)

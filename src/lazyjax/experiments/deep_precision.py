@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._types import Model, Params
-from lazyjax.data import DataSet
 from lazyjax.difference import finite_jvp
 from lazyjax.experiments import _deep
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
@@ -98,7 +97,7 @@ def output_errors(f: Model, w0: Params, u: Params, alphas: Array, x: Array) -> d
 
 
 def _train(
-    settings: Settings, data: DataSet, f: Model, w0: Params, seed: int, optimiser: Any, *, way: str, epochs: int,
+    settings: Settings, data: _deep.Images, f: Model, w0: Params, seed: int, optimiser: Any, *, way: str, epochs: int,
     folder: Path | None, progress: bool,
 ) -> Training:  # fmt: skip
     return train(
@@ -153,7 +152,7 @@ def run(
 
 
 def _run_ways(
-    settings: Settings, data: DataSet, seed: int, aside: Path, folder: Path | None, *, progress: bool
+    settings: Settings, data: _deep.Images, seed: int, aside: Path, folder: Path | None, *, progress: bool
 ) -> dict[str, dict[str, np.ndarray]]:
     f, w0 = _deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
     optimiser = _deep.sgd(settings, settings.step, data.x.shape[0])
@@ -167,7 +166,7 @@ def _run_ways(
             options = {"epochs": epochs, "folder": aside, "progress": progress}
             training = _train(settings, data, f, w0, seed, optimiser, way="finite", **options)
             errors.append(jax.device_get(measure(w0, training.displacement)))
-        parts["finite"] = _measures(training)
+            parts["finite"] = _measures(training)
         kept = None if folder is None else folder / "plain"
         options = {"epochs": settings.epochs, "folder": kept, "progress": progress}
         parts["plain"] = _measures(_train(settings, data, f, w0, seed, optimiser, way="plain", **options))

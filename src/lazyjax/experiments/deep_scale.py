@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lazyjax.data import DataSet
 from lazyjax.experiments import _deep
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.result import RESULTS
@@ -84,7 +83,7 @@ PRESETS = {
 
 
 def run_seed(
-    settings: Settings, data: DataSet, optimiser: Any, seed: int, folder: Path | None, *, progress: bool
+    settings: Settings, data: _deep.Images, optimiser: Any, seed: int, folder: Path | None, *, progress: bool
 ) -> dict[str, np.ndarray]:
     """All scales from one start."""
     f, w0 = _deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lazyjax.data import DataSet
 from lazyjax.experiments import _deep
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.result import RESULTS
@@ -97,7 +96,7 @@ PRESETS = {
 
 
 def run_network(
-    settings: Settings, data: DataSet, place: int, optimisers: dict[str, Any], seed: int, folder: Path | None,
+    settings: Settings, data: _deep.Images, place: int, optimisers: dict[str, Any], seed: int, folder: Path | None,
     *, progress: bool,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """One network from one start in both regimes."""
