@@ -319,8 +319,9 @@ def test_figure_4_as_a_dataset_is_its_result_again():
 def test_every_figure_has_settings_of_each_size_and_a_drawing():
     assert set(plot.EXPERIMENTS) == set(catalogue.FIGURES)
     for name, figure in catalogue.FIGURES.items():
-        assert set(figure.presets) == {"small", "default", "paper"}
-        assert catalogue.settings_of(name, "paper") == figure.presets["paper"]
+        assert list(figure.presets) == ["small", "default", "gpu" if figure.images else "paper"]
+        for size, preset in figure.presets.items():
+            assert catalogue.settings_of(name, size) == preset
 
 
 @pytest.mark.parametrize(
@@ -355,7 +356,7 @@ def test_bad_settings_are_refused(kind, change, match):
         (("fig1",), "no figure 'fig1' among fig1a, .*did you mean fig1"),
         (("Figure2b",), "did you mean fig2b"),
         (("nothing",), "choose one of these"),
-        (("fig1c", "huge"), "size must be one of small, default, paper, got 'huge'"),
+        (("fig1c", "huge"), "size must be one of small, default, paper for fig1c, got 'huge'"),
         (("fig1c", "small", {"tau": 1.0}), "fig1c has no setting 'tau'; it has d, n, width, taus"),
         (("fig1c", "small", {"steps": "many"}), "steps must be of type int as 400 is, got 'many'"),
     ],

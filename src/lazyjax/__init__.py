@@ -18,6 +18,10 @@ from lazyjax.model import init_mlp as init_mlp
 from lazyjax.model import init_two_layer as init_two_layer
 from lazyjax.model import mlp as mlp
 from lazyjax.model import two_layer as two_layer
+from lazyjax.networks import init_resnet18 as init_resnet18
+from lazyjax.networks import init_vgg11 as init_vgg11
+from lazyjax.networks import resnet18 as resnet18
+from lazyjax.networks import vgg11 as vgg11
 from lazyjax.maps import center as center
 from lazyjax.maps import rescale as rescale
 from lazyjax.maps import symmetrize as symmetrize

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,7 +28,11 @@ class Reproduce:
 
     Attributes:
         figure: Which one, for example fig1c; `lazyjax reproduce list` names all.
-        size: Small takes seconds, default a few minutes on two cores, paper has the paper's own numbers.
+        size: Small takes seconds to two minutes, default minutes on two cores, paper has the paper's own numbers; gpu
+            has them for deep networks, which take an accelerator.
+        data: Of the figures of deep networks: digits, fashion-mnist or cifar10. Without it: digits at small size,
+            fashion-mnist at default size, cifar10 at gpu size.
+        data_dir: Folder of its files. Without it: where Debian's package dataset-fashion-mnist has them.
         set: Settings to change, for example --set taus=0.1,1,10 seeds=2.
         seed: The first of the random seeds.
         out: Folder for the files; those of another configuration are not overwritten.
@@ -36,7 +41,9 @@ class Reproduce:
     """
 
     figure: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FIGURE")]
-    size: Literal["small", "default", "paper"] = "default"
+    size: Literal["small", "default", "paper", "gpu"] = "default"
+    data: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
     seed: int = 0
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("lazyjax-figures")
@@ -72,7 +79,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
             msg = f"--set takes NAME=VALUE, for example taus=0.1,1,10, got {text!r}."
             raise ValueError(msg)
         try:
-            changes[name] = ast.literal_eval(value)
+            changes[name] = ast.literal_eval(re.sub(r"\binf\b", "1e999", value))
         except (ValueError, SyntaxError):
             changes[name] = value
     return changes
@@ -84,7 +91,7 @@ def choose_settings(options: Reproduce) -> Any:
     Raises:
         ValueError: an unknown figure or setting, a value out of its range, a file of another configuration.
     """
-    settings = catalogue.settings_of(options.figure, options.size, parse_changes(options.set))
+    settings = catalogue.settings_of(options.figure, options.size, _changes(options))
     if not 0 <= options.seed < 2**31:
         msg = f"--seed must lie in 0..2^31 - 1, got {options.seed}."
         raise ValueError(msg)
@@ -95,9 +102,22 @@ def choose_settings(options: Reproduce) -> Any:
     return settings
 
 
-def describe(options: Reproduce, settings: Any) -> str:
+def _changes(options: Reproduce) -> dict[str, Any]:
+    """--set, and --data as one of them; both options of data are refused where there is none."""
+    changes = parse_changes(options.set)
+    asked = [flag for flag, value in (("--data", options.data), ("--data-dir", options.data_dir)) if value is not None]
+    if asked and not catalogue.find(options.figure).images:
+        takes = ", ".join(name for name, figure in catalogue.FIGURES.items() if figure.images)
+        msg = (
+            f"{asked[0]} is for the figures of images ({takes}), but {options.figure} draws its own data; leave it out."
+        )
+        raise ValueError(msg)
+    return changes if options.data is None else {**changes, "data": options.data}
+
+
+def describe(options: Reproduce, settings: Any, figure: str | None = None) -> str:
     """The configuration of a figure: equal ones give equal results."""
-    made = {"figure": options.figure, "seed": options.seed, **dataclasses.asdict(settings)}
+    made = {"figure": figure or options.figure, "seed": options.seed, **dataclasses.asdict(settings)}
     return json.dumps(encode_numbers(made), allow_nan=False)
 
 
@@ -120,10 +140,27 @@ def _check_file(options: Reproduce, settings: Any) -> None:
 def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
     """Run the experiment, going on from what an interrupted run has kept."""
     figure = catalogue.find(options.figure)
-    data = figure.run(settings, seed=options.seed, folder=options.kept, progress=True)
+    data = _of_twin(options, settings, figure.twin)
+    if data is None:
+        more = {"data_dir": options.data_dir} if figure.images else {}
+        data = figure.run(settings, seed=options.seed, folder=options.kept, progress=True, **more)
     return data.assign_attrs(
         figure=options.figure, title=figure.title, size=options.size, configuration=describe(options, settings)
     )
+
+
+def _of_twin(options: Reproduce, settings: Any, twin: str | None) -> "xarray.Dataset | None":
+    """What another figure of the same run, and of equal settings, has left in the folder."""
+    import xarray
+
+    path = options.out / f"{twin}.nc"
+    if twin is None or not path.exists():
+        return None
+    try:
+        data = xarray.load_dataset(path, engine="netcdf4")
+    except (OSError, ValueError):
+        return None
+    return data if data.attrs.get("configuration") == describe(options, settings, twin) else None
 
 
 def draw_files(options: Reproduce, data: "xarray.Dataset") -> dict[str, bytes]:

@@ -20,6 +20,7 @@ from lazyjax._plot_axes import (
     only_positive,
     style_axes,
 )
+from lazyjax._plot_deep import draw_accuracies, draw_losses, draw_precision, draw_two_spectra, draw_wide
 from lazyjax._plot_kernel import draw_limit_kernel
 from lazyjax._plot_panels import choose_lanes, draw_curve, draw_gap, draw_scores, draw_spectra
 from lazyjax._plot_rates import draw_kappa_width, draw_rates, draw_sparse_regression
@@ -27,6 +28,7 @@ from lazyjax._plot_student import draw_population, draw_student_scale, draw_stud
 from lazyjax._plot_trajectories import draw_trajectories
 from lazyjax._spectrum import normalized_spectrum
 from lazyjax._summary import relative_gap
+from lazyjax.experiments.deep_wide import reference_of
 from lazyjax.experiments.limit_kernel import LimitKernel, from_table
 from lazyjax.experiments.population_descent import unconverged
 from lazyjax.experiments.sparse_regression import excess
@@ -239,7 +241,12 @@ EXPERIMENTS: "dict[str, tuple[int, Callable[[Sequence[Any], xarray.Dataset], Non
     "fig1c": (1, draw_student_scale),
     "fig2a": (1, draw_student_width),
     "fig2b": (1, lambda axes, data: draw_population(axes, data, unconverged(data))),
+    "fig3a": (2, draw_accuracies),
+    "fig3b": (1, lambda axes, data: draw_wide(axes, data, reference_of(data))),
     "fig4": (2, lambda axes, data: draw_limit_kernel(axes, from_table(data))),
+    "fig7a": (1, draw_losses),
+    "fig7b": (1, draw_two_spectra),
+    "precision": (2, draw_precision),
     "kappa-width": (1, draw_kappa_width),
     "rates": (3, draw_rates),
     "woodworth": (

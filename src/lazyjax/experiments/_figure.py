@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("lazyjax", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy", "scipy")
 
-SIZES = ("small", "default", "paper")
+SIZES = ("small", "default", "paper", "gpu")
+"""A figure has the first two and one of the others: what takes hours on a CPU has "gpu" for the paper's own size."""
 
 
 class Number(NamedTuple):
@@ -36,16 +37,20 @@ class Figure:
 
     Attributes:
         title: What it shows, in a line.
-        presets: Settings by size, one of `SIZES` each.
+        presets: Settings by size, three of `SIZES`.
         run: `run(settings, seed=, folder=, progress=)` to a labelled dataset; an interrupted run goes on from what it
             kept in `folder`.
         numbers: The dataset's numbers beside their references.
+        images: Whether `run` takes `data_dir`, the folder of a data set, and its settings have `data`, its name.
+        twin: A figure that shows the same run, if there is one.
     """
 
     title: str
     presets: Mapping[str, Any]
     run: "Callable[..., xarray.Dataset]"
     numbers: "Callable[[xarray.Dataset], list[Number]]"
+    images: bool = False
+    twin: str | None = None
 
 
 def record(dataset: "xarray.Dataset", settings: Any, seed: int, **more: Any) -> "xarray.Dataset":

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lazyjax.experiments import (
+    deep_precision,
+    deep_scale,
+    deep_spectrum,
+    deep_wide,
     kappa_width,
     lazy_rates,
     limit_kernel,
@@ -15,7 +19,7 @@ from lazyjax.experiments import (
     student_width,
     trajectories,
 )
-from lazyjax.experiments._figure import SIZES, Figure
+from lazyjax.experiments._figure import Figure
 
 FIGURES: dict[str, Figure] = {
     "fig1a": trajectories.FIGURE_1A,
@@ -23,10 +27,15 @@ FIGURES: dict[str, Figure] = {
     "fig1c": student_scale.FIGURE,
     "fig2a": student_width.FIGURE,
     "fig2b": population_descent.FIGURE,
+    "fig3a": deep_scale.FIGURE_3A,
+    "fig3b": deep_wide.FIGURE,
     "fig4": limit_kernel.FIGURE,
     "fig6a": trajectories.FIGURE_6A,
     "fig6b": trajectories.FIGURE_6B,
     "fig6c": trajectories.FIGURE_6C,
+    "fig7a": deep_scale.FIGURE_7A,
+    "fig7b": deep_spectrum.FIGURE,
+    "precision": deep_precision.FIGURE,
     "woodworth": sparse_regression.FIGURE,
     "kappa-width": kappa_width.FIGURE,
     "rates": lazy_rates.FIGURE,
@@ -52,7 +61,7 @@ def settings_of(name: str, size: str = "default", changes: Mapping[str, Any] | N
 
     Args:
         name: Of the figure.
-        size: "small", "default" or "paper".
+        size: "small", "default", and "paper" or, for the figures of deep networks, "gpu".
         changes: Setting to value; where the setting is several numbers, one will do.
 
     Raises:
@@ -63,8 +72,8 @@ def settings_of(name: str, size: str = "default", changes: Mapping[str, Any] | N
         (0.1,)
     """
     figure = find(name)
-    if size not in SIZES:
-        msg = f"size must be one of {', '.join(SIZES)}, got {size!r}."
+    if size not in figure.presets:
+        msg = f"size must be one of {', '.join(figure.presets)} for {name}, got {size!r}."
         raise ValueError(msg)
     preset = figure.presets[size]
     chosen = {}

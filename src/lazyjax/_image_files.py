@@ -1,0 +1,149 @@
+"""Files of images: IDX as of MNIST and its kin, and both published formats of CIFAR-10. Read only, never downloaded.
+
+Pickles can run programs when they are read; those of CIFAR-10 hold plain containers and arrays, and nothing else is let
+through.
+"""
+
+import gzip
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+SIDE, CHANNELS, CLASSES = 32, 3, 10
+"""Of CIFAR-10."""
+RECORD = 1 + SIDE * SIDE * CHANNELS
+"""Bytes of an image in its binary format: the label, then a plane a colour."""
+UNREADABLE = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError, MemoryError,
+    OverflowError, RecursionError,
+)  # fmt: skip
+"""What `pickle` raises on bytes that are no pickle."""
+
+Arrays = tuple[np.ndarray, np.ndarray]
+"""Images as bytes (n, height, width, channels), labels (n,)."""
+
+
+def read_idx(folder: Path, name: str, dims: int, remedy: str) -> np.ndarray:
+    """An IDX file of bytes, packed by gzip or not.
+
+    Raises:
+        FileNotFoundError: it is not in the folder.
+        ValueError: it is something else, or cut off.
+    """
+    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
+    if path is None:
+        msg = f"{folder / name}.gz does not exist (nor does it without .gz); {remedy}"
+        raise FileNotFoundError(msg)
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        _refuse(path, "a whole gzip file", str(error), remedy)
+    start = 4 + 4 * dims
+    what = f"an IDX file of bytes with {dims} dimension(s)"
+    if len(raw) < start or raw[:4] != bytes([0, 0, 8, dims]):
+        _refuse(path, what, f"it begins with {raw[:4].hex(' ') or 'nothing'}", remedy)
+    shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", dims, 4))
+    if len(raw) - start != int(np.prod(shape, dtype=object)):
+        _refuse(path, what, f"its {len(raw) - start} bytes of data do not fill the shape {shape} it gives", remedy)
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def read_cifar(folder: Path, remedy: str) -> tuple[Arrays, Arrays]:
+    """CIFAR-10's training and test images from its binary files or its pickles.
+
+    Raises:
+        FileNotFoundError: files of neither format are there, or not all of one.
+        ValueError: one is something else, or cut off.
+    """
+    places = [folder, folder / "cifar-10-batches-bin", folder / "cifar-10-batches-py"]
+    formats = ((".bin", _read_binary), ("", _read_pickle))
+    for suffix, read in formats:
+        for place in places:
+            if (place / f"{BATCHES[0]}{suffix}").is_file():
+                parts = [read(_there(place / f"{name}{suffix}", remedy), remedy) for name in BATCHES]
+                images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+                return (images, labels), read(_there(place / f"test_batch{suffix}", remedy), remedy)
+    msg = f"{folder} holds neither {BATCHES[0]}.bin nor {BATCHES[0]} of CIFAR-10; {remedy}"
+    raise FileNotFoundError(msg)
+
+
+def _there(path: Path, remedy: str) -> Path:
+    if not path.is_file():
+        msg = f"{path} does not exist beside the other files of CIFAR-10; {remedy}"
+        raise FileNotFoundError(msg)
+    return path
+
+
+def _read_binary(path: Path, remedy: str) -> Arrays:
+    raw = np.frombuffer(path.read_bytes(), np.uint8)
+    if not raw.size or raw.size % RECORD:
+        _refuse(path, f"records of {RECORD} bytes, a label and an image", f"it has {raw.size} bytes", remedy)
+    records = raw.reshape(-1, RECORD)
+    return _arrays(path, records[:, 1:], records[:, 0], remedy)
+
+
+def _read_pickle(path: Path, remedy: str) -> Arrays:
+    try:
+        with path.open("rb") as file:
+            found = _Unpickler(file, encoding="bytes").load()
+    except UNREADABLE as error:
+        _refuse(path, "a pickle of plain containers and arrays", f"reading it failed ({error})", remedy)
+    # Python 2 wrote them: its texts are bytes.
+    named = {k.decode() if isinstance(k, bytes) else k: v for k, v in found.items()} if isinstance(found, dict) else {}
+    data, labels = named.get("data"), named.get("labels")
+    size = SIDE * SIDE * CHANNELS
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != size:
+        got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        _refuse(path, f"a dictionary whose 'data' are bytes (n, {size})", f"they are {got}", remedy)
+    fit = isinstance(labels, list) and len(labels) == len(data) > 0 and all(isinstance(label, int) for label in labels)
+    if not fit:
+        _refuse(path, f"a dictionary with a list of {len(data)} 'labels'", "it has none such", remedy)
+    return _arrays(path, data, np.asarray(labels), remedy)
+
+
+def _arrays(path: Path, planes: np.ndarray, labels: np.ndarray, remedy: str) -> Arrays:
+    check_labels(path, labels, CLASSES, remedy)
+    return planes.reshape(-1, CHANNELS, SIDE, SIDE).transpose(0, 2, 3, 1), labels
+
+
+def check_labels(path: Path, labels: np.ndarray, classes: int, remedy: str) -> None:
+    """Refuse labels that are no classes."""
+    if labels.min() < 0 or labels.max() >= classes:
+        _refuse(path, f"labels in 0..{classes - 1}", f"they are in {labels.min()}..{labels.max()}", remedy)
+
+
+def _refuse(path: Path, rule: str, got: str, remedy: str) -> NoReturn:
+    msg = f"{path} must hold {rule}, but {got}; {remedy}"
+    raise ValueError(msg)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes for Python 2 to read."""
+    if encoding != "latin1":
+        msg = f"it asks for the encoding {encoding!r}"
+        raise pickle.UnpicklingError(msg)
+    return text.encode("latin1")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Lets through what plain arrays are pickled by, and refuses every other name before anything is called."""
+
+    # NumPy's own function for it, whose module differs between versions.
+    _reconstruct = np.empty(0).__reduce__()[0]
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name in a pickle stands for."""
+        known = {
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): _latin1,
+            **{(f"numpy.{core}.multiarray", "_reconstruct"): self._reconstruct for core in ("core", "_core")},
+        }
+        if (module, name) not in known:
+            msg = f"it asks for {module}.{name}, which was not run"
+            raise pickle.UnpicklingError(msg)
+        return known[module, name]

@@ -1,0 +1,120 @@
+"""What figures of deep networks share: images, a network's start, the paper's optimiser, augmentation, stability."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from lazyjax._types import Model, Params
+from lazyjax.augment import pad_and_crop, random_flip
+from lazyjax.criterion import activation_stability
+from lazyjax.experiments._figure import check_positive
+from lazyjax.images import find_source, load_images
+from lazyjax.networks import find_network
+from lazyjax.schedule import inverse_time_decay
+
+DTYPE = jnp.float32
+"""Of everything that is trained: convolutions in float64 are slow, and `finite_jvp` keeps the digits."""
+
+
+def check_alphas(settings: Any) -> None:
+    """Refuse scales that do not rise, or lie outside (0, inf]."""
+    alphas = settings.alphas
+    good = all(isinstance(a, int | float) and not isinstance(a, bool) and a > 0 for a in alphas)
+    if not alphas or not good or any(a >= b for a, b in itertools.pairwise(alphas)):
+        msg = f"alphas must be rising numbers in (0, inf], got {alphas!r}."
+        raise ValueError(msg)
+
+
+def check_momentum(settings: Any) -> None:
+    """Refuse a momentum outside [0, 1) and a negative decay."""
+    if not 0 <= settings.momentum < 1:
+        msg = f"momentum must lie in [0, 1), got {settings.momentum!r}."
+        raise ValueError(msg)
+    if not 0 <= settings.decay < np.inf:
+        msg = f"decay must be a finite number >= 0 per epoch, got {settings.decay!r}."
+        raise ValueError(msg)
+
+
+def check_images(settings: Any, *networks: str) -> None:
+    """Refuse a data set or networks that there are not, widths and gains that are not positive."""
+    find_source(settings.data)
+    for network in networks:
+        find_network(network)
+    check_positive(settings, "width" if hasattr(settings, "width") else "widths")
+
+
+class Images(NamedTuple):
+    """Training and test images with their classes."""
+
+    x: Array
+    y: Array
+    x_test: Array
+    y_test: Array
+
+    @property
+    def test(self) -> tuple[Array, Array]:
+        """As `train` takes it."""
+        return self.x_test, self.y_test
+
+
+def load(settings: Any, data_dir: Path | None) -> Images:
+    """The images of some settings; `train` and `test` images of them, 0 for all."""
+    options = {"num_train": settings.train or None, "num_test": settings.test or None}
+    return Images(*load_images(settings.data, data_dir, dtype=DTYPE, **options))  # pyright: ignore[reportArgumentType]
+
+
+def start(network: str, seed: int, data: Images, *, width: float, gain: float) -> tuple[Model, Params]:
+    """A network and its random parameters."""
+    make, init = find_network(network)
+    key = jr.fold_in(jr.key(seed), 0)
+    return make(), init(key, width=width, shape=data.x.shape[1:], gain=gain, dtype=DTYPE)
+
+
+def order_key(seed: int) -> Array:
+    """The key of the batches' order and of the augmentation."""
+    return jr.fold_in(jr.key(seed), 1)
+
+
+def sgd(settings: Any, step: float, num_train: int) -> optax.GradientTransformation:
+    r"""Momentum with the rate $\eta_0/(1 + \beta t)$ in epoch t."""
+    steps = num_train // settings.batch
+    return optax.sgd(inverse_time_decay(step, settings.decay, steps_per_epoch=max(1, steps)), settings.momentum)
+
+
+@functools.cache
+def augment_as(name: str) -> Callable[[Array, Array], Array]:
+    """The standard augmentation: a random crop of the image with four black pixels around it, then a random flip."""
+    source = find_source(name)
+    black = -np.asarray(source.mean, np.float32) / np.asarray(source.std, np.float32)
+
+    def augment(key: Array, x: Array) -> Array:
+        crop, flip = jr.split(key)
+        dark = jnp.asarray(black, x.dtype)[None, None, None]
+        return random_flip(flip, pad_and_crop(crop, x - dark) + dark)
+
+    return augment
+
+
+def stability(f: Model, w0: Params, lanes: Params, x: Array, *, batch: int = 100) -> Float[Array, " lanes"]:
+    """Stability of activations of every lane's parameters, on images that are a whole number of batches."""
+    count = max(1, x.shape[0] // batch)
+    size = min(batch, x.shape[0])
+    parts = x[: count * size].reshape(count, size, *x.shape[1:])
+
+    @jax.jit
+    def measure(w0: Params, lanes: Params, parts: Array) -> Array:
+        def lane(w: Params) -> Array:
+            return jnp.mean(jax.lax.map(lambda x: activation_stability(f, w0, w, x), parts))
+
+        return jax.lax.map(lane, lanes)
+
+    return measure(w0, lanes, parts)
