@@ -15,7 +15,7 @@ from lazyjax.data import digits
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*_cnn.py")), ids=lambda path: path.stem)
 def test_a_batch_gives_a_row_an_image_jitted_or_not(path):
     f, params = runpy.run_path(str(path))["build"](jr.key(0))
     x = digits(10).x
@@ -38,3 +38,17 @@ def test_the_flax_network_is_diagnosed_by_the_command(tmp_path, capsys):
     assert content["notes"] == []
     assert content["settings"]["num_test"] == 0
     assert "flax_cnn.py:build" in content["configuration"]["model"]
+
+
+@pytest.mark.parametrize("name", ["optax", "flax", "equinox"])
+def test_laziness_is_tracked_in_every_training_loop(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = runpy.run_path(str(EXAMPLES / "track.py"))
+    data = digits(20)
+    first, *_, last = example["LOOPS"][name](data.x, data.y, data.x[:4], 4)
+    for field in ("relative_displacement", "relative_error", "kernel_drift"):
+        assert 0 < getattr(first, field) < getattr(last, field) < 2
+    assert 0.5 < last.kernel_alignment < first.kernel_alignment < 1
+    assert (last.stability is None) == (name != "optax")
+    example["main"](name, samples=20, steps=1)
+    assert len(capsys.readouterr().out.splitlines()) == 2

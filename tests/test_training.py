@@ -3,6 +3,7 @@
 import functools
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -63,6 +64,14 @@ def direct(objective, w, optimiser=SGD, augment=None, x=X, **options):
     return w, np.asarray(values)
 
 
+def moved(w, alpha):
+    return jtu.tree_map(lambda a, b: alpha * (a - b), w, W0)
+
+
+def lane_of(tree, lane):
+    return jtu.tree_map(lambda leaf: leaf[lane], tree)
+
+
 def scaled_objective(alpha, loss="softmax"):
     """F_alpha on a batch, written down."""
 
@@ -83,9 +92,8 @@ def test_training_in_u_is_plain_optax_in_w(loss):
     run = trained(loss)
     for lane, alpha in enumerate(ALPHAS):
         w, values = direct(scaled_objective(alpha, loss), W0)
-        moved = jtu.tree_map(lambda a, b: alpha * (a - b), w, W0)
-        assert relative_error(jtu.tree_map(lambda leaf: leaf[lane], run.displacement), moved) < 1e-10
-        assert relative_error(jtu.tree_map(lambda leaf: leaf[lane], run.params), w) < 1e-12
+        assert relative_error(lane_of(run.displacement, lane), moved(w, alpha)) < 1e-10
+        assert relative_error(lane_of(run.params, lane), w) < 1e-12
         means = alpha**2 * values.reshape(EPOCHS, STEPS).mean(axis=1)
         np.testing.assert_allclose(run.train_loss[lane], means, rtol=1e-10)
 
@@ -94,7 +102,7 @@ def test_measures_after_an_epoch_are_those_of_the_outputs():
     run = trained()
     outputs = lj.trained_outputs(MLP, W0, run, TEST[0], batch_size=3)
     for lane, alpha in enumerate(ALPHAS):
-        w = jtu.tree_map(lambda leaf, lane=lane: leaf[lane], run.params)
+        w = lane_of(run.params, lane)
         np.testing.assert_allclose(outputs[lane], alpha * (MLP(w, TEST[0]) - MLP(W0, TEST[0])), rtol=1e-9, atol=1e-12)
         loss = lj.softmax_cross_entropy(TEST[1])(outputs[lane])
         np.testing.assert_allclose(run.test_loss[lane, -1], loss, rtol=1e-12)
@@ -112,7 +120,7 @@ def test_at_infinity_the_tangent_model_is_trained():
 
     run = train(alpha=jnp.inf)
     w, values = direct(objective, W0)
-    assert relative_error(run.displacement, jtu.tree_map(jnp.subtract, w, W0)) < 1e-12
+    assert relative_error(run.displacement, moved(w, 1.0)) < 1e-12
     np.testing.assert_allclose(run.train_loss, values.reshape(EPOCHS, STEPS).mean(axis=1), rtol=1e-12)
     assert tree_allclose(run.params, W0, rtol=0, atol=0)
 
@@ -140,7 +148,7 @@ def test_augmented_batches_are_what_their_key_makes_of_them():
 
     run = train(alpha=10.0, loss="softmax", augment=turn)
     w, _ = direct(scaled_objective(10.0), W0, augment=turn)
-    assert relative_error(run.displacement, jtu.tree_map(lambda a, b: 10.0 * (a - b), w, W0)) < 1e-10
+    assert relative_error(run.displacement, moved(w, 10.0)) < 1e-10
 
 
 @pytest.mark.parametrize("chunk", [1, 2, None], ids=["one by one", "two and one", "by memory"])
@@ -149,5 +157,133 @@ def test_lanes_are_single_runs_however_they_are_grouped(chunk):
     run = trained(**options)
     assert relative_error(run.displacement, trained(chunk=3).displacement) < 1e-12
     alone = train(loss="softmax", alpha=10.0)
-    assert relative_error(jtu.tree_map(lambda leaf: leaf[1], run.displacement), alone.displacement) < 1e-12
+    assert relative_error(lane_of(run.displacement, 1), alone.displacement) < 1e-12
     assert alone.train_loss.shape == (EPOCHS,)
+
+
+def test_starts_and_keys_may_have_lanes_of_their_own():
+    starts = jax.vmap(lambda key: lj.init_mlp(key, (3, 6, 4)))(jr.split(jr.key(8), 2))
+    keys = jr.split(jr.key(9), 2)
+    run = train(w0=starts, key=keys, stacked=True, alpha=30.0, chunk=2)
+    assert run.alpha.shape == (2,)
+    outputs = lj.trained_outputs(MLP, starts, run, X)
+    for lane in range(2):
+        alone = train(w0=lane_of(starts, lane), key=keys[lane], alpha=30.0)
+        assert relative_error(lane_of(run.displacement, lane), alone.displacement) < 1e-12
+        np.testing.assert_allclose(outputs[lane], lj.trained_outputs(MLP, lane_of(starts, lane), alone, X), rtol=1e-9)
+    # Another order of the batches is another path.
+    assert relative_error(run.displacement, train(w0=starts, stacked=True, alpha=30.0, chunk=2).displacement) > 1e-3
+
+
+def images_net(w, x):
+    """A convolution with ReLU, a maximum of 2 x 2 pixels, a dense layer."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    x = jax.nn.relu(jax.lax.conv_general_dilated(x, w["kernel"], (1, 1), "SAME", dimension_numbers=dims))
+    x = jax.lax.reduce_window(x, np.asarray(-np.inf, x.dtype), jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return x.reshape(x.shape[0], -1) @ w["dense"]
+
+
+def images_problem(dtype, n=16):
+    keys = jr.split(jr.key(11), 3)
+    w0 = {"kernel": jr.normal(keys[0], (3, 3, 2, 4)) / 3, "dense": jr.normal(keys[1], (16, 3)) / 4}
+    x = jr.normal(keys[2], (n, 4, 4, 2))
+    return jtu.tree_map(lambda leaf: leaf.astype(jnp.float32).astype(dtype), (w0, x))
+
+
+def train_images(dtype, epochs, **options):
+    w0, x = images_problem(dtype)
+    run = lj.train(
+        images_net,
+        w0,
+        x,
+        jnp.arange(16) % 3,
+        optax.sgd(0.005, momentum=0.9),
+        **{"alpha": 1e7, "epochs": epochs, "batch_size": 4, "key": KEY, "augment": lj.random_flip, **options},
+    )
+    return run, lj.trained_outputs(images_net, w0, run, x)
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 25])  # 4, 20 and 100 steps
+def test_float32_at_a_large_alpha_stays_with_float64(epochs):
+    """A flipped image and all: the outputs after so many steps on the same batches."""
+    single, outputs = train_images(jnp.float32, epochs)
+    double, truth = train_images(jnp.float64, epochs)
+    assert outputs.dtype == single.train_loss.dtype == jnp.float32
+    assert relative_error(outputs, truth) < 1e-5
+    assert relative_error(single.displacement, double.displacement) < 1e-5
+    assert float(double.train_loss[-1]) < float(double.train_loss[0]) or epochs == 1
+
+
+def test_the_plain_difference_fails_in_float32_at_a_large_alpha():
+    _, outputs = train_images(jnp.float32, 25, difference="plain", throw=False)
+    _, truth = train_images(jnp.float64, 25)
+    assert not relative_error(outputs, truth) < 0.3
+
+
+@pytest.mark.parametrize("difference", ["finite", "plain"])
+def test_the_start_is_exactly_zero(difference):
+    """Without steps the loss towards zero targets is zero, whatever alpha makes of a residue."""
+    w0, x = images_problem(jnp.float32)
+    run = lj.train(
+        images_net, w0, x, jnp.zeros((16, 3)), optax.sgd(0.0), alpha=1e7, epochs=1, batch_size=8, key=KEY,
+        test=(x[:5], jnp.zeros((5, 3))), difference=difference,
+    )  # fmt: skip
+    assert float(run.train_loss[0]) == 0.0
+    assert float(run.test_loss[0]) == 0.0
+    assert run.train_accuracy is None
+
+
+def test_a_centred_model_costs_and_is_the_same():
+    run = train(f=lj.center(MLP, W0), alpha=10.0, loss="softmax")
+    assert relative_error(run.displacement, lane_of(trained().displacement, 1)) < 1e-12
+
+
+def test_two_classes_and_losses_of_ones_own():
+    f, w0 = lj.two_layer(jnp.tanh), lj.init_two_layer(jr.key(0), 3, 6)
+    signs = jnp.where(X[:, 0] > 0, 1, -1)
+    run = lj.train(
+        f, w0, X, signs, optax.sgd(0.2), loss="logistic", epochs=20, batch_size=BATCH, key=KEY, test=(X, signs)
+    )
+    assert float(run.train_accuracy[-1]) > 0.9
+    assert float(run.test_accuracy[-1]) > 0.9
+    sums = functools.partial(lj.square_loss, mean=False)
+    run = train(f, w0, y=X[:, 0], loss=sums, alpha=1.0, optimiser=optax.sgd(0.1 / BATCH))
+    means = train(f, w0, y=X[:, 0], alpha=1.0, optimiser=optax.sgd(0.1))
+    assert relative_error(run.displacement, means.displacement) < 1e-12
+    assert run.train_accuracy is None
+
+
+def explosive(w, x):
+    """NaN beyond |w| = 2, linear within."""
+    return jnp.where(jnp.abs(w) < 2, w, jnp.nan) * x
+
+
+def train_explosive(alpha, **options):
+    x = jnp.linspace(0.5, 1.5, 8)
+    options = {"epochs": 6, "batch_size": 4, "key": KEY, "test": (x, 3 * x), **options}
+    return lj.train(explosive, jnp.zeros(()), x, 3 * x, optax.sgd(0.5), alpha=alpha, **options)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_diverged_lane_is_marked_and_kept_apart(chunk):
+    run = train_explosive(jnp.array([10.0, 1.0, jnp.inf]), chunk=chunk, throw=False)
+    assert (run.result == diffrax.RESULTS.nonfinite).tolist() == [False, True, False]
+    for lane, alpha in ((0, 10.0), (2, jnp.inf)):
+        alone = train_explosive(alpha)
+        assert relative_error(run.displacement[lane], alone.displacement) < 1e-14
+        np.testing.assert_allclose(run.test_loss[lane], alone.test_loss, rtol=1e-12, atol=1e-30)
+    assert np.isfinite(run.train_loss[:, 0]).all()
+    assert np.isnan(run.train_loss[1, -3:]).all()
+    with pytest.raises(
+        eqx.EquinoxRuntimeError, match=r"diverged within [1-6] epochs at alpha = 1:.*smaller learning rate"
+    ):
+        train_explosive(jnp.array([10.0, 1.0]))
+
+
+def test_progress_is_shown_on_demand(capfd):
+    train_explosive(10.0)
+    assert "epoch" not in capfd.readouterr().err
+    train_explosive(jnp.array([10.0, 1.0]), throw=False, progress=True)
+    err = capfd.readouterr().err
+    assert "6/6" in err
+    assert "1 diverged" in err

@@ -76,6 +76,9 @@ from lazyjax.criterion import compare as compare
 # How lazy: along a flow, to first order in 1/alpha, in one step, and at the start.
 from lazyjax.criterion import activation_stability as activation_stability
 from lazyjax.criterion import measure_kernel_drift as measure_kernel_drift
+from lazyjax.track import Laziness as Laziness
+from lazyjax.track import Tracker as Tracker
+from lazyjax.track import track as track
 from lazyjax.correction import Correction as Correction
 from lazyjax.correction import lazy_correction as lazy_correction
 from lazyjax.step import lazy_ratio as lazy_ratio

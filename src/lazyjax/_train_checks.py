@@ -60,7 +60,7 @@ def prepare(
     if not is_concrete((alpha, w0, key, eqx.filter(x, eqx.is_array))):
         msg = "train runs its epochs from Python: call it outside jit and vmap, with a vector of scales for several."
         raise ValueError(msg)
-    _check_choices(optimiser, difference)
+    _check_choices(optimiser, augment, difference)
     alphas, keys, (coordinates, rest) = _check_alphas(alpha), _check_key(key), split_params(w0)
     first = coordinates
     if stacked:
@@ -83,7 +83,13 @@ def prepare(
     return Prepared(course, lanes, exam, single)
 
 
-def _check_choices(optimiser: Any, difference: Any) -> None:
+def _check_choices(optimiser: Any, augment: Any, difference: Any) -> None:
+    if augment is not None and not callable(augment):
+        msg = (
+            "augment must be a function of (key, x) that returns a batch of changed inputs, got "
+            f"{type(augment).__name__}."
+        )
+        raise TypeError(msg)
     if not isinstance(optimiser, optax.GradientTransformation):
         msg = f"optimiser must be an optax optimiser such as optax.sgd(0.1), got {type(optimiser).__name__}."
         raise TypeError(msg)
@@ -152,12 +158,6 @@ def _check_batch(course: Course, w0: Params, shape: tuple[int, ...]) -> None:
     x, targets = course.x[: course.batch_size], course.task.targets[: course.batch_size]
     expected = (course.batch_size, *shape[1:])
     if course.augment is not None:
-        if not callable(course.augment):
-            msg = (
-                "augment must be a function of (key, x) that returns a batch of changed inputs, got "
-                f"{type(course.augment).__name__}."
-            )
-            raise TypeError(msg)
         changed = eqx.filter_eval_shape(course.augment, jr.key(0), x)
         found = check_outputs(course.f, w0, changed, name="f")
         if found.shape != expected:

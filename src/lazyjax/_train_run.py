@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -120,4 +119,4 @@ def _raise_failed(prepared: Prepared, run: Run, throw: bool) -> None:
         f"train diverged within {len(run.history['train_loss'])} epochs at alpha = {', '.join(alphas)}: a loss or "
         "parameters became NaN or infinite; take a smaller learning rate, or throw=False to go on with other lanes."
     )
-    eqx.error_if(jnp.zeros(()), jnp.asarray(True), msg)
+    raise eqx.EquinoxRuntimeError(msg)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 
-def inverse_time_decay(init_value: float, beta: float, *, steps_per_epoch: int) -> optax.Schedule:
+def inverse_time_decay(init_value: float, beta: float, *, steps_per_epoch: Any) -> optax.Schedule:
     r"""Learning rate $\eta_0/(1 + \beta t)$ in epoch t = 0, 1, ..., constant within an epoch, as an optax schedule.
 
     Args:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from lazyjax._check import check_inputs, split_params
 from lazyjax._checkpoint import Checkpoints
@@ -61,13 +61,13 @@ def train(
     alpha: Any = 1.0,
     epochs: Any,
     batch_size: Any = 128,
-    key: PRNGKeyArray,
-    augment: Callable[[PRNGKeyArray, Array], Array] | None = None,
-    test: tuple[Any, Any] | None = None,
+    key: Any,
+    augment: Any = None,
+    test: Any = None,
     difference: str = "finite",
     stacked: bool = False,
-    chunk: int | None = None,
-    memory: int | None = None,
+    chunk: Any = None,
+    memory: Any = None,
     folder: str | Path | None = None,
     progress: bool = False,
     throw: bool = True,

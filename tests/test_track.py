@@ -1,0 +1,116 @@
+"""The tracker against the formulas written down, inside jit and scan, and its refusals."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+import lazyjax as lj
+from helpers import relative_error
+
+F = lj.mlp(jnp.tanh)
+W0 = lj.init_mlp(jr.key(0), (3, 6, 4))
+X = jr.normal(jr.key(1), (5, 3))
+
+
+def shifted(size, w0=W0):
+    leaves, structure = jtu.tree_flatten(w0)
+    keys = jr.split(jr.key(2), len(leaves))
+    return structure.unflatten([a + size * jr.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jtu.tree_leaves(tree)])
+
+
+@pytest.mark.parametrize("difference", ["finite", "plain"])
+def test_measures_are_their_formulas(difference):
+    w = shifted(0.1)
+    now = lj.track(F, W0, X, difference=difference)(w)
+    step = jtu.tree_map(jnp.subtract, w, W0)
+    change = F(w, X) - F(W0, X)
+    gap = F(w, X) - lj.linearize(lambda v: F(v, X), W0)(w)
+    jacobians = [jax.jacrev(F)(v, X) for v in (w, W0)]
+    rows = [np.concatenate([np.reshape(leaf, (20, -1)) for leaf in jtu.tree_leaves(j)], axis=1) for j in jacobians]
+    last, first = (r @ r.T for r in rows)
+    expected = {
+        "displacement": np.linalg.norm(flat(step)),
+        "relative_displacement": np.linalg.norm(flat(step)) / np.linalg.norm(flat(W0)),
+        "output_change": np.linalg.norm(change) / 5**0.5,
+        "linearization_error": np.linalg.norm(gap) / 5**0.5,
+        "relative_error": np.linalg.norm(gap) / np.linalg.norm(change),
+        "kernel_drift": np.linalg.norm(last - first) / np.linalg.norm(first),
+        "kernel_alignment": np.sum(last * first) / np.linalg.norm(last) / np.linalg.norm(first),
+        "stability": np.mean(np.sign(F.preactivations(w, X)[0]) == np.sign(F.preactivations(W0, X)[0])),
+    }
+    assert {name: float(getattr(now, name)) for name in expected} == pytest.approx(expected, rel=1e-10)
+
+
+def test_at_the_start_nothing_has_changed():
+    now = lj.track(F, W0, X)(W0)
+    for name in ("displacement", "relative_displacement", "output_change", "linearization_error", "relative_error"):
+        assert float(getattr(now, name)) == 0.0
+    assert float(now.kernel_drift) == 0.0
+    assert float(now.kernel_alignment) == pytest.approx(1.0, rel=1e-14)
+    assert float(now.stability) == 1.0
+
+
+def test_changes_below_rounding_keep_their_digits_in_float32():
+    """w itself is rounded to its dtype: what it is after that is measured exactly."""
+    w0, x = jtu.tree_map(lambda leaf: leaf.astype(jnp.float32), (jtu.tree_map(lambda a: a / 100, W0), X))
+    w = shifted(1e-7, w0)
+    single = lj.track(F, w0, x)(w)
+    double = lj.track(F, *jtu.tree_map(lambda leaf: leaf.astype(jnp.float64), (w0, x)))(jtu.tree_map(jnp.float64, w))
+    assert single.kernel_drift.dtype == jnp.float32
+    assert float(single.kernel_drift) == pytest.approx(float(double.kernel_drift), rel=1e-3)
+    assert float(single.output_change) == pytest.approx(float(double.output_change), rel=1e-4)
+    assert float(double.kernel_drift) < 1e-4
+
+
+def test_the_tracker_runs_in_a_jitted_scan():
+    tracker = lj.track(F, W0, X)
+    optimiser = optax.sgd(0.3)
+
+    def step(carry, _):
+        w, state = carry
+        gradient = jax.grad(lambda v: jnp.mean(F(v, X) ** 2))(w)
+        updates, state = optimiser.update(gradient, state)
+        w = optax.apply_updates(w, updates)
+        return (w, state), tracker(w)
+
+    (w, _), history = jax.jit(lambda: jax.lax.scan(step, (W0, optimiser.init(W0)), length=3))()
+    assert relative_error(jtu.tree_map(lambda leaf: leaf[-1], history), tracker(w)) < 1e-12
+    assert np.all(np.diff(history.displacement) > 0)
+
+
+def test_without_the_kernel_and_without_preactivations_there_are_none():
+    now = lj.track(lambda w, x: F(w, x)[:, 0], W0, X, kernel=False)(shifted(0.1))
+    assert now.kernel_drift is now.kernel_alignment is now.stability is None
+    assert float(now.relative_error) > 0
+
+
+def test_a_model_with_a_primitive_without_a_rule_is_tracked_plainly():
+    def f(w, x):
+        square = jtu.tree_leaves(w)[0].ravel()[:4].reshape(2, 2) + 3 * jnp.eye(2)
+        return F(w, x) + jnp.linalg.inv(square)[0, 0]
+
+    with pytest.raises(ValueError, match="no exact rule for it"):
+        lj.track(f, W0, X)
+    now = lj.track(f, W0, X, difference="plain", kernel=False)(shifted(0.1))
+    assert 0 < float(now.relative_error) < 1
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match='difference must be "finite" or "plain", got \'no\''):
+        lj.track(F, W0, X, difference="no")
+    with pytest.raises(ValueError, match="x must hold at least one sample"):
+        lj.track(F, W0, X[:0])
+    with pytest.raises(TypeError, match="w0 must hold at least one real floating array"):
+        lj.track(F, {}, X)
+    with pytest.raises(ValueError, match="f must return one row of outputs a sample"):
+        lj.track(lambda w, x: F(w, x)[:2], W0, X)
+    with pytest.raises(ValueError, match=r"w must have the structure and shapes of w0.*without the optimiser's state"):
+        lj.track(F, W0, X)({"params": W0})
