@@ -299,6 +299,11 @@ def test_gpu_sizes_are_the_papers():
         (deep_wide.Settings, {"gains": (1.0,)}, "networks must be different names with one of widths and gains each"),
         (deep_wide.Settings, {"networks": ("vgg11", "vgg11")}, "networks must be different names"),
         (deep_wide.Settings, {"networks": ()}, "networks must be different names"),
+        (
+            deep_wide.Settings,
+            {"widths": (1.0, -1.0)},
+            r"widths must be positive finite numbers, one a network, got \(1",
+        ),
         (deep_wide.Settings, {"lazy_alpha": 0.0}, r"lazy_alpha must be a scale in \(0, inf\], got 0"),
         (deep_precision.Settings, {"alphas": (1.0, INF)}, "alphas must be different positive finite numbers"),
     ],

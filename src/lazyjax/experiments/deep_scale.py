@@ -65,7 +65,7 @@ class Settings:
 
     def __post_init__(self):
         check_counts(self, train=0, test=0, seeds=1, epochs=1, batch=1)
-        check_positive(self, "gain", "step")
+        check_positive(self, "width", "gain", "step")
         _deep.check_images(self, self.network)
         _deep.check_momentum(self)
         _deep.check_alphas(self)
