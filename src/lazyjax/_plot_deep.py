@@ -32,7 +32,7 @@ def draw_losses(axes: Sequence[Any], data: Any) -> None:
     last = data.isel(epoch=-1)
     for part, label, color, marker in PARTS:
         _draw_seeds(ax, axis, last[f"{part}_loss"], color=color, marker=marker, label=label)
-    choose_scale(ax, [*last["train_loss"].values.ravel(), *last["test_loss"].values.ravel()])
+    choose_scale(ax, [float(v) for name in ("train_loss", "test_loss") for v in last[name].values.ravel()])
     ax.set_ylabel("loss R at the end", fontsize=FONT + 1)
     _finish(axes, axis, data)
 

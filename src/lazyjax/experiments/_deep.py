@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from lazyjax._types import Model, Params
 from lazyjax.augment import pad_and_crop, random_flip
 from lazyjax.criterion import activation_stability
-from lazyjax.experiments._figure import check_positive
 from lazyjax.images import find_source, load_images
 from lazyjax.networks import find_network
 from lazyjax.schedule import inverse_time_decay
@@ -45,11 +44,10 @@ def check_momentum(settings: Any) -> None:
 
 
 def check_images(settings: Any, *networks: str) -> None:
-    """Refuse a data set or networks that there are not, widths and gains that are not positive."""
+    """Refuse a data set or networks that there are not."""
     find_source(settings.data)
     for network in networks:
         find_network(network)
-    check_positive(settings, "width" if hasattr(settings, "width") else "widths")
 
 
 class Images(NamedTuple):

@@ -67,7 +67,7 @@ class Settings:
 
     def __post_init__(self):
         check_counts(self, train=0, test=0, probe=1, epochs=1, batch=1)
-        check_positive(self, "gain", "step", "alphas")
+        check_positive(self, "width", "gain", "step", "alphas")
         _deep.check_images(self, self.network)
         _deep.check_momentum(self)
         _deep.check_alphas(self)

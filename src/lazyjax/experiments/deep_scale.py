@@ -39,7 +39,7 @@ class Settings:
         epochs: How often to go through the data.
         batch: Images in a batch.
         step: $\eta_0$ on $R = \frac{1}{2n}\sum |y - y^*|^2$. The paper's 1 is on the mean over the ten outputs too,
-            without the half, hence 0.2 here.
+            without the half: 0.2 here. A narrow network with small batches dies at 0.2 from some starts.
         decay: $\beta$ in the rate $\eta_0/(1 + \beta t)$ of epoch t.
         momentum: Of SGD.
         augment: Random crops and flips.
@@ -53,19 +53,19 @@ class Settings:
     width: float = 1 / 16
     gain: float = 1.0
     train: int = 4000
-    test: int = 2000
+    test: int = 1000
     alphas: tuple[float, ...] = POWERS
     seeds: int = 3
-    epochs: int = 15
+    epochs: int = 12
     batch: int = 32
-    step: float = 0.2
+    step: float = 0.1
     decay: float = 1 / 3
     momentum: float = 0.9
     augment: bool = False
 
     def __post_init__(self):
         check_counts(self, train=0, test=0, seeds=1, epochs=1, batch=1)
-        check_positive(self, "gain", "step")
+        check_positive(self, "width", "gain", "step")
         _deep.check_images(self, self.network)
         _deep.check_momentum(self)
         _deep.check_alphas(self)
@@ -77,7 +77,7 @@ PRESETS = {
     ),
     "default": Settings(),
     "gpu": Settings(
-        data="cifar10", width=1.0, train=0, test=0, seeds=3, epochs=70, batch=128, augment=True
+        data="cifar10", width=1.0, train=0, test=0, seeds=1, epochs=70, batch=128, step=0.2, augment=True
     ),
 }  # fmt: skip
 
@@ -152,16 +152,16 @@ def final(data: "xarray.Dataset", name: str) -> "xarray.DataArray":
 
 
 def plateau_from(data: "xarray.Dataset") -> float:
-    """The smallest alpha from which on the mean test accuracy is that of the largest within two standard errors.
+    """The smallest alpha from which on test accuracy is that of the largest alpha from the same start.
 
-    Of the difference of means over seeds, and at least one test image; NaN without two scales that ran.
+    The same: a mean difference over seeds of at most two standard errors, or one percent; NaN if only the largest is.
     """
     last = final(data, "test_accuracy")
-    alphas, mean, spread = last["alpha"].values, last.mean("seed").values, last.std("seed").values
-    error = 2 * np.sqrt((spread**2 + spread[-1] ** 2) / max(1, last.sizes["seed"] - 1))
-    near = np.abs(mean - mean[-1]) <= np.maximum(error, 0.01)
-    first = len(near) - int(np.argmin(near[::-1])) if not near.all() else 0
-    return float(alphas[first]) if first < len(alphas) else float("nan")
+    gap = last - last.isel(alpha=-1, drop=True)
+    error = 2 * gap.std("seed") / np.sqrt(max(1, gap.sizes["seed"] - 1))
+    near = (abs(gap.mean("seed")) <= np.maximum(error, 0.01)).values
+    first = near.size - int(np.argmin(near[::-1])) if not near.all() else 0
+    return float(last["alpha"][first]) if first < near.size - 1 else float("nan")
 
 
 def accuracy_numbers(data: "xarray.Dataset") -> list[Number]:

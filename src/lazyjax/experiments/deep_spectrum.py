@@ -48,12 +48,12 @@ class Settings:
 
     def __post_init__(self):
         check_counts(self, train=5)
-        check_positive(self, "gain")
+        check_positive(self, "width", "gain")
         _deep.check_images(self, self.network)
 
     @property
     def test(self) -> int:
-        """No test images."""
+        """One test image, which is left alone."""
         return 1
 
 

@@ -78,6 +78,10 @@ class Settings:
         if not self.lazy_alpha > 0:
             msg = f"lazy_alpha must be a scale in (0, inf], got {self.lazy_alpha!r}."
             raise ValueError(msg)
+        for name in ("widths", "gains"):
+            if any(not 0 < value < np.inf for value in getattr(self, name)):
+                msg = f"{name} must be positive finite numbers, one a network, got {getattr(self, name)}."
+                raise ValueError(msg)
         if not 1 <= len(set(self.networks)) == len(self.networks) == len(self.widths) == len(self.gains):
             msg = (
                 f"networks must be different names with one of widths and gains each, got {self.networks}, "
