@@ -47,11 +47,10 @@ def test_the_linear_flow_is_the_matrix_exponential():
     assert relative_error(tangent_flow(LINEAR).outputs, exact) < 1e-13
 
 
-@pytest.mark.parametrize("problem", [CENTRED, MIRRORED], ids=["centred", "mirrored"])
-def test_the_closed_form_of_the_tangent_flow_is_what_the_solver_finds(problem):
+def test_the_closed_form_of_the_tangent_flow_is_what_the_solver_finds():
     save = ("outputs", "displacement", "params")
-    closed = tangent_flow(problem, alpha=10.0, save=save)
-    solved = tangent_flow(problem, alpha=10.0, save=save, solver=diffrax.Tsit5(), **TIGHT)
+    closed = tangent_flow(CENTRED, alpha=10.0, save=save)
+    solved = tangent_flow(CENTRED, alpha=10.0, save=save, solver=diffrax.Tsit5(), **TIGHT)
     assert int(closed.stats["num_steps"]) == 0
     assert int(solved.stats["num_vector_field"]) == 6 * int(solved.stats["num_steps"]) + 1
     for name in ("outputs", "displacement", "params", "loss"):
@@ -76,7 +75,7 @@ def test_the_loss_falls_by_the_squared_gradient():
     """R(t0) - R(t1) is the integral of |u'|^2, by Gauss-Legendre quadrature."""
     nodes, weights = np.polynomial.legendre.leggauss(12)
     ts = jnp.concatenate([jnp.array([0.0, 0.5]), 0.75 + 0.25 * jnp.asarray(nodes), jnp.array([1.0])])
-    run = flow(CENTRED, ts, alpha=3.0, save=("outputs", "params"), **TIGHT)
+    run = flow(CENTRED, ts, alpha=3.0, save=("outputs", "params"), solver=diffrax.Tsit5(), **TIGHT)
 
     def speed(params, outputs):
         _, vjp = jax.vjp(CENTRED.h, params)
@@ -93,7 +92,9 @@ def test_relu_networks_conserve_the_balance_of_their_layers():
     x, labels = jr.normal(jr.key(5), (7, 3)), jnp.array([0, 1, 1, 0, 1, 0, 1])
     h = lj.center(functools.partial(f, x=x), w0)
     # A short time: later a neuron sticks to a kink, where adaptive steps collapse (a Filippov sliding mode).
-    run = lj.gradient_flow(h, lj.logistic_loss(labels), w0, TIMES / 20, alpha=2.0, save=("params",))
+    run = lj.gradient_flow(
+        h, lj.logistic_loss(labels), w0, TIMES / 20, alpha=2.0, save=("params",), solver=diffrax.Tsit5()
+    )
     balance = run.params["a"] ** 2 - jnp.sum(run.params["b"] ** 2, axis=-1)
     moved = float(jnp.max(jnp.abs(run.params["a"][-1] - w0["a"])))
     assert moved > 0.05
@@ -106,10 +107,11 @@ def test_diagonal_networks_conserve_u_v_and_scale_as_their_homogeneity_says():
     x, target = jr.normal(jr.key(6), (3, 5)), jnp.array([1.0, -0.5, 0.3])
     h, w0 = functools.partial(lj.diagonal_linear, x=x), lj.init_diagonal_linear(5)
     loss, lam = lj.square_loss(target), 1.7
-    run = lj.gradient_flow(h, loss, w0, TIMES, alpha=lam**2, save=("params",), **TIGHT)
+    options = {"save": ("params",), "solver": diffrax.Tsit5(), **TIGHT}
+    run = lj.gradient_flow(h, loss, w0, TIMES, alpha=lam**2, **options)
     np.testing.assert_allclose(run.params["u"] * run.params["v"], 1.0, rtol=1e-8)
     larger = jtu.tree_map(lambda leaf: lam * leaf, w0)
-    other = lj.gradient_flow(h, loss, larger, TIMES / lam**2, alpha=1.0, save=("params",), **TIGHT)
+    other = lj.gradient_flow(h, loss, larger, TIMES / lam**2, alpha=1.0, **options)
     assert relative_error(run.params, jtu.tree_map(lambda leaf: leaf / lam, other.params)) < 1e-8
 
 
@@ -163,6 +165,27 @@ def _pair(make):
     return single, double._replace(h=functools.partial(f, x=x), w0=w0, loss=lj.square_loss(target))
 
 
+def test_another_scale_or_tolerance_is_another_argument_of_the_same_program():
+    traced = []
+
+    def f(w):
+        traced.append(w)
+        return jnp.tanh(LINEAR.x @ w["slope"])
+
+    h, w0 = lj.center(f, LINEAR.w0), LINEAR.w0
+
+    def traces_of(**options):
+        before = len(traced)
+        run = lj.gradient_flow(h, LINEAR.loss, w0, TIMES, solver=diffrax.Tsit5(), **options)
+        return len(traced) - before, int(run.stats["num_steps"])
+
+    (first, _), (again, usual) = traces_of(), traces_of()
+    assert again < first
+    tight, loose = traces_of(rtol=1e-9, atol=1e-12), traces_of(rtol=1e-3, atol=1e-3)
+    assert tight[0] == loose[0] == traces_of(alpha=7.0)[0] == traces_of(throw=False)[0] == again
+    assert loose[1] < usual < tight[1]
+
+
 def test_infinite_time_runs_to_a_stationary_point():
     ts = jnp.array([0.0, 1.0, jnp.inf])
     run = flow(LINEAR, ts, alpha=5.0)
@@ -184,7 +207,7 @@ def test_a_flow_that_is_not_stationary_in_time_says_so():
     ("solver", "rtol"), [(diffrax.Dopri8(), 1e-8), (diffrax.Kvaerno5(), 1e-6), (diffrax.Heun(), 1e-5)]
 )
 def test_any_diffrax_solver_will_do(solver, rtol):
-    reference = flow(CENTRED, alpha=2.0, **TIGHT)
+    reference = flow(CENTRED, alpha=2.0, solver=diffrax.Tsit5(), **TIGHT)
     run = flow(CENTRED, alpha=2.0, solver=solver, rtol=rtol, atol=rtol / 100)
     assert relative_error(run.outputs, reference.outputs) < 100 * rtol
     assert (int(run.stats["num_vector_field"]) == -1) == isinstance(solver, diffrax.Kvaerno5)
@@ -235,13 +258,14 @@ def test_equinox_modules_with_integer_leaves_and_several_outputs_flow():
     net = Net(jr.normal(jr.key(7), (3, 2)), jnp.array([1, -1]), "net")
     x, target = jr.normal(jr.key(8), (4, 3)), jr.normal(jr.key(9), (4, 2))
     h = lj.center(lambda w: w(x), net)
-    run = lj.gradient_flow(h, lj.square_loss(target), net, TIMES, alpha=10.0, save=("outputs", "params"))
+    options = {"alpha": 10.0, "save": ("outputs", "params"), "solver": diffrax.Tsit5()}
+    run = lj.gradient_flow(h, lj.square_loss(target), net, TIMES, **options)
     assert run.outputs.shape == (4, 4, 2)
     assert isinstance(run.params, Net)
     np.testing.assert_array_equal(run.params.shift, net.shift)
     np.testing.assert_allclose(run.params.weight[0], net.weight)
     other = lj.center(lambda w: jnp.tanh(x @ w + jnp.array([[1.0, -1.0]])), net.weight)
-    plain = lj.gradient_flow(other, lj.square_loss(target), net.weight, TIMES, alpha=10.0)
+    plain = lj.gradient_flow(other, lj.square_loss(target), net.weight, TIMES, **options)
     assert relative_error(run.outputs, plain.outputs) < 1e-10
 
 
@@ -276,8 +300,8 @@ def test_a_flow_may_start_from_an_output_that_is_not_zero():
 def test_any_function_of_the_outputs_is_a_loss_and_the_parameters_flow_the_same():
     n = CENTRED.target.size
     own = lambda y: jnp.sum((y - CENTRED.target) ** 2) / (2 * n)
-    run = lj.gradient_flow(CENTRED.h, own, CENTRED.w0, TIMES)
-    assert relative_error(run.outputs, flow(CENTRED).outputs) < 1e-12
+    run = lj.gradient_flow(CENTRED.h, own, CENTRED.w0, TIMES, solver=diffrax.Tsit5())
+    assert relative_error(run.outputs, flow(CENTRED, solver=diffrax.Tsit5()).outputs) < 1e-12
 
 
 def test_progress_is_shown_on_demand(capfd):
