@@ -113,3 +113,15 @@ def test_as_many_lanes_as_fit_the_memory_go_side_by_side():
     assert some < 5
     assert memory_of(made.course, made.lanes, some) <= need[2] - 1
     assert choose_size(made.course, made.lanes, 9, None) == 5
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_steps_one_by_one_are_those_of_the_scan(chunk, monkeypatch):
+    """As convolutions need them on a CPU."""
+    data = {"test": (X[:7], LABELS[:7]), "chunk": chunk}
+    scanned = train(**data)
+    monkeypatch.setattr(lj._train_checks, "_may_scan", lambda *_: False)
+    stepped = train(**data)
+    assert relative_error(stepped.displacement, scanned.displacement) < 1e-13
+    for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+        np.testing.assert_allclose(getattr(stepped, name), getattr(scanned, name), rtol=1e-12)

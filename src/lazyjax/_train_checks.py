@@ -73,7 +73,8 @@ def prepare(
     x, shape = check_inputs(f, start, x, "x")
     task = split_task(loss, y, shape)
     _check_batch_size(batch_size, shape[0])
-    course = Course(f, rest, optimiser, task, x, augment, int(batch_size), difference == "plain", axes)
+    scan = _may_scan(f, start, x[:batch_size])
+    course = Course(f, rest, optimiser, task, x, augment, int(batch_size), difference == "plain", scan, axes)
     _check_batch(course, start, shape)
     exam = None
     if test is not None:
@@ -151,6 +152,14 @@ def _check_batch_size(batch_size: Any, n: int) -> None:
     if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= n:
         msg = f"batch_size must be a whole number from 1 to the {n} samples of x, got {batch_size!r}."
         raise ValueError(msg)
+
+
+def _may_scan(f: Model, w0: Params, x: Array) -> bool:
+    """Whether an epoch may be one scan: on a CPU convolutions are 20 times and more slower in one (jax issue 12868)."""
+    if jax.default_backend() != "cpu":
+        return True
+    program, _, _ = eqx.filter_make_jaxpr(f)(w0, x)
+    return "conv_general_dilated" not in str(program)
 
 
 def _check_batch(course: Course, w0: Params, shape: tuple[int, ...]) -> None:

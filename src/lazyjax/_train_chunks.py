@@ -15,7 +15,19 @@ import numpy as np
 from jaxtyping import Array
 
 from lazyjax._train_checks import Exam
-from lazyjax._train_step import Course, Lane, State, in_batches, outputs_of, over_lanes, start, train_epoch
+from lazyjax._train_step import (
+    Course,
+    Lane,
+    State,
+    batch_rows,
+    outputs_of,
+    over_lanes,
+    plan,
+    start,
+    sum_up,
+    train_epoch,
+    train_step,
+)
 
 SHARE = 0.8
 """Of an accelerator's free memory that lanes side by side may take."""
@@ -35,26 +47,67 @@ def _epoch(kept: tuple[Course, Lane, Array], states: State) -> tuple[State, dict
 
 
 @eqx.filter_jit
-def _examine(course: Course, lanes: Lane, states: State, exam: Exam) -> dict[str, Array]:
-    """Loss and share of right answers on the test data."""
+def _plan(course: Course, lanes: Lane, epoch: Array) -> tuple[Array, Array]:
+    return over_lanes(lambda lane: plan(course, lane, epoch), course.axes, lanes)
 
-    def one(lane: Lane, state: State) -> dict[str, Array]:
-        y = in_batches(lambda x: outputs_of(course, lane, state.position, x), exam.x, course.batch_size)
-        measures = {"test_loss": exam.task.build(exam.task.targets)(y)}
+
+@eqx.filter_jit(donate="all-except-first")
+def _step(kept: tuple[Course, Lane, Any, Array], states: State) -> tuple[State, dict[str, Array]]:
+    course, lanes, batches, i = kept
+
+    def one(lane: Lane, state: State, batches: Any) -> tuple[State, dict[str, Array]]:
+        return train_step(course, lane, state, jtu.tree_map(lambda leaf: leaf[i], batches))
+
+    return over_lanes(one, course.axes, lanes, states, batches)
+
+
+@eqx.filter_jit
+def _sum_up(states: State, measures: list[dict[str, Array]]) -> tuple[dict[str, Array], Array]:
+    together = jtu.tree_map(lambda *values: jnp.stack(values, axis=1), *measures)
+    return jax.vmap(sum_up)(states, together)
+
+
+def _epoch_by_steps(kept: tuple[Course, Lane, Array], states: State) -> tuple[State, dict[str, Array], Array]:
+    """As `_epoch`, a program a step."""
+    course, lanes, epoch = kept
+    batches, measures = _plan(course, lanes, epoch), []
+    for i in range(course.num_steps):
+        states, found = _step((course, lanes, batches, jnp.asarray(i)), states)
+        measures.append(found)
+    return states, *_sum_up(states, measures)
+
+
+@eqx.filter_jit
+def _outputs(course: Course, lanes: Lane, states: State, x: Array, first: Array) -> Array:
+    """The outputs on a batch of x."""
+    some = x[batch_rows(first, course.batch_size, x.shape[0])]
+    return over_lanes(lambda lane, state: outputs_of(course, lane, state.position, some), course.axes, lanes, states)
+
+
+@eqx.filter_jit
+def _judge(exam: Exam, outputs: list[Array]) -> dict[str, Array]:
+    """Loss and share of right answers on the test data."""
+    targets = exam.task.targets
+
+    def one(y: Array) -> dict[str, Array]:
+        measures = {"test_loss": exam.task.build(targets)(y)}
         if exam.task.right is not None:
-            measures["test_accuracy"] = exam.task.share(y, exam.task.targets).astype(y.dtype)
+            measures["test_accuracy"] = exam.task.share(y, targets).astype(y.dtype)
         return measures
 
-    return over_lanes(one, course.axes, lanes, states)
+    return jax.vmap(one)(jnp.concatenate(outputs, axis=1)[:, : targets.shape[0]])
 
 
 def run_epoch(
     course: Course, lanes: Lane, states: State, epoch: int, exam: Exam | None
 ) -> tuple[State, dict[str, np.ndarray], np.ndarray]:
     """One more epoch of some lanes: their states, what was measured, and whether each is finite throughout."""
-    states, measures, finite = _epoch((course, lanes, jnp.asarray(epoch, jnp.uint32)), states)
+    run = _epoch if course.scan else _epoch_by_steps
+    states, measures, finite = run((course, lanes, jnp.asarray(epoch, jnp.uint32)), states)
     if exam is not None:
-        measures = {**measures, **_examine(course, lanes, states, exam)}
+        starts = range(0, exam.x.shape[0], course.batch_size)
+        outputs = [_outputs(course, lanes, states, exam.x, jnp.asarray(first)) for first in starts]
+        measures = {**measures, **_judge(exam, outputs)}
     measures, finite = jax.device_get((measures, finite))
     for values in measures.values():
         finite = finite & np.isfinite(values)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ def configuration(prepared: Prepared, parts: list[np.ndarray], run: Run, loss: A
         "data": digest_of((course.x, course.task.targets)),
         "test": None if exam is None else digest_of((exam.x, exam.task.targets)),
         "program": program_digest(course, some, run.states[0]),
-        "versions": versions(),
+        "versions": {**versions(), "backend": jax.default_backend()},
     }
 
 

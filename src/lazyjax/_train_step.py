@@ -43,7 +43,11 @@ class State(NamedTuple):
 
 
 class Course(eqx.Module):
-    """What all lanes share. `rest` is what of w0 is no coordinate; `axes` says which parts of a `Lane` are one each."""
+    """What all lanes share.
+
+    `rest` is what of w0 is no coordinate; `plain` stands for the plain difference, `scan` for an epoch in one scan;
+    `axes` says which parts of a `Lane` are one each.
+    """
 
     f: Model
     rest: Params
@@ -53,6 +57,7 @@ class Course(eqx.Module):
     augment: Augment | None
     batch_size: int = eqx.field(static=True)
     plain: bool = eqx.field(static=True)
+    scan: bool = eqx.field(static=True)
     axes: Lane = eqx.field(static=True)
 
     @property
@@ -132,34 +137,40 @@ def _step(course: Course, lane: Lane, state: State, x: Array, targets: Array) ->
     return State(position, memory), measures
 
 
-def train_epoch(course: Course, lane: Lane, state: State, epoch: Array) -> tuple[State, dict[str, Array], Array]:
-    """All batches of an epoch in a random order; means of what was measured; whether all is finite.
+def plan(course: Course, lane: Lane, epoch: Array) -> tuple[Array, Array]:
+    """The rows of every batch of an epoch, (steps, batch_size), and the keys of their augmentations.
 
     The samples that fill no batch are left out, others in every epoch.
     """
     key_order, key_augment = jr.split(jr.fold_in(lane.key, epoch))
     order = jr.permutation(key_order, course.x.shape[0])[: course.num_steps * course.batch_size]
+    return order.reshape(course.num_steps, -1), jr.split(key_augment, course.num_steps)
 
-    def step(state: State, batch: tuple[Array, Array]) -> tuple[State, dict[str, Array]]:
-        rows, key = batch
-        x = course.x[rows] if course.augment is None else course.augment(key, course.x[rows])
-        return _step(course, lane, state, x, course.task.targets[rows])
 
-    batches = (order.reshape(course.num_steps, -1), jr.split(key_augment, course.num_steps))
-    state, measures = jax.lax.scan(step, state, batches)
+def train_step(course: Course, lane: Lane, state: State, batch: tuple[Array, Array]) -> tuple[State, dict[str, Array]]:
+    """One step of the optimiser on a batch of the plan, and what was measured before it."""
+    rows, key = batch
+    x = course.x[rows] if course.augment is None else course.augment(key, course.x[rows])
+    return _step(course, lane, state, x, course.task.targets[rows])
+
+
+def sum_up(state: State, measures: dict[str, Array]) -> tuple[dict[str, Array], Array]:
+    """Means of what was measured at the steps of an epoch; whether they and the parameters are finite."""
     means = {name: jnp.mean(values) for name, values in measures.items()}
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves((means, state.position))]
-    return state, means, jnp.all(jnp.stack(finite))
+    return means, jnp.all(jnp.stack(finite))
 
 
-def in_batches(function: Callable[[Array], Array], x: Array, batch_size: int) -> Array:
-    """A function of a batch on many inputs; the last batch is filled up with repeated rows."""
-    n = x.shape[0]
-    size = min(batch_size, n)
-    count = -(-n // size)
-    rows = jnp.minimum(jnp.arange(count * size), n - 1).reshape(count, size)
-    y = jax.lax.map(lambda some: function(x[some]), rows)
-    return y.reshape(count * size, *y.shape[2:])[:n]
+def train_epoch(course: Course, lane: Lane, state: State, epoch: Array) -> tuple[State, dict[str, Array], Array]:
+    """All batches of an epoch in one scan."""
+    batches = plan(course, lane, epoch)
+    state, measures = jax.lax.scan(lambda state, batch: train_step(course, lane, state, batch), state, batches)
+    return state, *sum_up(state, measures)
+
+
+def batch_rows(first: Array, batch_size: int, n: int) -> Array:
+    """The rows of a batch that begins at one of them; beyond the last of n it is filled up with that one."""
+    return jnp.minimum(first + jnp.arange(min(batch_size, n)), n - 1)
 
 
 def over_lanes(function: Callable[..., Any], axes: Lane, lanes: Lane, *args: Any) -> Any:

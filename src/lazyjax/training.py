@@ -16,7 +16,7 @@ from lazyjax._checkpoint import Checkpoints
 from lazyjax._train_checks import Prepared, prepare
 from lazyjax._train_chunks import count_lanes, pick
 from lazyjax._train_run import Run, begin_run, configuration, run_epochs, split
-from lazyjax._train_step import Course, Lane, State, displacement_of, in_batches, over_lanes, params_of
+from lazyjax._train_step import Course, Lane, State, batch_rows, displacement_of, over_lanes, params_of
 from lazyjax._types import Model, Params
 from lazyjax.difference import finite_jvp
 from lazyjax.loss import Loss
@@ -198,30 +198,36 @@ def trained_outputs(f: Model, w0: Params, training: Training, x: Any, *, batch_s
         msg = f"batch_size must be a whole number of at least 1, got {batch_size!r}."
         raise ValueError(msg)
     coordinates, rest = split_params(w0)
+    starts = _starts(coordinates, training)
+    x, _ = check_inputs(f, eqx.combine(starts[0], rest), x, "x")
+    found = []
+    for lane, start in enumerate(starts):
+        alpha, u = (training.alpha, training.displacement)
+        if training.alpha.ndim:
+            alpha, u = jtu.tree_map(lambda leaf, lane=lane: leaf[lane], (alpha, u))
+        firsts = range(0, x.shape[0], int(batch_size))
+        parts = [_outputs(f, eqx.combine(start, rest), u, alpha, x, jnp.asarray(i), int(batch_size)) for i in firsts]
+        found.append(jnp.concatenate(parts)[: x.shape[0]])
+    return jnp.stack(found) if training.alpha.ndim else found[0]
+
+
+def _starts(coordinates: Params, training: Training) -> list[Params]:
+    """The start of every lane."""
     shapes, moved = ([leaf.shape for leaf in jtu.tree_leaves(t)] for t in (coordinates, training.displacement))
     lanes = training.alpha.shape
-    stacked = bool(lanes) and shapes == moved
-    if not stacked and [(*lanes, *shape) for shape in shapes] != moved:
+    if lanes and shapes == moved:
+        return [jtu.tree_map(lambda leaf, i=i: leaf[i], coordinates) for i in range(lanes[0])]
+    if [(*lanes, *shape) for shape in shapes] != moved:
         msg = f"w0 must be the start of the training, whose displacement has shapes {moved}, got shapes {shapes}."
         raise ValueError(msg)
-    first = jtu.tree_map(lambda leaf: leaf[0], coordinates) if stacked else coordinates
-    x, _ = check_inputs(f, eqx.combine(first, rest), x, "x")
-    return _outputs(f, (coordinates, rest), training, x, int(batch_size), stacked)
+    return [coordinates] * training.alpha.size
 
 
 @eqx.filter_jit
-def _outputs(f: Model, start: Any, training: Training, x: Array, batch_size: int, stacked: bool) -> Array:
-    coordinates, rest = start
-
-    def lane(alpha: Array, w0: Params, u: Params) -> Array:
-        w0 = eqx.combine(w0, rest)
-        return in_batches(lambda x: finite_jvp(lambda w: f(w, x), w0, u, 1 / alpha), x, batch_size)
-
-    if training.alpha.ndim == 0:
-        return lane(training.alpha, coordinates, training.displacement)
-    if stacked:
-        return jax.lax.map(lambda args: lane(*args), (training.alpha, coordinates, training.displacement))
-    return jax.lax.map(lambda args: lane(args[0], coordinates, args[1]), (training.alpha, training.displacement))
+def _outputs(f: Model, w0: Params, u: Params, alpha: Array, x: Array, first: Array, batch_size: int) -> Array:
+    """On a batch of x."""
+    some = x[batch_rows(first, batch_size, x.shape[0])]
+    return finite_jvp(lambda w: f(w, some), w0, u, 1 / alpha)
 
 
 def _check_run(epochs: Any, chunk: Any, memory: Any) -> None:
