@@ -20,6 +20,7 @@ import helpers
 import kappa
 import lazyjax as lj
 import readme_numbers
+import train_step
 
 
 def test_measure_keeps_compile_and_run_apart():
@@ -218,3 +219,10 @@ def test_gpu_gram_counts_the_cheaper_way_of_every_convolution():
     # One image position: cotangents and patches contracted, 2 + 27 / 4 + 1; on 64 positions: weight gradients, 27 * 2.
     for image, each in ((1, 2 + 27 / 4 + 1), (8, 54)):
         assert gpu_gram.needed(gpu_gram.Size(3, image, (2,), 2, 8)) == 6 * 7 * each
+
+
+def test_a_training_step_at_toy_size():
+    found = train_step.question(**train_step.SIZES["toy"], repeats=1)
+    assert set(found["ratios"]) == {"plain", "finite", "tangent", "subtracted"}
+    assert found["ratios"]["plain"] == found["memory_ratios"]["plain"] == 1
+    assert 1 < found["memory_ratios"]["finite"] < train_step.TARGET["memory"]

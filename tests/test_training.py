@@ -3,7 +3,6 @@
 import functools
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -126,8 +125,8 @@ def test_at_infinity_the_tangent_model_is_trained():
 
 
 @pytest.mark.standard_promotion  # optax mixes dtypes inside adam
-@pytest.mark.parametrize("optimiser", [optax.adam(0.02), optax.adamw(0.02, weight_decay=0.3)], ids=["adam", "adamw"])
-def test_any_optimiser_takes_its_steps_in_w_and_is_refused_at_infinity_without_a_limit(optimiser):
+def test_any_optimiser_takes_its_steps_in_w_and_is_refused_at_infinity_without_a_limit():
+    optimiser = optax.adamw(0.02, weight_decay=0.3)
     run = train(optimiser=optimiser, alpha=10.0, loss="softmax")
     w, _ = direct(scaled_objective(10.0), W0, optimiser)
     assert relative_error(run.params, w) < 1e-10
@@ -149,30 +148,6 @@ def test_augmented_batches_are_what_their_key_makes_of_them():
     run = train(alpha=10.0, loss="softmax", augment=turn)
     w, _ = direct(scaled_objective(10.0), W0, augment=turn)
     assert relative_error(run.displacement, moved(w, 10.0)) < 1e-10
-
-
-@pytest.mark.parametrize("chunk", [1, 2, None], ids=["one by one", "two and one", "by memory"])
-def test_lanes_are_single_runs_however_they_are_grouped(chunk):
-    options = {"memory": 2**30} if chunk is None else {"chunk": chunk}
-    run = trained(**options)
-    assert relative_error(run.displacement, trained(chunk=3).displacement) < 1e-12
-    alone = train(loss="softmax", alpha=10.0)
-    assert relative_error(lane_of(run.displacement, 1), alone.displacement) < 1e-12
-    assert alone.train_loss.shape == (EPOCHS,)
-
-
-def test_starts_and_keys_may_have_lanes_of_their_own():
-    starts = jax.vmap(lambda key: lj.init_mlp(key, (3, 6, 4)))(jr.split(jr.key(8), 2))
-    keys = jr.split(jr.key(9), 2)
-    run = train(w0=starts, key=keys, stacked=True, alpha=30.0, chunk=2)
-    assert run.alpha.shape == (2,)
-    outputs = lj.trained_outputs(MLP, starts, run, X)
-    for lane in range(2):
-        alone = train(w0=lane_of(starts, lane), key=keys[lane], alpha=30.0)
-        assert relative_error(lane_of(run.displacement, lane), alone.displacement) < 1e-12
-        np.testing.assert_allclose(outputs[lane], lj.trained_outputs(MLP, lane_of(starts, lane), alone, X), rtol=1e-9)
-    # Another order of the batches is another path.
-    assert relative_error(run.displacement, train(w0=starts, stacked=True, alpha=30.0, chunk=2).displacement) > 1e-3
 
 
 def images_net(w, x):
@@ -251,39 +226,3 @@ def test_two_classes_and_losses_of_ones_own():
     means = train(f, w0, y=X[:, 0], alpha=1.0, optimiser=optax.sgd(0.1))
     assert relative_error(run.displacement, means.displacement) < 1e-12
     assert run.train_accuracy is None
-
-
-def explosive(w, x):
-    """NaN beyond |w| = 2, linear within."""
-    return jnp.where(jnp.abs(w) < 2, w, jnp.nan) * x
-
-
-def train_explosive(alpha, **options):
-    x = jnp.linspace(0.5, 1.5, 8)
-    options = {"epochs": 6, "batch_size": 4, "key": KEY, "test": (x, 3 * x), **options}
-    return lj.train(explosive, jnp.zeros(()), x, 3 * x, optax.sgd(0.5), alpha=alpha, **options)
-
-
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_a_diverged_lane_is_marked_and_kept_apart(chunk):
-    run = train_explosive(jnp.array([10.0, 1.0, jnp.inf]), chunk=chunk, throw=False)
-    assert (run.result == diffrax.RESULTS.nonfinite).tolist() == [False, True, False]
-    for lane, alpha in ((0, 10.0), (2, jnp.inf)):
-        alone = train_explosive(alpha)
-        assert relative_error(run.displacement[lane], alone.displacement) < 1e-14
-        np.testing.assert_allclose(run.test_loss[lane], alone.test_loss, rtol=1e-12, atol=1e-30)
-    assert np.isfinite(run.train_loss[:, 0]).all()
-    assert np.isnan(run.train_loss[1, -3:]).all()
-    with pytest.raises(
-        eqx.EquinoxRuntimeError, match=r"diverged within [1-6] epochs at alpha = 1:.*smaller learning rate"
-    ):
-        train_explosive(jnp.array([10.0, 1.0]))
-
-
-def test_progress_is_shown_on_demand(capfd):
-    train_explosive(10.0)
-    assert "epoch" not in capfd.readouterr().err
-    train_explosive(jnp.array([10.0, 1.0]), throw=False, progress=True)
-    err = capfd.readouterr().err
-    assert "6/6" in err
-    assert "1 diverged" in err
