@@ -131,7 +131,7 @@ def init_vgg11(
         Chizat, Oyallon, Bach (2019), section 3.2; their code has gain 1 for Figure 3(a), the paper 1.3 for 3(b).
 
     Example:
-        >>> sum(leaf.size for leaf in jax.tree.leaves(init_vgg11(jax.random.key(0), dtype=jnp.float16)))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init_vgg11, jax.random.key(0))))
         9225610
     """
     _check_init(width, shape, outputs, gain)
@@ -199,7 +199,7 @@ def init_resnet18(
         Chizat, Oyallon, Bach (2019), section 3.2; the paper has gain 1.2 for Figure 3(b).
 
     Example:
-        >>> w = init_resnet18(jax.random.key(0), width=1 / 32)
+        >>> w = jax.eval_shape(init_resnet18, jax.random.key(0))
         >>> ["shortcut" in block for block in w["blocks"]]
         [False, False, True, False, True, False, True, False]
     """

@@ -84,8 +84,13 @@ def order_key(seed: int) -> Array:
 
 def sgd(settings: Any, step: float, num_train: int) -> optax.GradientTransformation:
     r"""Momentum with the rate $\eta_0/(1 + \beta t)$ in epoch t."""
-    steps = num_train // settings.batch
-    return optax.sgd(inverse_time_decay(step, settings.decay, steps_per_epoch=max(1, steps)), settings.momentum)
+    return _sgd(step, settings.decay, settings.momentum, max(1, num_train // settings.batch))
+
+
+# Equal ones are one: programs are compiled anew for functions of another identity.
+@functools.cache
+def _sgd(step: float, decay: float, momentum: float, steps: int) -> optax.GradientTransformation:
+    return optax.sgd(inverse_time_decay(step, decay, steps_per_epoch=steps), momentum)
 
 
 @functools.cache
