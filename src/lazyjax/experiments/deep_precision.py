@@ -56,11 +56,11 @@ class Settings:
     network: str = "vgg11"
     width: float = 1 / 16
     gain: float = 1.0
-    train: int = 4000
-    test: int = 2000
+    train: int = 2000
+    test: int = 1000
     probe: int = 64
     alphas: tuple[float, ...] = (1e3, 1e5, 1e7)
-    epochs: int = 10
+    epochs: int = 6
     batch: int = 32
     step: float = 0.1
     decay: float = 1 / 3
