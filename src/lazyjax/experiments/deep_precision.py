@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from tqdm import trange
 
 from lazyjax._types import Model, Params
 from lazyjax.difference import finite_jvp
@@ -55,11 +56,11 @@ class Settings:
     network: str = "vgg11"
     width: float = 1 / 16
     gain: float = 1.0
-    train: int = 4000
-    test: int = 2000
+    train: int = 2000
+    test: int = 1000
     probe: int = 64
     alphas: tuple[float, ...] = (1e3, 1e5, 1e7)
-    epochs: int = 10
+    epochs: int = 6
     batch: int = 32
     step: float = 0.1
     decay: float = 1 / 3
@@ -162,8 +163,8 @@ def _run_ways(
     # Accelerators may round products of float32 to fewer digits, which is not what is measured here.
     with jax.default_matmul_precision("highest"):
         errors = []
-        for epochs in range(1, settings.epochs + 1):
-            options = {"epochs": epochs, "folder": aside, "progress": progress}
+        for epochs in trange(1, settings.epochs + 1, desc="finite_jvp", unit="epoch", disable=not progress):
+            options = {"epochs": epochs, "folder": aside, "progress": False}
             training = _train(settings, data, f, w0, seed, optimiser, way="finite", **options)
             errors.append(jax.device_get(measure(w0, training.displacement)))
             parts["finite"] = _measures(training)
