@@ -49,6 +49,32 @@ def report_time(record: dict[str, Any]) -> str:
     )
 
 
+def fig1c(record: dict[str, Any]) -> str:
+    """Time of one column of Figure 1(c), ours and others', and the figure's at the paper's size."""
+    labels = {"ours": "lazyjax", "numpy": "NumPy", "torch_batched": "PyTorch, `torch.func`", "torch_loop": "PyTorch"}
+    results = record["results"]
+    rows = [
+        "| gradient descent of Figure 1(c) | time / ours | share of the GEMM rate | error | paper's size |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in labels.items():
+        row, minutes = results["rows"][name], results["paper_size_minutes"][name]
+        cells = [label, f"{results['ratios'][name]:.1f}", f"{row['fraction_of_gemm']:.0%}", f"{row['error']:.0e}"]
+        rows.append(f"| {' | '.join([*cells, f'{minutes:.0f} min'])} |")
+    note = "Float32; errors are relative to float64; minutes at the paper's size are extrapolated."
+    return "\n".join([*rows, "", f"{note} {made(record)}"])
+
+
+def train_step(record: dict[str, Any]) -> str:
+    """What a step at finite alpha costs beside the plain one."""
+    results = record["results"]
+    time, memory = (results[name]["finite"] for name in ("ratios", "memory_ratios"))
+    return (
+        f"A training step at finite α costs {time:.2f} times the plain step of the same network, and {memory:.2f} "
+        f"times its memory.\n{made(record)}"
+    )
+
+
 WORKS = {
     "W1": "two-layer tanh, n = 200, T = 10⁴",
     "W2": "two-layer ReLU, n = 1000, T = 10³",
@@ -164,6 +190,10 @@ def _read(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+SINGLE = {"finite_jvp": finite_jvp, "report_time": report_time, "fig1c": fig1c, "train_step": train_step}
+"""Blocks that are made from one record of their name."""
+
+
 def rewritten(text: str) -> str:
     """The text with every block of numbers made anew."""
 
@@ -174,7 +204,7 @@ def rewritten(text: str) -> str:
         elif name == "gram":
             body = gram({work: _read(f"gram_{work}") for work in GRAMS})
         else:
-            body = {"finite_jvp": finite_jvp, "report_time": report_time}[name](_read(name))
+            body = SINGLE[name](_read(name))
         return f"<!-- numbers: {name} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- numbers: (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)

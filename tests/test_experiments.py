@@ -201,7 +201,7 @@ def test_starts_of_the_code_are_mirrored_and_of_their_law(law):
 
 def test_descents_of_either_scale_are_those_of_numpy():
     settings = student_width.Settings(
-        d=20, n=15, widths=(4,), seeds=1, steps=50, step_root=0.1, step_mean=0.005, frames=3, flow_from=4,
+        d=20, n=15, widths=(4,), seeds=1, steps=50, step_root=0.1, step_mean=0.005, frames=3,
         flow_steps=256, dtype="float64",
     )  # fmt: skip
     data = student_width.run(settings)
@@ -211,7 +211,7 @@ def test_descents_of_either_scale_are_those_of_numpy():
         v = jtu.tree_map(lambda a, b: jnp.asarray(a) - b, w, start)
         found = float(data["risk"].sel(scaling=scaling, width=4).isel(seed=0, step=-1))
         assert found == pytest.approx(float(risk_at(start, v, teacher, alpha)), rel=1e-8)
-    assert len(student_width.numbers(data)) == 6
+    assert len(student_width.numbers(data)) == 7
     assert plot.plot_experiment("fig2a", data).axes
 
 

@@ -55,9 +55,8 @@ def draw_student_width(axes: Sequence[Any], data: Any) -> None:
     styles = {"1/sqrt(m)": (BLUE, "o", r"$\alpha=1/\sqrt{m}$"), "1/m": (ORANGE, "s", r"$\alpha=1/m$")}
     for scaling, (color, marker, label) in styles.items():
         draw_band(ax, data["width"], last.sel(scaling=scaling), color=color, marker=marker, label=label)
-    if "flow_risk" in data:
-        flows = data["flow_risk"].mean("seed", skipna=True)
-        ax.plot(data["flow_width"], flows, "x", color=BLACK, markersize=5, label=r"exact flow, $1/\sqrt{m}$", zorder=4)
+    flows = data["flow_risk"].mean("seed", skipna=True)
+    ax.plot(data["width"], flows, "x", color=BLACK, markersize=5, label=r"exact flow, $1/\sqrt{m}$", zorder=4)
     ax.axhline(float(data["zero_risk"].mean()), color=BLACK, linestyle=":", linewidth=1, label="zero predictor")
     ax.set_xscale("log", base=2)
     ax.set_xlabel("width $m$", fontsize=FONT + 1)

@@ -108,16 +108,14 @@ def augment_as(name: str) -> Callable[[Array, Array], Array]:
 
 
 def stability(f: Model, w0: Params, lanes: Params, x: Array, *, batch: int = 100) -> Float[Array, " lanes"]:
-    """Stability of activations of every lane's parameters, on images that are a whole number of batches."""
-    count = max(1, x.shape[0] // batch)
-    size = min(batch, x.shape[0])
-    parts = x[: count * size].reshape(count, size, *x.shape[1:])
+    """Stability of activations of every lane's parameters, on `batch` images at a time."""
 
     @jax.jit
-    def measure(w0: Params, lanes: Params, parts: Array) -> Array:
+    def measure(w0: Params, lanes: Params, x: Array) -> Array:
         def lane(w: Params) -> Array:
-            return jnp.mean(jax.lax.map(lambda x: activation_stability(f, w0, w, x), parts))
+            # All images have equally many activations, so that the mean over images is the one over activations.
+            return jnp.mean(jax.lax.map(lambda one: activation_stability(f, w0, w, one[None]), x, batch_size=batch))
 
         return jax.lax.map(lane, lanes)
 
-    return measure(w0, lanes, parts)
+    return measure(w0, lanes, x)

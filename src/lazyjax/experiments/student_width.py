@@ -1,8 +1,8 @@
 r"""Figure 2(a): the test loss of a student against its width m, at output scale 1/sqrt(m) (lazy) and 1/m (not).
 
 Gradient descent on $F_\alpha$ with $\alpha(m)$ and the steps of the paper's code, 1/m and 0.05/m, towards 100 times the
-teacher, as there; and the exact flow at scale 1/sqrt(m) up to the same time, whose horizon is long and stiff only in
-the linear part.
+teacher, as there; and the exact flow at scale 1/sqrt(m) up to the same time. With this teacher even that scale is not
+lazy: its kernel changes all along the way, so that an explicit solver is quicker than the exponential one here.
 """
 
 import dataclasses
@@ -10,17 +10,18 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
 from jaxtyping import Array
+from tqdm import tqdm
 
 from lazyjax._types import Params
 from lazyjax.experiments._descent import descend, even_frames
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.experiments._student import Problem, check_double, draw, risk_at
-from lazyjax.exponential import TangentExponential
 from lazyjax.flow import gradient_flow
 from lazyjax.loss import square_loss
 from lazyjax.model import two_layer
@@ -40,6 +41,11 @@ REFERENCE = {
 """Mean test loss of two seeds after 10^4 steps, from an independent NumPy run; those of scale 1/m still fall."""
 
 
+SMALL_WIDTH = 32
+"""Units whose products take as long as everything else in a step."""
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} to go"
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What Figure 2(a) is computed from.
@@ -54,8 +60,7 @@ class Settings:
         step_mean: eta m at scale 1/m.
         teacher_scale: Multiple of the teacher that is learnt.
         frames: Steps after which the risk is measured.
-        flow_from: From this width on the exact flow at scale 1/sqrt(m) is computed too.
-        flow_steps: Solver steps after which it is given up.
+        flow_steps: Solver steps after which an exact flow is given up.
         dtype: Of descent and flow.
 
     Raises:
@@ -71,19 +76,16 @@ class Settings:
     step_mean: float = 0.05
     teacher_scale: float = 100.0
     frames: int = 51
-    flow_from: int = 64
-    flow_steps: int = 512
+    flow_steps: int = 16_384
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_counts(self, d=1, n=1, seeds=1, steps=1, frames=2, flow_from=1, flow_steps=1)
+        check_counts(self, d=1, n=1, seeds=1, steps=1, frames=2, flow_steps=1)
         check_positive(self, "widths", "step_root", "step_mean", "teacher_scale")
 
 
 PRESETS = {
-    "small": Settings(
-        d=50, n=60, widths=(2, 8, 32), steps=300, step_root=0.3, step_mean=0.015, frames=11, flow_from=32
-    ),
+    "small": Settings(d=50, n=60, widths=(2, 8, 32), steps=300, step_root=0.3, step_mean=0.015, frames=11),
     "default": Settings(),
     "paper": Settings(widths=(2, 3, 5, 8, 13, 20, 32, 51, 81, 128, 203, 323, 512), seeds=10, steps=25_000),
 }
@@ -116,13 +118,15 @@ def run_flow(settings: Settings, width: int, seed: Array) -> dict[str, Any]:
     x, y, teacher, w0 = _draw(settings, width, seed)
     alpha = width**-0.5
     times = jnp.asarray([0.0, settings.steps * settings.step_root / width], x.dtype)
-    options = {"solver": TangentExponential(), "rtol": 1e-3, "atol": 1e-6, "max_steps": settings.flow_steps}
+    # Stability bounds its steps, and Bosh3 gets the farthest by an evaluation of the explicit solvers.
+    options = {"solver": diffrax.Bosh3(), "rtol": 1e-3, "atol": 1e-6, "max_steps": settings.flow_steps}
     flow = gradient_flow(
         functools.partial(two_layer(), x=x), square_loss(y), w0, times, alpha=alpha, save=("displacement",),
         throw=False, **options,
     )  # fmt: skip
     v = jtu.tree_map(lambda u: u[-1] / alpha, flow.displacement)
-    return {"flow_risk": risk_at(w0, v, teacher, alpha), "result": flow.result}
+    steps = flow.stats["num_steps"]
+    return {"flow_risk": risk_at(w0, v, teacher, alpha), "flow_steps": steps, "result": flow.result}
 
 
 def run(
@@ -138,7 +142,7 @@ def run(
 
     Returns:
         A dataset over width, seed, scaling and step: "risk", "train_loss", "moved", "zero_risk" (of the zero
-        predictor); over flow_width and seed: "flow_risk", "failed" and "message" of flows.
+        predictor); over width and seed: "flow_risk", "flow_steps", "failed" and "message" of flows.
 
     Raises:
         ValueError: JAX's default dtype is not float64.
@@ -151,20 +155,17 @@ def run(
     check_double()
     settings = Settings() if settings is None else settings
     seeds = list(range(seed, seed + settings.seeds))
-    found = [
-        _run_descents(settings, width, seeds, _part(folder, width, "descent"), progress) for width in settings.widths
-    ]
-    wide = [width for width in settings.widths if width >= settings.flow_from]
-    parts = [xarray.concat(found, xarray.IndexVariable("width", list(settings.widths)))]
-    if wide:
-        flows = [_run_flows(settings, width, seeds, _part(folder, width, "flow"), progress) for width in wide]
-        parts.append(xarray.concat(flows, xarray.IndexVariable("flow_width", wide)))
+    found: dict[str, list[xarray.Dataset]] = {engine: [] for engine in ENGINES}
+    work = {(m, engine): weight * (m + SMALL_WIDTH) for m in settings.widths for engine, (_, weight) in ENGINES.items()}
+    with tqdm(total=sum(work.values()), desc="all widths", disable=not progress, bar_format=BAR) as bar:
+        for (m, engine), units in work.items():
+            part = None if folder is None else folder / f"{engine}-{m}"
+            found[engine].append(ENGINES[engine][0](settings, m, seeds, part, progress))
+            bar.update(units)
+    widths = xarray.IndexVariable("width", list(settings.widths))
+    parts = [xarray.concat(each, widths) for each in found.values()]
     variant = "the code's teacher times 100, grid and steps; the paper's objective"
     return record(xarray.merge(parts), settings, seed, variant=variant)
-
-
-def _part(folder: Path | None, width: int, engine: str) -> Path | None:
-    return None if folder is None else folder / f"{engine}-{width}"
 
 
 def _run_descents(
@@ -195,6 +196,10 @@ def _run_flows(
     )  # fmt: skip
 
 
+ENGINES = {"descent": (_run_descents, 2), "flow": (_run_flows, 1)}
+"""What is run at every width, and its share of the time: descents are at both scalings, the flow takes larger steps."""
+
+
 def numbers(data: "xarray.Dataset") -> list[Number]:
     """Mean losses at the end beside the references, for every width that has one."""
     rows = []
@@ -209,11 +214,13 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
             rows.append(Number(f"test loss, alpha = {scaling}, m = {width}", value, reference, note))
     zero = float(data["zero_risk"].mean())
     rows.append(Number("loss of the zero predictor", zero, *([60.0, "two seeds there: 57.4 and 62.5"] if full else [])))
-    if "flow_risk" in data:
-        beside = last.sel(scaling="1/sqrt(m)").sel(width=data["flow_width"]).drop_vars("width")
-        gap = float(abs(data["flow_risk"] / beside - 1).max())
-        rows.append(Number("largest relative gap of flow and descent, 1/sqrt(m)", gap))
-        rows.append(Number("flows that stopped early (gradient descent stands alone)", float(data["failed"].sum())))
+    flows = data["flow_risk"].mean("seed", skipna=True)
+    rows += [
+        Number(f"test loss, exact flow, 1/sqrt(m), m = {m}", float(flows.sel(width=m))) for m in data["width"].values
+    ]
+    gap = abs(data["flow_risk"] - last.sel(scaling="1/sqrt(m)")) / data["zero_risk"]
+    rows.append(Number("largest gap of flow and descent over the zero predictor's loss", float(gap.max())))
+    rows.append(Number("flows that stopped early (gradient descent stands alone)", float(data["failed"].sum())))
     rows.append(Number("seeds of which a descent diverged", float(data["descent_failed"].sum())))
     return rows
 
