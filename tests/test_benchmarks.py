@@ -1,11 +1,13 @@
 """The benchmark harness at toy size: what it times, what it writes."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ import _gram_worker
 import _gram_works as works
 import fig1c
 import gpu_gram
+import gpu_train
 import gram
 import harness
 import helpers
@@ -21,6 +24,7 @@ import kappa
 import lazyjax as lj
 import readme_numbers
 import train_step
+from lazyjax.networks import NETWORKS
 
 
 def test_measure_keeps_compile_and_run_apart():
@@ -201,9 +205,10 @@ def test_gpu_gram_at_toy_size():
     assert found["eigenvalues"]["smallest"] > -1e-5 * found["eigenvalues"]["largest"]
 
 
-def test_gpu_gram_without_a_gpu_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["gpu_gram.py"])
-    gpu_gram.main()
+@pytest.mark.parametrize("script", [gpu_gram, gpu_train])
+def test_without_a_gpu_its_benchmarks_say_so(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    script.main()
     assert capsys.readouterr().out.startswith("No GPU here")
 
 
@@ -226,3 +231,27 @@ def test_a_training_step_at_toy_size():
     assert set(found["ratios"]) == {"plain", "finite", "tangent", "subtracted"}
     assert found["ratios"]["plain"] == found["memory_ratios"]["plain"] == 1
     assert 1 < found["memory_ratios"]["finite"] < train_step.TARGET["memory"]
+
+
+class TwoLayers:
+    """Of flat images, with four hidden units."""
+
+    def __call__(self, w, x):
+        return jax.nn.relu(self.preactivations(w, x)[0]) @ w["a"]
+
+    def preactivations(self, w, x):
+        return [x.reshape(x.shape[0], -1) @ w["b"]]
+
+
+def test_gpu_training_with_a_toy_network(monkeypatch):
+    def init(key, *, width, shape, gain, dtype):
+        return {"a": jr.normal(key, (4, 10), dtype), "b": 0.01 * jr.normal(key, (np.prod(shape), 4), dtype)}
+
+    monkeypatch.setitem(NETWORKS, "two_layers", (TwoLayers, init))
+    settings = dataclasses.replace(gpu_train.SIZES["smoke"], network="two_layers")
+    found, data = gpu_train.question(settings, None, 64)
+    # Two products, and one comparison a hidden unit.
+    assert gpu_train.forward_flops(settings, gpu_train._deep.load(settings, None)) == 2 * (1024 * 4 + 4 * 10) + 4
+    assert found["accuracy"]["test_accuracy"]["inf"] == data["test_accuracy"].sel(alpha=np.inf).item()
+    assert found["images"] == {"train": 32, "test": 8}
+    assert found["wall_s"] > 0

@@ -226,7 +226,7 @@ def test_sgd_descends_the_risk_that_the_exact_flow_descends():
     np.testing.assert_allclose(flow.isel(step=0), sgd.isel(step=0), rtol=1e-10)
     np.testing.assert_allclose(flow.isel(step=-1), sgd.isel(step=-1), rtol=0.05)
     assert "code's metric" in data.attrs["variant"]
-    assert len(population_descent.numbers(data)) == 5
+    assert len(population_descent.numbers(data)) == 7
     assert plot.plot_experiment("fig2b", data).axes
 
 

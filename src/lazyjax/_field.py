@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._check import check_outputs, is_concrete, split_params
 from lazyjax._types import Model, Outputs, Params, RealScalar
@@ -163,7 +163,7 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
     zero = declares_zero(h, w0)
     if is_concrete((eqx.filter(h, eqx.is_array), eqx.filter(loss, eqx.is_array), w0)):
         with jax.ensure_compile_time_eval():  # values, even inside a user's jit
-            initial, gradient, rounding, residual = _probe(h, loss, w0)
+            initial, gradient, rounding, residual = _probe(h, loss, w0, jr.key(0))
         _check_finite_start(initial, gradient)
         if not zero and is_concrete(alpha):
             _check_zero(np.asarray(initial), float(alpha), float(rounding), rtol * float(residual))
@@ -171,15 +171,17 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
 
 
 @eqx.filter_jit
-def _probe(h: Model, loss: Loss, w0: Params) -> tuple[Outputs, Params, Array, Array]:
+def _probe(h: Model, loss: Loss, w0: Params, key: PRNGKeyArray) -> tuple[Outputs, Params, Array, Array]:
     """h(w0), the gradient there, the rounding error to expect of h(w0), the largest entry of grad R."""
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
     initial, vjp = jax.vjp(lambda w: h(eqx.combine(w, rest)), coordinates)
     (gradient,) = vjp(loss.cotangent(initial))
     # A relative perturbation of every parameter by eps moves h by about eps times this random jvp.
     leaves, tree = jtu.tree_flatten(coordinates)
-    keys = jr.split(jr.key(0), len(leaves))
-    signs = [leaf * jr.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    # One draw for all leaves: compilers take long over the bits of each.
+    parts = jnp.split(jr.rademacher(key, (ends[-1],), jnp.int8), ends[:-1])
+    signs = [leaf * part.reshape(leaf.shape).astype(leaf.dtype) for leaf, part in zip(leaves, parts, strict=True)]
     sensitivity = jax.jvp(lambda w: h(eqx.combine(w, rest)), (coordinates,), (tree.unflatten(signs),))[1]
     rounding = jnp.finfo(initial.dtype).eps * jnp.max(jnp.abs(sensitivity))
     return initial, gradient, rounding, jnp.max(jnp.abs(loss.gradient(jnp.zeros_like(initial))))

@@ -212,8 +212,23 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
             known = [v for t, v in REFERENCE.items() if abs(np.log(tau / t)) < 0.01] if full else []
             note = "still falling" if bool(slow.sel(tau=tau)) else ""
             rows.append(Number(f"loss / zero predictor's, {engine}, tau = {tau:g}", value, *known[:1], note=note))
+        rows.append(_of_mixed_signs(data, engine, name, full=full))
     rows.append(Number("flows that stopped early (SGD stands alone)", float(data["failed"].sum())))
     return rows
+
+
+def _of_mixed_signs(data: "xarray.Dataset", engine: str, name: str, *, full: bool) -> Number:
+    """The plateau for teachers whose neurons do not all have one sign, as, by their ratios, both of the reference.
+
+    The neurons of the others add up: their zero predictor loses about twice as much, and every ratio is half as large.
+    """
+    last = data.isel(step=-1, tau=-1)
+    # (1/2d)(3/2 + the sum of s_i s_j/pi over pairs) for orthogonal neurons: the sum is 3 for equal signs, else -1.
+    mixed = last["zero_risk"] < 0.75 / data.attrs["setting_d"]
+    value = float((last[name] / last["zero_risk"]).where(mixed).mean("seed")) if mixed.any() else float("nan")
+    reference = REFERENCE[16.0] if full else None
+    label = f"the same at the largest tau, {engine}, teachers of mixed signs"
+    return Number(label, value, reference, f"{int(mixed.sum())} of {mixed.size} seeds")
 
 
 FIGURE = Figure("population loss against the scale tau of the start, m = 50 units", PRESETS, run, numbers)
