@@ -3,6 +3,10 @@
 # Fashion-MNIST, of Debian's package dataset-fashion-mnist.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# `reproduce` overwrites no figure of another configuration, so the new ones are made aside.
+new=$(mktemp -d)
+trap 'rm -rf "$new"' EXIT
 for figure in fig1c fig2b woodworth fig3a; do
-    python -m lazyjax reproduce "$figure" --out docs/figures
+    python -m lazyjax reproduce "$figure" --out "$new"
+    mv "$new/$figure".{png,svg,nc} docs/figures/
 done

@@ -26,6 +26,7 @@ from lazyjax.experiments import (
     trajectories,
 )
 from lazyjax.experiments._descent import descend, even_frames, log_frames
+from lazyjax.experiments._figure import plain, record
 from lazyjax.experiments._student import draw, risk_at
 from lazyjax.population import population_risk, tangent_population_risk
 
@@ -156,7 +157,9 @@ def test_a_dataset_has_all_settings_and_versions_and_survives_netcdf(scale, tmp_
 def test_numbers_at_the_papers_size_stand_beside_references(scale):
     rows = student_scale.numbers(scale)
     assert all(row.reference is None for row in rows)
-    full = scale.assign_attrs(setting_d=100, setting_n=1000, setting_steps=10_000)
+    paper = {f"setting_{name}": plain(value) for name, value in dataclasses.asdict(student_scale.Settings()).items()}
+    full = scale.assign_attrs(paper)
+    assert all(row.reference is None for row in student_scale.numbers(full.assign_attrs(setting_step=0.2)))
     beside = {row.label: row.reference for row in student_scale.numbers(full)}
     assert beside["final loss x 1000, tau = 0.1"] == 1.525
     assert beside["best loss x 1000, tangent model"] == 1.824
@@ -173,8 +176,10 @@ def test_trajectories_are_those_of_numpy():
     np.testing.assert_allclose(data["unit"][-1], np.abs(w["a"])[:, None] * w["b"], rtol=1e-9)
     np.testing.assert_allclose(data["teacher"][:, :2], teacher["b"], rtol=1e-12)
     stopped = bool(data.attrs["flow_message"])
-    labels = [row.label for row in trajectories.numbers(data, {})]
-    assert any("before it stopped" in label for label in labels) is stopped
+    for of, reference in ((settings, 0.1), (dataclasses.replace(settings, step=0.001), None)):
+        rows = trajectories.numbers(data, of, {"moved": 0.1})
+        assert rows[0].reference == reference
+    assert any("before it stopped" in row.label for row in rows) is stopped
     figure = plot.plot_experiment("fig1b", data.assign_attrs(flow_message="The step sizes collapsed"))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert any("the exact flow slides along kinks" in text for text in texts)
@@ -192,6 +197,9 @@ def test_starts_of_the_code_are_mirrored_and_of_their_law(law):
     mean, square = {"positive": ((2 / np.pi) ** 0.5, 1.0), "unit": (1 / 2, 1 / 3)}[law]
     assert abs(float(jnp.mean(start["a"][:200])) - mean) < 4 * ((square - mean**2) / 200) ** 0.5
     if law == "unit":
+        # Correlated with none of the inputs' coordinates: both are drawn from one key.
+        for values in (jnp.ravel(normal.start["b"][:200])[:200], *normal.start["b"][:200].T):
+            assert abs(np.corrcoef(start["a"][:200], values)[0, 1]) < 0.25
         np.testing.assert_allclose(jnp.linalg.norm(start["b"], axis=1), 1, rtol=1e-12)
     else:
         np.testing.assert_array_equal(start["a"], jnp.abs(normal.start["a"]) * jnp.sign(start["a"]))
@@ -202,7 +210,7 @@ def test_starts_of_the_code_are_mirrored_and_of_their_law(law):
 def test_descents_of_either_scale_are_those_of_numpy():
     settings = student_width.Settings(
         d=20, n=15, widths=(4,), seeds=1, steps=50, step_root=0.1, step_mean=0.005, frames=3,
-        flow_steps=256, dtype="float64",
+        flow_steps=2048, dtype="float64",
     )  # fmt: skip
     data = student_width.run(settings)
     x, y, teacher, start = draw(0, 15, 20, 4, symmetric=False, scale=100.0)
@@ -211,6 +219,12 @@ def test_descents_of_either_scale_are_those_of_numpy():
         v = jtu.tree_map(lambda a, b: jnp.asarray(a) - b, w, start)
         found = float(data["risk"].sel(scaling=scaling, width=4).isel(seed=0, step=-1))
         assert found == pytest.approx(float(risk_at(start, v, teacher, alpha)), rel=1e-8)
+    # Euler's error, of an eighth of the step.
+    w = numpy_descent(start, np.asarray(x), np.asarray(y), 400, 0.1 / 32, alpha=0.5)
+    v = jtu.tree_map(lambda a, b: jnp.asarray(a) - b, w, start)
+    assert float(data["flow_risk"].item()) == pytest.approx(float(risk_at(start, v, teacher, 0.5)), rel=2e-3)
+    assert not data["failed"].any()
+    assert not data["descent_failed"].any()
     assert len(student_width.numbers(data)) == 7
     assert plot.plot_experiment("fig2a", data).axes
 
@@ -226,8 +240,59 @@ def test_sgd_descends_the_risk_that_the_exact_flow_descends():
     np.testing.assert_allclose(flow.isel(step=0), sgd.isel(step=0), rtol=1e-10)
     np.testing.assert_allclose(flow.isel(step=-1), sgd.isel(step=-1), rtol=0.05)
     assert "code's metric" in data.attrs["variant"]
-    assert len(population_descent.numbers(data)) == 7
+    assert len(population_descent.numbers(data)) == 8
     assert plot.plot_experiment("fig2b", data).axes
+
+
+def test_a_descent_that_diverges_leaves_its_neighbours_alone():
+    """From a start of 0.001 features of size 1 are learnt, for which a step of 10^4 is far too long."""
+    settings = dataclasses.replace(SCALE, taus=(0.001, 1.0), largest_step=1e4, lazy_from=100.0)
+    data = student_scale.run(settings, seed=5)
+    assert data["descent_failed"].sel(tau=0.001).all()
+    assert data["risk"].sel(tau=0.001).isnull().all()
+    assert not data["descent_failed"].sel(tau=1.0).any()
+    assert data["risk"].sel(tau=1.0).notnull().all()
+    assert data["stability"].sel(tau=1.0).notnull().all()
+    rows = {row.label: row.value for row in student_scale.numbers(data)}
+    assert rows["descents that diverged (left out)"] == 2
+    figure = plot.plot_experiment("fig1c", data)
+    assert any("2 of 4 descents diverged" in text.get_text() for text in figure.axes[0].texts)
+
+
+def test_trajectories_of_too_long_a_step_are_refused():
+    settings = trajectories.Settings(tau=2.0, n=9, width=6, steps=200, step=5.0, frames=10, flow_steps=256)
+    with pytest.raises(ValueError, match=r"gradient descent diverged: step=5\.0 is too long at tau=2\.0"):
+        trajectories.run(settings, seed=1)
+
+
+def test_a_loss_that_falls_at_the_end_has_not_converged_and_stopped_flows_are_noted():
+    """Two seeds, two scales, five frames: by hand."""
+    flat, falling = [1.0, 0.6, 0.5, 0.3, 0.3], [1.0, 0.9, 0.8, 0.7, 0.6]
+    risk = np.array([[flat, falling], [flat, falling]])
+    flow = risk.copy()
+    flow[1, 1] = np.nan
+    flags = np.array([[False, False], [False, True]])
+    data = xarray.Dataset(
+        {
+            "risk": (("seed", "tau", "step"), risk), "flow_risk": (("seed", "tau", "step"), flow),
+            "failed": (("seed", "tau"), flags), "descent_failed": (("seed", "tau"), ~flags & False),
+            "zero_risk": ("seed", [1.0, 2.0]), "teacher_sign": (("seed", "teacher_unit"), [[1.0, -1.0], [1.0, 1.0]]),
+        },
+        {"tau": [0.1, 1.0], "step": [0, 1, 2, 3, 4], "seed": [0, 1]},
+    )  # fmt: skip
+    settings = dataclasses.replace(population_descent.PRESETS["small"], taus=(0.1, 1.0))
+    data = record(data, settings, 0, layer_factor_used=10.0)
+    assert list(population_descent.unconverged(data).values) == [False, True]
+    assert list(population_descent.mixed_signs(data).values) == [True, False]
+    rows = {row.label: row for row in population_descent.numbers(data)}
+    assert rows["loss / zero predictor's, SGD, tau = 1"].value == pytest.approx((0.6 + 0.3) / 2)
+    assert rows["loss / zero predictor's, SGD, tau = 1"].note == "still falling"
+    assert rows["the same at the largest tau, SGD, teachers of mixed signs"].value == pytest.approx(0.6)
+    figure = plot.plot_experiment("fig2b", data)
+    assert any("1 of 4 flows stopped early" in text.get_text() for text in figure.axes[0].texts)
+    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert np.isnan(drawn["exact population flow"][1])
+    assert drawn["SGD"][1] == pytest.approx(0.45)
 
 
 def test_the_exact_population_flow_is_descent_of_small_steps():
@@ -335,8 +400,13 @@ def test_every_figure_has_settings_of_each_size_and_a_drawing():
         (trajectories.Settings, {"tau": -1.0}, "tau must be a positive finite number, got -1.0"),
         (trajectories.Settings, {"width": 3}, "width must be even"),
         (trajectories.Settings, {"variant": "mine"}, 'variant must be "paper" or "code", got .mine'),
-        (student_scale.Settings, {"variant": "mine"}, 'variant must be "paper" or "code"'),
-        (student_width.Settings, {"widths": (0, 2)}, "widths must be different positive finite numbers"),
+        (student_width.Settings, {"widths": (0, 2)}, r"widths must be whole numbers of at least 1, got \(0, 2\)"),
+        (student_width.Settings, {"widths": (2, 2)}, "widths must be different positive finite numbers"),
+        (student_width.Settings, {"dtype": "float16"}, 'dtype must be "float32" or "float64"'),
+        (population_descent.Settings, {"dtype": "float16"}, 'dtype must be "float32" or "float64"'),
+        (population_descent.Settings, {"taus": (1.0, 0.5)}, r"taus must rise, got \(1.0, 0.5\)"),
+        (kappa_width.Settings, {"widths": (0, 300)}, "widths must be whole numbers of at least 1"),
+        (lazy_rates.Settings, {"alphas": (300.0, 100.0)}, "alphas must rise"),
         (population_descent.Settings, {"width": 5}, "width must be even"),
         (population_descent.Settings, {"layer_factor": -1.0}, "layer_factor must be a finite number >= 0"),
         (sparse_regression.Settings, {"n": 100}, "n must be below d"),
@@ -358,6 +428,7 @@ def test_bad_settings_are_refused(kind, change, match):
         (("nothing",), "choose one of these"),
         (("fig1c", "huge"), "size must be one of small, default, paper for fig1c, got 'huge'"),
         (("fig1c", "small", {"tau": 1.0}), "fig1c has no setting 'tau'; it has d, n, width, taus"),
+        (("fig2b", "small", {"factor": 2.0}), "fig2b has no setting 'factor'"),
         (("fig1c", "small", {"steps": "many"}), "steps must be of type int as 400 is, got 'many'"),
     ],
 )
@@ -373,9 +444,9 @@ def test_risks_are_not_taken_in_float32():
 
 def test_a_potential_that_is_not_found_is_an_error(monkeypatch):
     monkeypatch.setattr("scipy.optimize.minimize", lambda *_, **__: optimum())
-    with pytest.raises(RuntimeError, match=r"the potential's minimum at alpha=1\.0 was not found: stuck"):
+    with pytest.raises(ValueError, match=r"alphas: the potential's minimum at 1\.0 was not found \(stuck\)"):
         sparse_regression.minimize_potential(np.ones((1, 2)), np.ones(1), (1.0,))
-    with pytest.raises(RuntimeError, match="linear program of the least l1 norm was not solved"):
+    with pytest.raises(ValueError, match="have no interpolator of least l1 norm that SciPy finds"):
         sparse_regression.least_norms(np.zeros((1, 2)), np.ones(1))
 
 

@@ -1,13 +1,18 @@
 """`lazyjax reproduce`: the files of a figure, going on after an interruption, and every bad request."""
 
+import re
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 import xarray
 
 from lazyjax import cli
+from lazyjax._reproduce import describe
 from lazyjax.experiments import catalogue
+
+ROOT = Path(__file__).parents[1]
 
 TINY = ["n=10", "d=5", "width=4", "taus=0.2,2", "seeds=3", "steps=20", "frames=3", "lazy_from=100"]
 ARGUMENTS = ["reproduce", "fig1c", "--size", "small", "--no-cache", "--set", *TINY]
@@ -31,6 +36,10 @@ class TestFigure:
         assert stopped.value.code == 130
         assert "interrupted, the same command goes on where it stopped" in capsys.readouterr().err
         assert not (folder / "fig1c.nc").exists()
+        with pytest.raises(SystemExit):
+            cli.main([*ARGUMENTS, "seeds=2", "--out", str(folder)])
+        message = capsys.readouterr().err
+        assert ".fig1c-partial holds the parts of an interrupted run of another configuration" in message
         calls.clear()
         monkeypatch.setattr(swept, "_call", lambda *arguments: calls.append(None) or program(*arguments))
         cli.main([*ARGUMENTS, "--out", str(folder)])
@@ -93,3 +102,30 @@ def test_a_file_that_is_no_dataset_is_not_overwritten(tmp_path, capsys):
         cli.main(["reproduce", "fig1c", "--out", str(tmp_path)])
     assert "of another configuration" in capsys.readouterr().err
     assert jax.config.jax_enable_x64
+
+
+def test_an_attempt_that_left_nothing_does_not_bind_the_next_one(tmp_path, capsys):
+    too_long = ["reproduce", "fig1a", "--size", "small", "--no-cache", "--out", str(tmp_path), "--set", "steps=40"]
+    with pytest.raises(SystemExit):
+        cli.main([*too_long, "step=50.0", "flow_steps=16"])
+    assert "gradient descent diverged" in capsys.readouterr().err
+    assert (tmp_path / ".fig1a-partial").exists()
+    options = cli.Reproduce("fig1a", size="small", out=tmp_path, set=("steps=41",))
+    assert cli.choose_settings(options).steps == 41
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/figures/*.nc")), ids=lambda path: path.stem)
+def test_committed_figures_are_what_their_command_makes_today(path):
+    """`scripts/readme_figures.sh` has the default sizes."""
+    options = cli.Reproduce(path.stem)
+    with xarray.open_dataset(path) as data:
+        assert data.attrs["configuration"] == describe(options, catalogue.settings_of(path.stem))
+
+
+def test_the_notebooks_show_every_figure():
+    shown = {
+        name
+        for path in sorted(ROOT.glob("notebooks/0[45]*.ipynb"))
+        for name in re.findall(r'(?:show|plot_experiment)\(\\"([\w-]+)\\"', path.read_text(encoding="utf-8"))
+    }
+    assert shown == set(catalogue.FIGURES)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lazyjax._plot_axes import BLACK, BLUE, FONT, ORANGE, draw_legend, only_positive
+from lazyjax._plot_student import note_stopped
 
 LABELS = {
     "displacement_norm": r"$\sup_t |w-w_0|$",
@@ -36,6 +37,7 @@ def draw_rates(axes: Sequence[Any], data: Any) -> None:
         ax.set_ylabel(label, fontsize=FONT + 1)
         draw_legend(ax, columns=3)
     axes[-1].set_xlabel(r"output scale $\alpha$", fontsize=FONT + 1)
+    note_stopped(axes[-1], data)
 
 
 def draw_sparse_regression(axes: Sequence[Any], data: Any, flow: Any, potential: Any) -> None:
@@ -58,6 +60,7 @@ def draw_sparse_regression(axes: Sequence[Any], data: Any, flow: Any, potential:
         ax.set_xscale("log")
         ax.set_ylim(bottom=0)
         draw_legend(ax)
+    note_stopped(lower, data)
 
 
 def draw_kappa_width(axes: Sequence[Any], data: Any) -> None:

@@ -22,13 +22,13 @@ def draw_student_scale(axes: Sequence[Any], data: Any) -> None:
         label = "tangent model" if color == BLUE else None
         ax.axhline(float(value), color=color, linestyle="--", linewidth=1, label=label, zorder=1)
     if "flow_risk" in data:
-        flows = 1e3 * data["flow_risk"].isel(flow_step=-1).mean("seed", skipna=True)
+        flows = 1e3 * data["flow_risk"].isel(flow_step=-1).mean("seed", skipna=False)
         ax.plot(data["lazy_tau"], flows, "x", color=BLACK, markersize=5, label="exact flow", zorder=4)
     ax.set_xscale("log")
     ax.set_xlabel(r"standard deviation $\tau$ of the start", fontsize=FONT + 1)
     ax.set_ylabel(r"population loss $\times\,10^3$", fontsize=FONT + 1)
     ax.set_ylim(bottom=0)
-    _note_stopped(ax, data)
+    note_stopped(ax, data)
     draw_legend(ax)
 
 
@@ -55,7 +55,7 @@ def draw_student_width(axes: Sequence[Any], data: Any) -> None:
     styles = {"1/sqrt(m)": (BLUE, "o", r"$\alpha=1/\sqrt{m}$"), "1/m": (ORANGE, "s", r"$\alpha=1/m$")}
     for scaling, (color, marker, label) in styles.items():
         draw_band(ax, data["width"], last.sel(scaling=scaling), color=color, marker=marker, label=label)
-    flows = data["flow_risk"].mean("seed", skipna=True)
+    flows = data["flow_risk"].mean("seed", skipna=False)
     ax.plot(data["width"], flows, "x", color=BLACK, markersize=5, label=r"exact flow, $1/\sqrt{m}$", zorder=4)
     ax.axhline(float(data["zero_risk"].mean()), color=BLACK, linestyle=":", linewidth=1, label="zero predictor")
     ax.set_xscale("log", base=2)
@@ -63,14 +63,19 @@ def draw_student_width(axes: Sequence[Any], data: Any) -> None:
     ax.set_ylabel("population loss", fontsize=FONT + 1)
     ax.set_yscale("symlog", linthresh=1)
     ax.set_ylim(bottom=0)
-    _note_stopped(ax, data)
+    note_stopped(ax, data)
     draw_legend(ax)
 
 
-def _note_stopped(ax: Any, data: Any) -> None:
-    stopped = int(data["failed"].sum()) if "failed" in data else 0
-    if stopped:
-        add_note(ax, f"{stopped} of {data['failed'].size} flows stopped early (see message in the data): descent alone")
+def note_stopped(ax: Any, data: Any) -> None:
+    """Say below the axis how many flows and descents did not finish; nothing is drawn of a mean that lacks some."""
+    parts = []
+    for name, text in (("failed", "flows stopped early: not drawn"), ("descent_failed", "descents diverged: left out")):
+        count = int(data[name].sum()) if name in data else 0
+        if count:
+            parts.append(f"{count} of {data[name].size} {text}")
+    if parts:
+        add_note(ax, "; ".join(parts))
 
 
 def draw_population(axes: Sequence[Any], data: Any, slow: Any) -> None:
@@ -79,6 +84,8 @@ def draw_population(axes: Sequence[Any], data: Any, slow: Any) -> None:
     series = (("risk", BLUE, "o", "SGD"), ("flow_risk", ORANGE, "s", "exact population flow"))
     for name, color, marker, label in series:
         values = data[name].isel(step=-1) / data["zero_risk"]
+        if name == "flow_risk":
+            values = values.where(~data["failed"].any("seed"))
         draw_band(ax, data["tau"], values, color=color, marker=marker, label=label)
     taus = np.asarray(data["tau"], np.float64)
     edges = np.sqrt(np.concatenate([[taus[0] ** 2], taus[1:] * taus[:-1], [taus[-1] ** 2]]))
@@ -92,4 +99,5 @@ def draw_population(axes: Sequence[Any], data: Any, slow: Any) -> None:
     ax.set_xlabel(r"standard deviation $\tau$ of the start", fontsize=FONT + 1)
     ax.set_ylabel("population loss /\nzero predictor's", fontsize=FONT + 1)
     ax.set_ylim(bottom=0)
+    note_stopped(ax, data)
     draw_legend(ax)

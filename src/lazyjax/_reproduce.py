@@ -18,6 +18,9 @@ from lazyjax.plot import encode, plot_experiment
 if TYPE_CHECKING:
     import xarray
 
+CONFIGURATION = "configuration.json"
+"""What the parts beside it belong to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
@@ -99,6 +102,7 @@ def choose_settings(options: Reproduce) -> Any:
         msg = f"--out {options.out} must be a folder, but is a file; choose another folder with --out."
         raise ValueError(msg)
     _check_file(options, settings)
+    _check_kept(options, settings)
     return settings
 
 
@@ -137,11 +141,25 @@ def _check_file(options: Reproduce, settings: Any) -> None:
         raise ValueError(msg)
 
 
+def _check_kept(options: Reproduce, settings: Any) -> None:
+    """Refuse the finished parts of an interrupted run of another configuration: they would be deleted at the end."""
+    path = options.kept / CONFIGURATION
+    parts = options.kept.is_dir() and any(entry != path for entry in options.kept.iterdir())
+    if parts and (not path.exists() or path.read_text(encoding="utf-8") != describe(options, settings)):
+        msg = (
+            f"{options.kept} holds the parts of an interrupted run of another configuration, nothing was changed; "
+            "finish that one, choose another folder with --out, or delete this one."
+        )
+        raise ValueError(msg)
+
+
 def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
     """Run the experiment, going on from what an interrupted run has kept."""
     figure = catalogue.find(options.figure)
     data = _of_twin(options, settings, figure.twin)
     if data is None:
+        options.kept.mkdir(parents=True, exist_ok=True)
+        (options.kept / CONFIGURATION).write_text(describe(options, settings), encoding="utf-8")
         more = {"data_dir": options.data_dir} if figure.images else {}
         data = figure.run(settings, seed=options.seed, folder=options.kept, progress=True, **more)
     return data.assign_attrs(

@@ -5,8 +5,10 @@ measured on the way. As there, the state is the displacement $v = w - w_0$: in f
 rounding of its weights a step, and would stand still.
 """
 
+import functools
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,9 @@ import optax
 from jaxtyping import Array, Int
 
 from lazyjax._types import Params
+
+if TYPE_CHECKING:
+    import xarray
 
 
 def descend(
@@ -76,3 +81,25 @@ def even_frames(steps: int, frames: int) -> Int[np.ndarray, " frames"]:
 def log_frames(steps: int, frames: int) -> Int[np.ndarray, " frames"]:
     """0 and at most `frames` more numbers of steps, equally spaced on a logarithmic scale up to `steps`."""
     return np.unique(np.concatenate([[0], np.round(np.geomspace(1, steps, frames)).astype(int)]))
+
+
+def mark_lanes(found: "xarray.Dataset", axis: str) -> "xarray.Dataset":
+    """Descents of a sweep whose lanes are whole columns along an axis, marked one by one.
+
+    A sweep marks all of a column when a number in it is not finite. Here "descent_failed" says which descents those
+    are; their numbers are NaN, those of their neighbours are as computed.
+    """
+    kept = found.drop_vars([name for name in found if f"{name}_failed" in found] + ["failed", "message"])
+    kept = kept.rename({name: str(name).removesuffix("_failed") for name in kept if str(name).endswith("_failed")})
+    whole = {name: values.fillna(found[name]) if name in found else values for name, values in kept.items()}
+    own = {*found["failed"].dims, axis}
+    columns = [name for name, values in whole.items() if axis in values.dims and values.dtype.kind == "f"]
+    failed = functools.reduce(operator.or_, (_broken(whole[name], own) for name in columns))
+    return kept.assign({name: whole[name].where(~failed) if name in columns else whole[name] for name in whole}).assign(
+        descent_failed=failed
+    )
+
+
+def _broken(values: "xarray.DataArray", own: set[Any]) -> "xarray.DataArray":
+    # NaN and infinite ones alike become NaN.
+    return (values * 0).sum([dim for dim in values.dims if dim not in own], skipna=False).isnull()

@@ -1,10 +1,13 @@
 """What all figures have in common: what a figure is, a number beside its reference, checks of settings, records."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     import xarray
@@ -69,12 +72,20 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def same_settings(data: "xarray.Dataset", reference: Any, *free: str) -> bool:
+    """Whether a recorded dataset has the settings of a reference, but for those that are free to differ."""
+    chosen = {name: plain(value) for name, value in dataclasses.asdict(reference).items() if name not in free}
+    return all(np.array_equal(data.attrs[f"setting_{name}"], value) for name, value in chosen.items())
+
+
 def check_counts(settings: Any, **least: int) -> None:
-    """Refuse settings that are not whole numbers of at least so much."""
+    """Refuse settings that are not whole numbers of at least so much, or tuples of them."""
     for name, low in least.items():
         value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            msg = f"{name} must be a whole number of at least {low}, got {value!r}."
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(v, bool) or not isinstance(v, int) or v < low for v in values):
+            what = "whole numbers" if isinstance(value, tuple) else "a whole number"
+            msg = f"{name} must be {what} of at least {low}, got {value!r}."
             raise ValueError(msg)
 
 
@@ -88,6 +99,21 @@ def check_positive(settings: Any, *names: str) -> None:
             what = "different positive finite numbers" if isinstance(value, tuple) else "a positive finite number"
             msg = f"{name} must be {what}, got {value!r}."
             raise ValueError(msg)
+
+
+def check_rising(settings: Any, name: str) -> None:
+    """Refuse a tuple of numbers that do not rise."""
+    values = getattr(settings, name)
+    if any(a >= b for a, b in itertools.pairwise(values)):
+        msg = f"{name} must rise, got {values}."
+        raise ValueError(msg)
+
+
+def check_dtype(settings: Any) -> None:
+    """Refuse a dtype that is neither single nor double precision."""
+    if settings.dtype not in ("float32", "float64"):
+        msg = f'dtype must be "float32" or "float64", got {settings.dtype!r}.'
+        raise ValueError(msg)
 
 
 def check_variant(settings: Any) -> None:

@@ -62,7 +62,8 @@ def _start(key: PRNGKeyArray, d: int, width: int, *, symmetric: bool, law: str) 
     half = width // 2 if symmetric else width
     a, b = jnp.abs(start["a"][:half]), start["b"]
     if law == "unit":
-        a = jr.uniform(jr.fold_in(key, 1), a.shape, a.dtype)
+        # Not folded with 0 or 1: those are the keys that `init_two_layer` splits off, and a would follow b.
+        a = jr.uniform(jr.fold_in(key, 2), a.shape, a.dtype)
         b = b / jnp.linalg.norm(b, axis=1, keepdims=True)
     return {"a": jnp.concatenate([a, -a]) if symmetric else a, "b": b}
 

@@ -76,11 +76,10 @@ def settings_of(name: str, size: str = "default", changes: Mapping[str, Any] | N
         msg = f"size must be one of {', '.join(figure.presets)} for {name}, got {size!r}."
         raise ValueError(msg)
     preset = figure.presets[size]
-    chosen = {}
+    chosen, names = {}, [field.name for field in dataclasses.fields(preset)]
     for key, value in (changes or {}).items():
-        if not hasattr(preset, key):
-            near = [field.name for field in dataclasses.fields(preset)]
-            msg = f"{name} has no setting {key!r}; it has {', '.join(near)}."
+        if key not in names:
+            msg = f"{name} has no setting {key!r}; it has {', '.join(names)}."
             raise ValueError(msg)
         chosen[key] = _as_like(key, value, getattr(preset, key))
     return dataclasses.replace(preset, **chosen)

@@ -56,6 +56,7 @@ class Settings:
 
     def __post_init__(self):
         check_counts(self, d=1, n=1, seeds=1, starts=1, fit_from=1)
+        check_counts(self, widths=1)
         check_positive(self, "widths")
         if sum(width >= self.fit_from for width in self.widths) < 2:
             msg = f"widths must hold at least two from fit_from={self.fit_from} on, for a slope, got {self.widths}."
@@ -131,7 +132,9 @@ def slope_of(data: "xarray.Dataset", power: float) -> float:
 def numbers(data: "xarray.Dataset") -> list[Number]:
     """Powers of m beside those of an independent run."""
     rows = [
-        Number(f"power of m in E kappa, alpha(m) = {name}", slope_of(data, power), REFERENCE[name])
+        Number(
+            f"power of m in E kappa, alpha(m) = {name}", slope_of(data, power), REFERENCE[name], "there m = 10 to 3000"
+        )
         for name, power in POWERS.items()
     ]
     return [*rows, Number("nets that failed", float(data["failed"].sum()))]

@@ -20,7 +20,7 @@ from lazyjax._types import Model, Params
 from lazyjax.correction import lazy_correction
 from lazyjax.criterion import compare
 from lazyjax.data import draw_teacher, sphere
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, record
+from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, check_rising, record
 from lazyjax.experiments._student import check_double
 from lazyjax.loss import square_loss
 from lazyjax.maps import OnData, center, symmetrize
@@ -64,6 +64,7 @@ class Settings:
         check_counts(self, d=1, n=1, width=2, times=2)
         check_positive(self, "alphas", "horizon", "fit_from")
         check_even(self, "width")
+        check_rising(self, "alphas")
         if sum(alpha >= self.fit_from for alpha in self.alphas) < 2:
             msg = f"alphas must hold at least two from fit_from={self.fit_from} on, for a slope, got {self.alphas}."
             raise ValueError(msg)

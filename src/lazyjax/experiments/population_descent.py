@@ -24,8 +24,18 @@ from jaxtyping import Array
 
 from lazyjax._types import Params
 from lazyjax.data import sphere
-from lazyjax.experiments._descent import descend, even_frames
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, record
+from lazyjax.experiments._descent import descend, even_frames, mark_lanes
+from lazyjax.experiments._figure import (
+    Figure,
+    Number,
+    check_counts,
+    check_dtype,
+    check_even,
+    check_positive,
+    check_rising,
+    record,
+    same_settings,
+)
 from lazyjax.experiments._student import check_double, draw, risk_at
 from lazyjax.flow import gradient_flow
 from lazyjax.loss import square_loss
@@ -47,7 +57,7 @@ class Settings:
     Attributes:
         d: Dimension of the inputs.
         width: m; even, for the start is mirrored.
-        taus: Standard deviations of the start, twice the code's.
+        taus: Standard deviations of the start, rising, twice the code's.
         seeds: Experiments, each with its own teacher and start.
         steps: Steps of SGD.
         batch: Samples a step.
@@ -82,6 +92,8 @@ class Settings:
         check_counts(self, d=1, width=2, seeds=1, steps=1, batch=1, frames=5, flow_steps=1)
         check_positive(self, "taus", "step", "largest_step", "slow")
         check_even(self, "width")
+        check_rising(self, "taus")
+        check_dtype(self)
         if not 0 <= self.layer_factor < np.inf:
             msg = f"layer_factor must be a finite number >= 0 (0 for d, the code's), got {self.layer_factor}."
             raise ValueError(msg)
@@ -131,7 +143,7 @@ def run_sgd(settings: Settings, seed: Array) -> dict[str, Array]:
         return {"risk": risk, "moved": optax.tree.norm(v) / optax.tree.norm(w0)}
 
     zero = 0.5 * population_inner(teacher, teacher)
-    return {**jax.vmap(lane)(jnp.asarray(settings.taus)), "zero_risk": zero}
+    return {**jax.vmap(lane)(jnp.asarray(settings.taus)), "zero_risk": zero, "teacher_sign": jnp.sign(teacher["a"])}
 
 
 def run_flow(settings: Settings, seed: Array, tau: Array) -> dict[str, Any]:
@@ -165,8 +177,9 @@ def run(
         progress: Show progress bars.
 
     Returns:
-        A dataset over seed, tau and step: "risk" (exact, of the SGD iterates), "flow_risk", "moved", "zero_risk";
-        "flow_steps", "failed" and "message" of flows, which are the gradient flow in the metric of the SGD's steps.
+        A dataset over seed, tau and step: "risk" (exact, of the SGD iterates), "flow_risk", "moved", "zero_risk",
+        "teacher_sign"; "flow_steps", "failed" and "message" of flows, which are the gradient flow in the metric of the
+        SGD's steps; "descent_failed": SGD diverged, and its numbers are NaN.
 
     Raises:
         ValueError: JAX's default dtype is not float64.
@@ -181,17 +194,23 @@ def run(
     seeds, taus = list(range(seed, seed + settings.seeds)), list(settings.taus)
     coords = {"step": even_frames(settings.steps, settings.frames)}
     options = {"settings": dataclasses.asdict(settings), "progress": progress, "chunk": 1}
-    dims = {"risk": ("tau", "step"), "moved": ("tau",)}
+    dims = {"risk": ("tau", "step"), "moved": ("tau",), "teacher_sign": ("teacher_unit",)}
     found = sweep(
         lambda seed: run_sgd(settings, seed), over={"seed": seeds}, dims=dims, coords=coords | {"tau": taus},
         folder=None if folder is None else folder / "sgd", **options,
-    ).rename(failed="descent_failed", message="descent_message")  # fmt: skip
+    )  # fmt: skip
     flows = sweep(
         lambda seed, tau: run_flow(settings, seed, tau), over={"seed": seeds, "tau": taus},
         dims={"flow_risk": ("step",)}, coords=coords, folder=None if folder is None else folder / "flow", **options,
     )  # fmt: skip
     variant = "the code's metric and steps" if settings.factor == settings.d else "another metric than the code's"
-    return record(xarray.merge([found, flows]), settings, seed, variant=variant, layer_factor_used=settings.factor)
+    return record(
+        xarray.merge([mark_lanes(found, "tau"), flows]),
+        settings,
+        seed,
+        variant=variant,
+        layer_factor_used=settings.factor,
+    )
 
 
 def unconverged(data: "xarray.Dataset") -> "xarray.DataArray":
@@ -203,32 +222,33 @@ def unconverged(data: "xarray.Dataset") -> "xarray.DataArray":
 
 def numbers(data: "xarray.Dataset") -> list[Number]:
     """Final losses over the zero predictor's beside the references, for every tau that has one."""
-    full = (data.attrs["setting_d"], data.attrs["setting_width"], data.attrs["layer_factor_used"]) == (100, 50, 100)
-    relative = {"SGD": "risk", "exact flow": "flow_risk"}
-    rows, slow = [], unconverged(data)
-    for engine, name in relative.items():
+    free = ("taus", "seeds", "steps", "frames", "slow", "flow_steps", "dtype", "layer_factor")
+    known = REFERENCE if same_settings(data, Settings(), *free) and data.attrs["layer_factor_used"] == 100 else {}
+    there = "" if data.attrs["setting_steps"] == 10_000 else "reference after 10000 steps"
+    rows, slow, near = [], unconverged(data), []
+    for engine, name in {"SGD": "risk", "exact flow": "flow_risk"}.items():
+        ratio = data[name].isel(step=-1) / data["zero_risk"]
         for tau in data["tau"].values:
-            value = float((data[name].isel(step=-1).sel(tau=tau) / data["zero_risk"]).mean("seed"))
-            known = [v for t, v in REFERENCE.items() if abs(np.log(tau / t)) < 0.01] if full else []
-            note = "still falling" if bool(slow.sel(tau=tau)) else ""
-            rows.append(Number(f"loss / zero predictor's, {engine}, tau = {tau:g}", value, *known[:1], note=note))
-        rows.append(_of_mixed_signs(data, engine, name, full=full))
+            near = [v for t, v in known.items() if abs(np.log(tau / t)) < 0.01]
+            notes = ["still falling"] * bool(slow.sel(tau=tau)) + [there] * bool(near and there)
+            value = float(ratio.sel(tau=tau).mean("seed"))
+            rows.append(
+                Number(f"loss / zero predictor's, {engine}, tau = {tau:g}", value, *near[:1], note=", ".join(notes))
+            )
+        label = f"the same at the largest tau, {engine}, teachers of mixed signs"
+        mixed = mixed_signs(data)
+        value = float(ratio.isel(tau=-1).where(mixed).mean("seed")) if mixed.any() else float("nan")
+        rows.append(Number(label, value, *near[:1], note=f"{int(mixed.sum())} of {mixed.size} seeds"))
     rows.append(Number("flows that stopped early (SGD stands alone)", float(data["failed"].sum())))
-    return rows
+    return [*rows, Number("descents that diverged (left out)", float(data["descent_failed"].sum()))]
 
 
-def _of_mixed_signs(data: "xarray.Dataset", engine: str, name: str, *, full: bool) -> Number:
-    """The plateau for teachers whose neurons do not all have one sign, as, by their ratios, both of the reference.
+def mixed_signs(data: "xarray.Dataset") -> "xarray.DataArray":
+    """Over seeds, whether the teacher's neurons have both signs, as, by their ratios, both of the reference.
 
-    The neurons of the others add up: their zero predictor loses about twice as much, and every ratio is half as large.
+    Those of one sign add up: their zero predictor loses about twice as much, and every ratio is half as large.
     """
-    last = data.isel(step=-1, tau=-1)
-    # (1/2d)(3/2 + the sum of s_i s_j/pi over pairs) for orthogonal neurons: the sum is 3 for equal signs, else -1.
-    mixed = last["zero_risk"] < 0.75 / data.attrs["setting_d"]
-    value = float((last[name] / last["zero_risk"]).where(mixed).mean("seed")) if mixed.any() else float("nan")
-    reference = REFERENCE[16.0] if full else None
-    label = f"the same at the largest tau, {engine}, teachers of mixed signs"
-    return Number(label, value, reference, f"{int(mixed.sum())} of {mixed.size} seeds")
+    return abs(data["teacher_sign"].sum("teacher_unit")) < data.sizes["teacher_unit"]
 
 
 FIGURE = Figure("population loss against the scale tau of the start, m = 50 units", PRESETS, run, numbers)

@@ -19,8 +19,16 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from lazyjax._types import Params
-from lazyjax.experiments._descent import descend, even_frames
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
+from lazyjax.experiments._descent import descend, even_frames, mark_lanes
+from lazyjax.experiments._figure import (
+    Figure,
+    Number,
+    check_counts,
+    check_dtype,
+    check_positive,
+    record,
+    same_settings,
+)
 from lazyjax.experiments._student import Problem, check_double, draw, risk_at
 from lazyjax.flow import gradient_flow
 from lazyjax.loss import square_loss
@@ -81,7 +89,9 @@ class Settings:
 
     def __post_init__(self):
         check_counts(self, d=1, n=1, seeds=1, steps=1, frames=2, flow_steps=1)
+        check_counts(self, widths=1)
         check_positive(self, "widths", "step_root", "step_mean", "teacher_scale")
+        check_dtype(self)
 
 
 PRESETS = {
@@ -142,7 +152,8 @@ def run(
 
     Returns:
         A dataset over width, seed, scaling and step: "risk", "train_loss", "moved", "zero_risk" (of the zero
-        predictor); over width and seed: "flow_risk", "flow_steps", "failed" and "message" of flows.
+        predictor); over width and seed: "flow_risk", "flow_steps", "failed" and "message" of flows. "descent_failed"
+        over width, seed and scaling: it diverged, and its numbers are NaN.
 
     Raises:
         ValueError: JAX's default dtype is not float64.
@@ -184,7 +195,7 @@ def _run_descents(
         descents, over={"seed": seeds}, dims=dims | {"zero_risk": ("scaling",)}, coords=coords, chunk=1,
         folder=folder, settings={**dataclasses.asdict(settings), "width": width}, progress=progress,
     )  # fmt: skip
-    return found.rename(failed="descent_failed", message="descent_message")
+    return mark_lanes(found, "scaling")
 
 
 def _run_flows(
@@ -203,7 +214,7 @@ ENGINES = {"descent": (_run_descents, 2), "flow": (_run_flows, 1)}
 def numbers(data: "xarray.Dataset") -> list[Number]:
     """Mean losses at the end beside the references, for every width that has one."""
     rows = []
-    full = data.attrs["setting_d"] == 100 and data.attrs["setting_n"] == 1000
+    full = same_settings(data, Settings(), "widths", "seeds", "steps", "frames", "flow_steps", "dtype")
     steps = data.attrs["setting_steps"]
     last = data["risk"].isel(step=-1)
     for scaling, known in REFERENCE.items():
@@ -221,7 +232,7 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
     gap = abs(data["flow_risk"] - last.sel(scaling="1/sqrt(m)")) / data["zero_risk"]
     rows.append(Number("largest gap of flow and descent over the zero predictor's loss", float(gap.max())))
     rows.append(Number("flows that stopped early (gradient descent stands alone)", float(data["failed"].sum())))
-    rows.append(Number("seeds of which a descent diverged", float(data["descent_failed"].sum())))
+    rows.append(Number("descents that diverged (left out)", float(data["descent_failed"].sum())))
     return rows
 
 

@@ -19,7 +19,16 @@ from jaxtyping import Array
 
 from lazyjax._types import Params
 from lazyjax.experiments._descent import descend, log_frames
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, check_variant, record
+from lazyjax.experiments._figure import (
+    Figure,
+    Number,
+    check_counts,
+    check_even,
+    check_positive,
+    check_variant,
+    record,
+    same_settings,
+)
 from lazyjax.experiments._student import check_double, draw, risk_at
 from lazyjax.flow import gradient_flow
 from lazyjax.loss import square_loss
@@ -71,7 +80,7 @@ class Settings:
 def presets(reference: Settings) -> dict[str, Settings]:
     """A figure's settings by size: fewer steps of fewer units, or as many steps as the paper's code takes."""
     small = dataclasses.replace(
-        reference, n=min(reference.n, 15), width=min(reference.width, 20), steps=2000, frames=40, flow_steps=512
+        reference, n=min(reference.n, 60), width=min(reference.width, 60), steps=2000, frames=40, flow_steps=512
     )
     return {"small": small, "default": reference, "paper": dataclasses.replace(reference, steps=100_000)}
 
@@ -124,7 +133,7 @@ def run(
         "flow_message": why the flow stopped, empty where it did not.
 
     Raises:
-        ValueError: JAX's default dtype is not float64.
+        ValueError: JAX's default dtype is not float64; gradient descent diverged.
 
     Source:
         Chizat, Oyallon, Bach (2019), Figures 1(a), 1(b) and 6, whose captions in the poster are swapped.
@@ -136,6 +145,9 @@ def run(
     settings = Settings() if settings is None else settings
     found = jax.device_get(follow(settings, jnp.asarray(seed)))
     result = found.pop("result")
+    if not np.isfinite(found["risk"][-1]):
+        msg = f"gradient descent diverged: step={settings.step} is too long at tau={settings.tau}; take a shorter one."
+        raise ValueError(msg)
     dims = {"unit": ("step", "j", "coordinate"), "sign": ("step", "j"), "teacher": ("teacher_unit", "part")}
     dims |= {"flow_unit": dims["unit"], "initial_output": ()}
     data = {name: (dims.get(name, ("step",)), values) for name, values in found.items()}
@@ -150,18 +162,18 @@ def run(
     )
 
 
-def numbers(data: "xarray.Dataset", reference: dict[str, float]) -> list[Number]:
-    """Where training ends, beside a reference of the same settings but other random draws."""
+def numbers(data: "xarray.Dataset", of: Settings, reference: dict[str, float]) -> list[Number]:
+    """Where training ends, beside a reference of the settings `of` but other random draws, if these are the run's."""
     last = data.isel(step=-1)
+    reference = reference if same_settings(data, of, "frames", "flow_steps") else {}
     values = {
         "moved": ("|w - w0| / |w0|", float(last["moved"])),
         "risk": ("population loss", float(last["risk"])),
         "train_loss": ("training loss", float(last["train_loss"])),
         "initial_output": ("root mean square output at the start", float(data["initial_output"])),
     }
-    note = "one other draw" if reference else ""
     rows = [
-        Number(label, value, reference.get(name), note if name in reference else "")
+        Number(label, value, reference.get(name), "one other draw" if name in reference else "")
         for name, (label, value) in values.items()
     ]
     if data.attrs["flow_message"]:
@@ -182,7 +194,7 @@ def numbers(data: "xarray.Dataset", reference: dict[str, float]) -> list[Number]
 
 
 def _figure(title: str, settings: Settings, **reference: float) -> Figure:
-    return Figure(title, presets(settings), run, functools.partial(numbers, reference=reference))
+    return Figure(title, presets(settings), run, functools.partial(numbers, of=settings, reference=reference))
 
 
 LAZY = Settings(tau=2.0, step=0.002)
