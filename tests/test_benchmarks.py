@@ -96,7 +96,8 @@ def test_the_numbers_of_the_readme_are_those_of_the_records():
 def test_contenders_of_figure_1c_take_the_same_steps():
     found = fig1c.measure(taus=3, steps=2, repeats=1)
     assert {"ours", "numpy"} <= set(found["rows"])
-    assert all(row["error"] < 1e-6 for row in found["rows"].values())
+    # Weights in float32 lose what a lazy net moves in two steps, their displacement keeps it.
+    assert found["rows"]["ours"]["error"] < 1e-3 < 1e-2 < found["rows"]["numpy"]["error"] < 1
     assert found["ratios"]["ours"] == 1
     minutes = found["paper_size_minutes"]["ours"]
     assert minutes == pytest.approx(found["rows"]["ours"]["run_s"] * 33 * 10 * 10_000 / 6 / 60)

@@ -122,6 +122,16 @@ def test_committed_figures_are_what_their_command_makes_today(path):
         assert data.attrs["configuration"] == describe(options, catalogue.settings_of(path.stem))
 
 
+def test_the_accuracies_of_the_readme_are_those_of_its_figure():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    with xarray.open_dataset(ROOT / "docs/figures/fig3a.nc") as data:
+        last = 100 * data["test_accuracy"].isel(epoch=-1)
+        mean, spread = last.mean("seed"), last.std("seed", ddof=1)
+        for alpha, name in ((1.0, "1"), (float("inf"), "∞")):
+            one = f"{float(mean.sel(alpha=alpha)):.1f} ± {float(spread.sel(alpha=alpha)):.1f} % at α = {name}"
+            assert one in text
+
+
 def test_the_notebooks_show_every_figure():
     shown = {
         name
