@@ -121,7 +121,7 @@ def check_proportional(optimiser: optax.GradientTransformation, coordinates: Par
     """
     with jax.ensure_compile_time_eval():  # values, even inside a user's jit
         # Never in half precision, which the small and large gradients are beyond.
-        params = jtu.tree_map(lambda w: jnp.ones(w.shape, jnp.promote_types(w.dtype, jnp.float32)), coordinates)
+        params = jtu.tree_map(lambda w: jnp.ones(w.shape, max(w.dtype, jnp.float32, key=_bits)), coordinates)
         factors = (0.0, 1 / REACH, 1.0, REACH)
         gradients = [jtu.tree_map(lambda w, factor=factor: jnp.full_like(w, factor), params) for factor in factors]
         states = [optimiser.init(params) for _ in factors]
@@ -138,6 +138,10 @@ def check_proportional(optimiser: optax.GradientTransformation, coordinates: Par
                 raise ValueError(msg)
             if float(tree_norm(once)) > 0:
                 return
+
+
+def _bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits
 
 
 def _near(updates: Params, once: Params, factor: float) -> bool:
