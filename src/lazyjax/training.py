@@ -1,5 +1,6 @@
 r"""Minibatch training at any scale alpha, of deep networks too, in the displacement coordinates of the flows."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,15 @@ def train(
             the paper did. It costs less, is right while alpha times the rounding of f and of w is small, and shows
             what is lost beyond.
         stacked: Whether every floating array of w0 has a first axis (lanes,): a start a lane.
-        chunk: Lanes in one compiled program side by side; None for as many as fit `memory`.
+        chunk: Lanes in one compiled program side by side; None for as many as fit `memory`, or as a checkpoint in
+            `folder` has.
         memory: Bytes that lanes side by side may take, the data apart; None: on an accelerator most of what is free,
             on a CPU one lane at a time, which is no slower there.
         folder: Where to keep a checkpoint of the last finished epoch (by orbax): the same call continues after it,
             also with more epochs, to the same bits as without an interruption. Another training there is refused.
         progress: Show a progress bar, one tick an epoch.
-        throw: Raise after the epoch in which a lane diverged. False: go on with the other lanes; the measures of the
-            diverged one are NaN from there, its `result` says so.
+        throw: Raise after the epoch in which a lane diverged. False: go on with the other lanes; all measures of the
+            diverged one are NaN from that epoch on, its `result` says so.
 
     Returns:
         `Training`.
@@ -155,13 +157,15 @@ def train(
         difference=difference,
         stacked=stacked,
     )
-    parts = split(prepared, chunk, memory)
-    run = begin_run(prepared, parts)
-    if folder is None:
-        run = run_epochs(prepared, parts, run, int(epochs), None, progress=progress, throw=throw)
-    else:
-        with Checkpoints(folder, configuration(prepared, parts, run, loss)) as kept:
-            run = run_epochs(prepared, parts, run, int(epochs), kept, progress=progress, throw=throw)
+    with contextlib.nullcontext() if folder is None else Checkpoints(folder) as kept:
+        if chunk is None and kept is not None:
+            # As many as before, whatever is free now: in other groups the bits are others.
+            chunk = kept.there().get("chunk")
+        parts = split(prepared, chunk, memory)
+        run = begin_run(prepared, parts)
+        if kept is not None:
+            kept.claim(configuration(prepared, parts, run, loss))
+        run = run_epochs(prepared, parts, run, int(epochs), kept, progress=progress, throw=throw)
     return _finish(prepared, parts, run)
 
 

@@ -117,8 +117,8 @@ def run_network(
         part = {
             name: getattr(training, name) for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
         }
-        part["stability"] = _deep.stability(f, w0, lanes, data.x_test)[0]
         part["failed"] = training.result != RESULTS.successful
+        part["stability"] = jnp.where(part["failed"], jnp.nan, _deep.stability(f, w0, lanes, data.x_test)[0])
         parts.append(jax.tree.map(np.asarray, part))
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
@@ -143,7 +143,7 @@ def run(
     Returns:
         A dataset over network, seed, regime ("standard", "linearized") and epoch: "train_loss", "train_accuracy" (over
         the batches of the epoch, before their steps), "test_loss", "test_accuracy"; without epoch: "stability" (of
-        activations on the test images), "failed" (it diverged).
+        activations on the test images), "failed" (it diverged: what was measured is NaN).
 
     Raises:
         ValueError, FileNotFoundError: no such data, see `lazyjax.images.load_images`.
