@@ -264,6 +264,7 @@ def test_wide_networks_in_both_regimes():
     there = {row.label: row.reference for row in deep_wide.numbers(poster)}
     assert there["vgg11 standard: train accuracy %"] == 99.9
     assert there["vgg11 linearized: test accuracy %"] == 61.7
+    assert there["best linearized: test accuracy %, beside random features"] == 84.2
     figures = [plot.plot_experiment("fig3b", part) for part in (data, poster)]
     assert len(figures[0].axes[0].lines) < len(figures[1].axes[0].lines)
 
