@@ -14,13 +14,14 @@ from jaxtyping import Array, Float
 
 from lazyjax._check import check_inputs, split_params
 from lazyjax._checkpoint import Checkpoints
-from lazyjax._train_checks import Prepared, prepare
+from lazyjax._train_checks import Prepared, check_difference, prepare
 from lazyjax._train_chunks import count_lanes, pick
 from lazyjax._train_run import Run, begin_run, configuration, run_epochs, split
 from lazyjax._train_step import Course, Lane, State, batch_rows, displacement_of, over_lanes, params_of
 from lazyjax._types import Model, Params
 from lazyjax.difference import finite_jvp
 from lazyjax.loss import Loss
+from lazyjax.maps import Centered
 from lazyjax.result import RESULTS, as_result
 
 
@@ -108,7 +109,8 @@ def train(
         difference: "finite", or "plain": train w itself, with $\alpha(f(w, x_B) - f(w_0, x_B))$ subtracted plainly as
             the paper did. It costs less, is right while alpha times the rounding of f and of w is small, and shows
             what is lost beyond.
-        stacked: Whether every floating array of w0 has a first axis (lanes,): a start a lane.
+        stacked: Whether every floating array of w0 has a first axis (lanes,): a start a lane. Its other arrays are
+            shared by all lanes.
         chunk: Lanes in one compiled program side by side; None for as many as fit `memory`, or as a checkpoint in
             `folder` has.
         memory: Bytes that lanes side by side may take, the data apart; None: on an accelerator most of what is free,
@@ -169,8 +171,10 @@ def train(
     return _finish(prepared, parts, run)
 
 
-def trained_outputs(f: Model, w0: Params, training: Training, x: Any, *, batch_size: Any = 128) -> Array:
-    r"""$\alpha h(w) = \alpha[f(w, x) - f(w_0, x)]$ after a training, on any inputs, from its displacement.
+def trained_outputs(
+    f: Model, w0: Params, training: Training, x: Any, *, batch_size: Any = 128, difference: str = "finite"
+) -> Array:
+    r"""$\alpha h(w) = \alpha[f(w, x) - f(w_0, x)]$ after a training, on any inputs.
 
     Args:
         f: The model that was trained.
@@ -178,12 +182,14 @@ def trained_outputs(f: Model, w0: Params, training: Training, x: Any, *, batch_s
         training: From `train`.
         x: Inputs, samples first.
         batch_size: So many at a time.
+        difference: "finite": from the displacement, with its digits at every alpha. "plain": subtracted plainly at
+            the final w, as a training with `difference="plain"` measures them, whatever primitives f has.
 
     Returns:
         (lanes?, n) or (lanes?, n, k).
 
     Raises:
-        ValueError, TypeError: inputs unfit for f; a bad batch size.
+        ValueError, TypeError: inputs unfit for f; a bad batch size or difference; a primitive without a rule.
 
     Source:
         Chizat, Oyallon, Bach (2019), section 3.2.
@@ -201,16 +207,19 @@ def trained_outputs(f: Model, w0: Params, training: Training, x: Any, *, batch_s
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         msg = f"batch_size must be a whole number of at least 1, got {batch_size!r}."
         raise ValueError(msg)
+    check_difference(difference, training.alpha)
     coordinates, rest = split_params(w0)
     starts = _starts(coordinates, training)
     x, _ = check_inputs(f, eqx.combine(starts[0], rest), x, "x")
+    # By the plain difference w itself was trained, and by the other one u.
+    end = eqx.filter(training.params, eqx.is_inexact_array) if difference == "plain" else training.displacement
     found = []
     for lane, start in enumerate(starts):
-        alpha, u = (training.alpha, training.displacement)
+        alpha, position = (training.alpha, end)
         if training.alpha.ndim:
-            alpha, u = jtu.tree_map(lambda leaf, lane=lane: leaf[lane], (alpha, u))
-        firsts = range(0, x.shape[0], int(batch_size))
-        parts = [_outputs(f, eqx.combine(start, rest), u, alpha, x, jnp.asarray(i), int(batch_size)) for i in firsts]
+            alpha, position = jtu.tree_map(lambda leaf, lane=lane: leaf[lane], (alpha, position))
+        given = (f, eqx.combine(start, rest), position, alpha, x, int(batch_size), difference == "plain")
+        parts = [_outputs(*given, jnp.asarray(first)) for first in range(0, x.shape[0], int(batch_size))]
         found.append(jnp.concatenate(parts)[: x.shape[0]])
     return jnp.stack(found) if training.alpha.ndim else found[0]
 
@@ -228,10 +237,15 @@ def _starts(coordinates: Params, training: Training) -> list[Params]:
 
 
 @eqx.filter_jit
-def _outputs(f: Model, w0: Params, u: Params, alpha: Array, x: Array, first: Array, batch_size: int) -> Array:
+def _outputs(
+    f: Model, w0: Params, position: Params, alpha: Array, x: Array, batch_size: int, plain: bool, first: Array
+) -> Array:
     """On a batch of x."""
     some = x[batch_rows(first, batch_size, x.shape[0])]
-    return finite_jvp(lambda w: f(w, some), w0, u, 1 / alpha)
+    if plain:
+        out = Centered(f, w0)(eqx.combine(position, w0), some)
+        return alpha.astype(out.dtype) * out
+    return finite_jvp(lambda w: f(w, some), w0, position, 1 / alpha)
 
 
 def _check_run(epochs: Any, chunk: Any, memory: Any) -> None:
