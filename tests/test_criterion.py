@@ -3,6 +3,7 @@
 import functools
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,7 +13,7 @@ import pytest
 
 import lazyjax as lj
 from helpers import centred_problem, linear_problem, relative_error
-from lazyjax.criterion import activation_stability, measure_kernel_drift
+from lazyjax.criterion import activation_stability, compare_flows, measure_kernel_drift
 
 TIMES = jnp.array([0.0, 0.5, 2.0])
 CENTRED = centred_problem(jr.key(2))
@@ -66,6 +67,12 @@ def test_a_linear_model_has_no_gap_and_no_drift():
     assert float(both.output_gap.max()) < 1e-14
     assert float(both.kernel_drift.max()) == 0.0
     assert float(both.displacement_norm[-1]) > 0.1
+    # A flow that diverged has no gap either: it has none that is known, and not one of zero.
+    diverged = jtu.tree_map(lambda leaf: leaf.at[-1].set(jnp.nan), (both.flow.outputs, both.flow.displacement))
+    flow = eqx.tree_at(lambda flow: (flow.outputs, flow.displacement), both.flow, diverged)
+    spoilt = compare_flows(flow, both.tangent_flow, problem.loss)
+    for name in ("output_gap", "param_gap", "displacement_norm"):
+        assert np.isnan(getattr(spoilt, name)).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1e7, 1e12])

@@ -153,6 +153,24 @@ def test_numbers_and_drawings_of_one_run(scale, tmp_path):
             assert first == second
 
 
+def test_nothing_is_measured_of_a_training_that_diverged(scale, settings):
+    """One image beyond all bounds in the last batch of the file; an answer of NaN is class 0, and right by chance."""
+    data = _deep.load(settings, None)
+    data = data._replace(x=data.x.at[-1].set(1e30))
+    optimiser = _deep.sgd(settings, settings.step, data.x.shape[0])
+    measured = deep_scale.run_seed(settings, data, optimiser, 3, None, progress=False)
+    assert measured.pop("failed").all()
+    assert len(measured) == 5
+    assert all(np.isnan(values).all() for values in measured.values()), measured
+    # Numbers and drawings are those of the seeds that are left.
+    spoilt = scale.drop_vars("failed").where(scale["seed"] == 3).assign(failed=scale["failed"] | (scale["seed"] == 4))
+    alone = deep_scale.accuracy_numbers(scale.sel(seed=[3]))
+    for row, other in zip(deep_scale.accuracy_numbers(spoilt), alone, strict=True):
+        if "diverged" not in row.label and "plateau" not in row.label:
+            assert row.value == pytest.approx(other.value)
+    assert plot.plot_experiment("fig3a", spoilt).axes
+
+
 def test_the_plateau_begins_where_all_later_means_agree():
     accuracy = np.array([[0.8, 0.6, 0.51, 0.5, 0.5], [0.82, 0.61, 0.5, 0.51, 0.5]])
     data = xarray.Dataset(
@@ -246,6 +264,7 @@ def test_wide_networks_in_both_regimes():
     there = {row.label: row.reference for row in deep_wide.numbers(poster)}
     assert there["vgg11 standard: train accuracy %"] == 99.9
     assert there["vgg11 linearized: test accuracy %"] == 61.7
+    assert there["best linearized: test accuracy %, beside random features"] == 84.2
     figures = [plot.plot_experiment("fig3b", part) for part in (data, poster)]
     assert len(figures[0].axes[0].lines) < len(figures[1].axes[0].lines)
 

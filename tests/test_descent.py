@@ -14,6 +14,7 @@ import pytest
 
 import lazyjax as lj
 from helpers import centred_problem, relative_error
+from lazyjax.descent import check_proportional
 
 CENTRED = centred_problem(jr.key(2))
 SINGLE = centred_problem(jr.key(2), dtype=jnp.float32)
@@ -99,6 +100,33 @@ def test_any_optax_optimiser_descends_and_is_refused_at_infinity_without_a_limit
     assert float(run.losses[-1]) < 0.5 * float(run.losses[0])
     with pytest.raises(ValueError, match="updates are proportional to the gradients"):
         descend(optimiser=optimiser, alpha=jnp.inf)
+
+
+@pytest.mark.standard_promotion  # optax mixes dtypes inside adam
+@pytest.mark.parametrize(
+    ("optimiser", "limit"),
+    [
+        (SGD, True),
+        (MOMENTUM, True),
+        (optax.sgd(0.05, momentum=0.9, nesterov=True), True),
+        (optax.sgd(optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 50), momentum=0.9), True),
+        (optax.MultiSteps(SGD, 4).gradient_transformation(), True),
+        # What a decay of 5e-4, a warm-up from zero and a wide clipping hide from a look at one gradient and its double.
+        (optax.chain(optax.add_decayed_weights(5e-4), MOMENTUM), False),
+        (optax.adam(optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 50)), False),
+        (optax.chain(optax.clip(10.0), SGD), False),
+    ],
+    ids=["sgd", "momentum", "nesterov", "warm-up", "gathered", "decay", "warm adam", "clip"],
+)
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float16])
+def test_proportional_updates_are_told_from_others(optimiser, limit, dtype):
+    """At zero parameters too, where a weight decay has nothing to pull at."""
+    coordinates = {"a": jnp.zeros(3, dtype), "b": jnp.full((2, 2), 1e-3, dtype)}
+    if limit:
+        check_proportional(optimiser, coordinates)
+        return
+    with pytest.raises(ValueError, match="updates are proportional to the gradients"):
+        check_proportional(optimiser, coordinates)
 
 
 def test_alphas_of_a_vmap_are_single_descents():

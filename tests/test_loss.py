@@ -58,6 +58,7 @@ def test_the_norm_has_a_zero_gradient_at_zero_and_its_own_elsewhere(mean):
     np.testing.assert_array_equal(jax.grad(loss.norm)(zero), zero)
     np.testing.assert_array_equal(jax.jacfwd(loss.norm)(zero), zero)
     assert loss.norm(zero) == 0
+    assert jnp.isnan(loss.norm(y.at[0].set(jnp.nan)))
     np.testing.assert_allclose(loss.norm(y), np.sqrt(loss.weight) * np.linalg.norm(y), rtol=1e-15)
     np.testing.assert_allclose(jax.grad(loss.norm)(y), np.sqrt(loss.weight) * y / np.linalg.norm(y), rtol=1e-14)
 

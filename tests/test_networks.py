@@ -277,10 +277,15 @@ def test_bad_inits_are_refused(options, match):
 
 @pytest.mark.parametrize(
     ("name", "match"),
-    [("vgg16", "did you mean vgg11"), ("ResNet-18", "did you mean resnet18"), ("lenet", "choose one of these|did you")],
+    [
+        ("vgg16", "did you mean vgg11"),
+        ("ResNet-18", "did you mean resnet18"),
+        ("lenet", "did you mean resnet18"),
+        ("transformer", "choose one of these"),
+    ],
 )
 def test_an_unknown_network_gets_the_nearest_name(name, match):
-    with pytest.raises(ValueError, match=f"no network '{name}' among vgg11, resnet18; .*({match})"):
+    with pytest.raises(ValueError, match=f"no network '{name}' among vgg11, resnet18; {match}"):
         find_network(name)
 
 

@@ -115,3 +115,14 @@ def test_bad_arguments_are_refused():
         lj.track(lambda w, x: F(w, x)[:2], W0, X)
     with pytest.raises(ValueError, match=r"w must have the structure and shapes of w0.*without the optimiser's state"):
         lj.track(F, W0, X)({"params": W0})
+
+
+@pytest.mark.parametrize("difference", ["finite", "plain"])
+def test_a_diverged_training_does_not_look_lazy(difference):
+    """NaN in one weight of one unit is NaN in every measure, not zero."""
+    leaves, structure = jtu.tree_flatten(shifted(0.1))
+    leaves[0] = leaves[0].ravel().at[0].set(jnp.nan).reshape(leaves[0].shape)
+    now = lj.track(F, W0, X, difference=difference)(structure.unflatten(leaves))
+    found = {name: float(value) for name, value in vars(now).items()}
+    assert len(found) == 8
+    assert all(np.isnan(value) for value in found.values()), found

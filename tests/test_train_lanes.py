@@ -41,10 +41,24 @@ def lane_of(tree, lane):
     return jtu.tree_map(lambda leaf: leaf[lane], tree)
 
 
+def prepared(alpha=ALPHAS):
+    options = {"loss": "square", "batch_size": 5, "key": KEY, "augment": None, "test": None, "difference": "finite"}
+    made = prepare(MLP, W0, X, LABELS, SGD, alpha=alpha, stacked=False, **options)
+    return made.course, made.lanes
+
+
 @pytest.mark.parametrize("chunk", [1, 2, None], ids=["one by one", "two and one", "by memory"])
-def test_lanes_are_single_runs_however_they_are_grouped(chunk):
-    options = {"memory": 2**30} if chunk is None else {"chunk": chunk}
-    run = trained(**options)
+def test_lanes_are_single_runs_however_they_are_grouped(chunk, monkeypatch):
+    sizes, run_epoch = set(), lj._train_run.run_epoch
+
+    def watched(course, lanes, *args):
+        sizes.add(lanes.alpha.size)
+        return run_epoch(course, lanes, *args)
+
+    monkeypatch.setattr(lj._train_run, "run_epoch", watched)
+    # A byte too little for three.
+    run = train(memory=memory_of(*prepared(), 3) - 1) if chunk is None else train(chunk=chunk)
+    assert sizes == {chunk or 2}
     assert relative_error(run.displacement, trained(chunk=3).displacement) < 1e-12
     alone = train(alpha=10.0)
     assert relative_error(lane_of(run.displacement, 1), alone.displacement) < 1e-12
@@ -84,8 +98,10 @@ def test_a_diverged_lane_is_marked_and_kept_apart(chunk):
         alone = train_explosive(alpha)
         assert relative_error(run.displacement[lane], alone.displacement) < 1e-14
         np.testing.assert_allclose(run.test_loss[lane], alone.test_loss, rtol=1e-12, atol=1e-30)
-    assert np.isfinite(run.train_loss[:, 0]).all()
+    assert np.isfinite(run.train_loss[jnp.array([0, 2])]).all()
     assert np.isnan(run.train_loss[1, -3:]).all()
+    # All measures end with the same epoch, whichever of them saw the end first.
+    np.testing.assert_array_equal(np.isnan(run.train_loss), np.isnan(run.test_loss))
     with pytest.raises(
         eqx.EquinoxRuntimeError, match=r"diverged within [1-6] epochs at alpha = 1:.*smaller learning rate"
     ):
@@ -101,18 +117,23 @@ def test_progress_is_shown_on_demand(capfd):
     assert "1 diverged" in err
 
 
-def test_as_many_lanes_as_fit_the_memory_go_side_by_side():
-    options = {"loss": "square", "batch_size": 5, "key": KEY, "augment": None, "test": None, "difference": "finite"}
-    made = prepare(MLP, W0, X, LABELS, SGD, alpha=jnp.arange(1.0, 6.0), stacked=False, **options)
-    need = [memory_of(made.course, made.lanes, size) for size in (1, 2, 5)]
+def test_as_many_lanes_as_fit_the_memory_go_side_by_side(monkeypatch):
+    made = prepared(jnp.arange(1.0, 6.0))
+    need = [memory_of(*made, size) for size in (1, 2, 5)]
     assert need[0] < need[1] < need[2]
-    assert choose_size(made.course, made.lanes, None, need[2]) == 5
-    assert choose_size(made.course, made.lanes, None, 1) == 1
+    assert choose_size(*made, None, need[2]) == 5
+    assert choose_size(*made, None, 1) == 1
     # Five lanes in equal chunks: three and two need less room than four and one.
-    some = choose_size(made.course, made.lanes, None, need[2] - 1)
+    some = choose_size(*made, None, need[2] - 1)
     assert some < 5
-    assert memory_of(made.course, made.lanes, some) <= need[2] - 1
-    assert choose_size(made.course, made.lanes, 9, None) == 5
+    assert memory_of(*made, some) <= need[2] - 1
+    assert choose_size(*made, 9, None) == 5
+    # The same training made ready anew compiles nothing for its choice.
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+    again = prepared(jnp.arange(2.0, 7.0))
+    assert choose_size(*again, None, need[2] - 1) == some
+    with pytest.raises(TypeError, match="not callable"):
+        memory_of(*again, 4 if some == 3 else 3)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

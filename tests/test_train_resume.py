@@ -3,6 +3,7 @@
 import functools
 import shutil
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -62,6 +63,21 @@ def files(folder):
     return {p.relative_to(folder): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
 
 
+class Frozen(eqx.Module):
+    """Something with an array of its own, which a compiled program takes as an argument."""
+
+    size: jax.Array
+    part: str = eqx.field(static=True)
+
+    def __call__(self, *args):
+        if self.part == "f":
+            w, x = args
+            return self.size * F(w, x)
+        if self.part == "augment":
+            return self.size * args[1]
+        return lj.square_loss(self.size * args[0])
+
+
 def test_an_interrupted_training_goes_on_to_the_same_bits(folder):
     jax.clear_caches()  # as in another process
     resumed = train(5, folder)
@@ -90,6 +106,12 @@ def test_an_interruption_in_the_midst_of_an_epoch_or_a_write_loses_that_epoch_on
     # What a write that was broken off leaves behind.
     (folder / "3.orbax-checkpoint-tmp-0").mkdir()
     assert same_bits(train(5, folder), uninterrupted(5))
+
+
+def test_lanes_go_on_in_the_groups_that_they_began_in(folder):
+    """However much memory is free by then: here one lane at a time would be chosen, where there were two."""
+    (folder / ".DS_Store").write_bytes(b"a file manager was here")
+    assert same_bits(train(5, folder, chunk=None), uninterrupted(5))
 
 
 @pytest.mark.standard_promotion  # optax.add_noise
@@ -139,6 +161,18 @@ def test_another_training_in_the_folder_is_refused_and_left_alone(folder, option
     assert files(folder) == before
 
 
+@pytest.mark.parametrize("part", ["f", "augment", "loss"])
+def test_a_training_with_other_arrays_inside_its_functions_is_refused(part, tmp_path):
+    def options(size):
+        return {part: Frozen(jnp.asarray(size), part), "alpha": 10.0, "chunk": 1, "test": None}
+
+    train(1, tmp_path / "kept", **options(1.0))
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"holds another training \(arrays of f, augment, optimiser or loss .* there"):
+        train(2, tmp_path / "kept", **options(1.5))
+    assert files(tmp_path) == before
+
+
 def test_fewer_epochs_than_there_are_is_refused(folder):
     before = files(folder)
     with pytest.raises(ValueError, match="epochs must be at least the 2 that the checkpoint in folder has, got 1"):
@@ -154,6 +188,32 @@ def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path):
     assert files(tmp_path) == before
     with pytest.raises(ValueError, match=r"folder must be a folder for checkpoints, got the file .*thesis.tex"):
         train(1, tmp_path / "thesis.tex")
+
+
+def test_folders_of_photographs_by_year_are_no_checkpoints(tmp_path):
+    (tmp_path / "2019").mkdir()
+    (tmp_path / "2019" / "sea.jpg").write_bytes(b"a long summer")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"folder must hold whole checkpoints .* configuration in .*2019 cannot be re"):
+        train(1, tmp_path)
+    assert files(tmp_path) == before
+    (tmp_path / "2019" / "sea.jpg").unlink()
+    (tmp_path / "2019").rmdir()
+    (tmp_path / "2019").write_text("a file by that name", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"folder must be empty or hold checkpoints .* holds \['2019'\]"):
+        train(1, tmp_path)
+
+
+@pytest.mark.parametrize("item", ["configuration", "state"])
+def test_a_checkpoint_that_was_cut_off_is_refused_and_left_alone(folder, item):
+    """By a full disk, say."""
+    for path in (folder / "2" / item).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    before = files(folder)
+    with pytest.raises(ValueError, match=rf"folder must hold whole checkpoints .* the {item} in .*2 cannot be read"):
+        train(5, folder)
+    assert files(folder) == before
 
 
 def test_bad_arguments_leave_no_folder(tmp_path):

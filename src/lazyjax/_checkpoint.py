@@ -17,21 +17,20 @@ import numpy as np
 
 
 class Checkpoints:
-    """A folder with the latest checkpoint of one training; use it in a `with` block.
+    """A folder with the latest checkpoint of one training; use it in a `with` block, and `claim` it first.
 
     Args:
         folder: Made where it does not exist.
-        configuration: What the training is, by name; a folder with another one is refused and left as it is.
 
     Raises:
-        ValueError: the folder holds another training, or other files.
+        ValueError: the folder holds other files, or a checkpoint that cannot be read; it is left as it is.
     """
 
-    def __init__(self, folder: str | Path, configuration: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path) -> None:
         import orbax.checkpoint as ocp
 
         self.folder = Path(folder).absolute()
-        self.configuration = json.loads(json.dumps(configuration))
+        self.configuration: dict[str, Any] = {}
         _check_folder(self.folder)
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=False)
@@ -39,7 +38,6 @@ class Checkpoints:
         self._manager: Any = None
         if self.folder.exists():
             self._open()
-            self._check_configuration()
 
     def _open(self) -> None:
         self._manager = self._ocp.CheckpointManager(
@@ -59,13 +57,40 @@ class Checkpoints:
         """The epoch of the checkpoint; None where there is none."""
         return None if self._manager is None else self._manager.latest_step()
 
+    def there(self) -> dict[str, Any]:
+        """The configuration of the checkpoint; empty where there is none."""
+        epoch = self.latest()
+        return {} if epoch is None else dict(self._restore(epoch, "configuration", self._ocp.args.JsonRestore()))
+
+    def claim(self, configuration: Mapping[str, Any]) -> None:
+        """Say what the training is, by name.
+
+        Raises:
+            ValueError: the folder holds another training; it is left as it is.
+        """
+        self.configuration = here = json.loads(json.dumps(configuration))
+        if self.latest() is None:
+            return
+        there = self.there()
+        differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+        if differ:
+            changes = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ)
+            msg = f"folder {self.folder} holds another training ({changes}); choose another folder, or delete it."
+            raise ValueError(msg)
+
     def load(self, epoch: int, like: Any) -> Any:
         """The state at this epoch, of the shapes and dtypes of another state."""
-        arrays = _as_arrays(like)
-        found = self._manager.restore(
-            epoch, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(arrays))
-        )["state"]
-        return _as_tree(found, like)
+        return _as_tree(self._restore(epoch, "state", self._ocp.args.StandardRestore(_as_arrays(like))), like)
+
+    def _restore(self, epoch: int, name: str, item: Any) -> Any:
+        try:
+            return self._manager.restore(epoch, args=self._ocp.args.Composite(**{name: item}))[name]
+        except Exception as error:  # orbax and its parts have many for a damaged or foreign folder
+            msg = (
+                f"folder must hold whole checkpoints of this training, but the {name} in {self.folder / str(epoch)} "
+                f"cannot be read ({type(error).__name__}); choose another folder, or delete it."
+            )
+            raise ValueError(msg) from error
 
     def store(self, epoch: int, state: Any) -> None:
         """Keep a state, and forget the one before it."""
@@ -79,20 +104,6 @@ class Checkpoints:
         manager: Any = self._manager
         manager.save(epoch, args=args)
 
-    def _check_configuration(self) -> None:
-        epoch = self.latest()
-        if epoch is None:
-            return
-        args = self._ocp.args.Composite(configuration=self._ocp.args.JsonRestore())
-        there = self._manager.restore(epoch, args=args)["configuration"]
-        here = self.configuration
-        differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-        if differ:
-            self._manager.close()
-            changes = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ)
-            msg = f"folder {self.folder} holds another training ({changes}); choose another folder, or delete it."
-            raise ValueError(msg)
-
 
 def _check_folder(folder: Path) -> None:
     """A folder of checkpoints has one folder an epoch, named by its number (and what an interruption left of one)."""
@@ -101,7 +112,9 @@ def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         msg = f"folder must be a folder for checkpoints, got the file {folder}."
         raise ValueError(msg)
-    strange = sorted(p.name for p in folder.iterdir() if not p.name.split(".", 1)[0].isdigit())
+    # Hidden files are the file manager's.
+    seen = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    strange = sorted(p.name for p in seen if not (p.name.split(".", 1)[0].isdigit() and p.is_dir()))
     if strange:
         msg = f"folder must be empty or hold checkpoints of this training, but {folder} holds {strange[:3]}."
         raise ValueError(msg)

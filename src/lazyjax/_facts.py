@@ -198,7 +198,7 @@ def _at(h: Model, loss: Loss, w0: Params, state: tuple[Params, Outputs], eps: Ar
         "path_dh_norm": here["dh_norm"],
         "path_sigma_min": here["sigma_min"],
         "path_rank": here["rank"],
-        "quotient": jnp.where(size > 0, largest / jnp.where(size > 0, size, 1), 0),
+        "quotient": jnp.where(size == 0, 0, largest / jnp.where(size == 0, 1, size)),
         "curvature": loss.norm(second),
         "perturbation": eps * loss.norm(turned),
     }

@@ -216,9 +216,9 @@ def _check_zero(initial: np.ndarray, alpha: float, rounding: float, tolerance: f
 
 
 def tree_norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm of a tree of arrays, with the gradient zero at zero."""
+    """Euclidean norm of a tree of arrays, with the gradient zero at zero; NaN where an entry is."""
     squares = functools.reduce(jnp.add, [jnp.sum(leaf**2) for leaf in jtu.tree_leaves(tree)])
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
 class Velocity(eqx.Module):

@@ -71,7 +71,7 @@ def prepare(
     x_test = loss_test = accuracy_test = None
     if test is not None:
         x_test, test_shape = check_inputs(f, w0, test[0], "x_test")
-        loss_test, accuracy_test = make_task(loss, test[1], test_shape, "y_test")
+        loss_test, accuracy_test = make_task(loss, test[1], test_shape, "y_test", like=y)
     check_start(OnData(center(f, w0), x), made, w0, 1.0, rtol=1e-6)
     name = loss if isinstance(loss, str) else type(made).__name__
     return Setting(f, w0, x, made, accuracy, x_test, loss_test, accuracy_test, None, name, int(np.prod(shape)))

@@ -53,7 +53,7 @@ def change_quotient(
     out = check_outputs(h, w0)
     length = tree_norm(u)
     # Of unit length, so that no square of E underflows.
-    unit = jtu.tree_map(lambda leaf: leaf / jnp.where(length > 0, length, 1).astype(leaf.dtype), u)
+    unit = jtu.tree_map(lambda leaf: leaf / jnp.where(length == 0, 1, length).astype(leaf.dtype), u)
     difference, transpose = differential_change(h, w0, unit, eps * length.astype(eps.dtype))
     weight = jnp.asarray(loss.weight, out.dtype)
     theta, _, _ = lanczos(
@@ -63,4 +63,4 @@ def change_quotient(
         dtype=out.dtype,
         key=key,
     )
-    return jnp.where(length > 0, jnp.sqrt(jnp.maximum(theta[-1], 0)), 0)
+    return jnp.where(length == 0, 0, jnp.sqrt(jnp.maximum(theta[-1], 0)))

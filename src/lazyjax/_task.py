@@ -34,7 +34,7 @@ class Task(NamedTuple):
 
 
 def make_task(
-    loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y"
+    loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y", *, like: Any = None
 ) -> tuple[Loss, Accuracy | None]:
     """The loss on targets `y` for outputs of `shape`, and the share of right answers where `y` are classes.
 
@@ -43,24 +43,27 @@ def make_task(
         y: Classes (n,), signs (n,), or real targets of the outputs' shape.
         shape: Of the outputs.
         name: What to call the targets in an error.
+        like: The training targets, which say whether targets of a test are signs, where one class may be missing.
 
     Raises:
         ValueError: sizes or values do not fit.
         TypeError: `loss` is a loss already, or a function that returns none.
     """
-    task = split_task(loss, y, shape, name)
+    task = split_task(loss, y, shape, name, like=like)
     accuracy = None if task.right is None else lambda outputs: task.share(outputs, task.targets)
     return task.build(task.targets), accuracy
 
 
-def split_task(loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y") -> Task:
+def split_task(
+    loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y", *, like: Any = None
+) -> Task:
     """As `make_task`, with the targets apart from the loss, so that a batch of them has one too."""
     y = np.asarray(y)
     if y.ndim == 0 or y.size == 0 or y.shape[0] != shape[0]:
         msg = f"{name} must hold one target a sample, got shape {y.shape} for {shape[0]} samples."
         raise ValueError(msg)
     check_finite(jnp.asarray(y), name)
-    task = _given(loss, jnp.asarray(y)) if callable(loss) else _named(loss, y, shape, name)
+    task = _given(loss, jnp.asarray(y)) if callable(loss) else _named(loss, y, shape, name, like)
     task.build(task.targets).check(shape)
     return task
 
@@ -76,21 +79,31 @@ def _given(loss: Callable[[Array], Loss], y: Array) -> Task:
     return Task(loss, y, None)
 
 
-def _named(loss: Any, y: np.ndarray, shape: tuple[int, ...], name: str) -> Task:
+def _named(loss: Any, y: np.ndarray, shape: tuple[int, ...], name: str, like: Any) -> Task:
     if loss not in ("square", "softmax", "logistic"):
         msg = f'loss must be "square", "softmax", "logistic" or a function of the targets, got {loss!r}.'
         raise ValueError(msg)
-    classes = np.issubdtype(y.dtype, np.integer) or y.dtype == bool
     if loss == "logistic":
         return Task(logistic_loss, jnp.asarray(y), _same_sign)
-    if loss == "softmax" or (classes and y.ndim == 1 and len(shape) == 2 and shape[1] > 1):
+    if loss == "softmax" or (_are_classes(y) and y.ndim == 1 and len(shape) == 2 and shape[1] > 1):
         labels = _labels(y, name)
         softmax_cross_entropy(labels).check(shape)
         if loss == "softmax":
             return Task(softmax_cross_entropy, labels, _right_class)
         return Task(square_loss, jnp.eye(shape[1])[labels], _right_row)
-    signs = classes and set(np.unique(y)) == {-1, 1}
+    signs = _are_signs(y if like is None else np.asarray(like))
+    if signs and not set(np.unique(y)) <= {-1, 1}:
+        msg = f"{name} must hold the signs -1 and 1 as y does, got values {np.unique(y)[:8].tolist()}."
+        raise ValueError(msg)
     return Task(square_loss, jnp.asarray(y, jnp.result_type(float)), _same_sign if signs else None)
+
+
+def _are_classes(y: np.ndarray) -> bool:
+    return np.issubdtype(y.dtype, np.integer) or y.dtype == bool
+
+
+def _are_signs(y: np.ndarray) -> bool:
+    return _are_classes(y) and set(np.unique(y)) == {-1, 1}
 
 
 def _same_sign(outputs: Array, targets: Array) -> Array:

@@ -60,11 +60,12 @@ def prepare(
     if not is_concrete((alpha, w0, key, eqx.filter(x, eqx.is_array))):
         msg = "train runs its epochs from Python: call it outside jit and vmap, with a vector of scales for several."
         raise ValueError(msg)
-    _check_choices(optimiser, augment, difference)
+    _check_choices(optimiser, augment)
     alphas, keys, (coordinates, rest) = _check_alphas(alpha), _check_key(key), split_params(w0)
+    check_difference(difference, alphas)
     first = coordinates
     if stacked:
-        _check_stacked(coordinates)
+        _check_stacked(coordinates, rest)
         first = jtu.tree_map(lambda leaf: leaf[0], coordinates)
     lanes, axes, single = _lay_out(alphas, keys, coordinates, stacked)
     start = eqx.combine(first, rest)
@@ -79,12 +80,28 @@ def prepare(
     exam = None
     if test is not None:
         x_test, test_shape = _check_test(f, start, test)
-        exam = Exam(split_task(loss, test[1], test_shape, "y_test"), x_test)
-    _check_scales(np.asarray(alphas), optimiser, first, lanes.alpha.dtype, plain=course.plain)
+        exam = Exam(split_task(loss, test[1], test_shape, "y_test", like=y), x_test)
+    if np.isinf(alphas).any():
+        check_proportional(optimiser, first)
+    _check_range(alphas, [leaf.dtype for leaf in jtu.tree_leaves(first)] + [check_outputs(f, start, x, name="f").dtype])
     return Prepared(course, lanes, exam, single)
 
 
-def _check_choices(optimiser: Any, augment: Any, difference: Any) -> None:
+def check_difference(difference: Any, alpha: Any) -> None:
+    """Refuse a difference that there is not, and the plain one where it has no limit.
+
+    Raises:
+        ValueError: another name; "plain" and an infinite alpha.
+    """
+    if difference not in ("finite", "plain"):
+        msg = f'difference must be "finite" or "plain", got {difference!r}.'
+        raise ValueError(msg)
+    if difference == "plain" and np.isinf(np.asarray(alpha)).any():
+        msg = 'difference="plain" needs finite alpha, got inf; use difference="finite", which has that limit.'
+        raise ValueError(msg)
+
+
+def _check_choices(optimiser: Any, augment: Any) -> None:
     if augment is not None and not callable(augment):
         msg = (
             "augment must be a function of (key, x) that returns a batch of changed inputs, got "
@@ -94,9 +111,6 @@ def _check_choices(optimiser: Any, augment: Any, difference: Any) -> None:
     if not isinstance(optimiser, optax.GradientTransformation):
         msg = f"optimiser must be an optax optimiser such as optax.sgd(0.1), got {type(optimiser).__name__}."
         raise TypeError(msg)
-    if difference not in ("finite", "plain"):
-        msg = f'difference must be "finite" or "plain", got {difference!r}.'
-        raise ValueError(msg)
 
 
 def _check_alphas(alpha: Any) -> np.ndarray:
@@ -122,7 +136,7 @@ def _check_key(key: Any) -> Array:
     return key
 
 
-def _check_stacked(coordinates: Params) -> None:
+def _check_stacked(coordinates: Params, rest: Params) -> None:
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jtu.tree_leaves(coordinates)}
     if len(sizes) > 1 or None in sizes:
         msg = (
@@ -131,6 +145,16 @@ def _check_stacked(coordinates: Params) -> None:
             "make them with jax.vmap over keys."
         )
         raise ValueError(msg)
+    (lanes,) = sizes
+    for path, leaf in jtu.tree_leaves_with_path(eqx.filter(rest, eqx.is_array)):
+        # jax.vmap stacks them too, and f would see all lanes of them at once.
+        if leaf.ndim and leaf.shape[0] == lanes:
+            msg = (
+                f"with stacked=True only the floating arrays of w0 have lanes, all else is shared by the {lanes} of "
+                f"them, got w0{jtu.keystr(path)} of shape {leaf.shape} and dtype {leaf.dtype}; keep one lane of it, "
+                "or put it into f."
+            )
+            raise ValueError(msg)
 
 
 def _lay_out(alphas: np.ndarray, keys: Array, coordinates: Params, stacked: bool) -> tuple[Lane, Lane, bool]:
@@ -185,21 +209,14 @@ def _check_test(f: Model, w0: Params, test: Any) -> tuple[Array, tuple[int, ...]
     return check_inputs(f, w0, test[0], "x_test")
 
 
-def _check_scales(
-    alphas: np.ndarray, optimiser: optax.GradientTransformation, coordinates: Params, dtype: Any, *, plain: bool
-) -> None:
-    """Refuse scales that the difference, the optimiser or the precision has no number for."""
-    infinite = np.isinf(alphas)
-    if infinite.any() and plain:
-        msg = 'difference="plain" needs finite alpha, got inf; use difference="finite", which has that limit.'
-        raise ValueError(msg)
-    if infinite.any():
-        check_proportional(optimiser, coordinates)
+def _check_range(alphas: np.ndarray, dtypes: list[Any]) -> None:
+    """Refuse scales that one of the dtypes has no number for: a coordinate's, or the outputs'."""
+    dtype = min(dtypes, key=lambda dtype: float(jnp.finfo(dtype).max))
     largest = float(jnp.finfo(dtype).max) ** 0.5
-    too_large = alphas[~infinite & (alphas > largest)]
+    too_large = alphas[np.isfinite(alphas) & (alphas > largest)]
     if too_large.size:
         msg = (
-            f"alpha must be at most {largest:.1e} in {dtype}, whose numbers do not hold alpha^2, or inf, got "
-            f"{too_large.max():g}; use alpha=jnp.inf."
+            f"alpha must be at most {largest:.1e} in {dtype}, the narrowest dtype of w0's arrays and of f's outputs, "
+            f"whose numbers do not hold alpha^2, or inf, got {too_large.max():g}; use alpha=jnp.inf."
         )
         raise ValueError(msg)

@@ -33,6 +33,10 @@ SHARE = 0.8
 """Of an accelerator's free memory that lanes side by side may take."""
 
 
+_NEEDS: dict[str, int] = {}
+"""What programs need, by device and text: one that is compiled to be asked does not run, and compiling takes long."""
+
+
 @eqx.filter_jit
 def begin(course: Course, lanes: Lane) -> State:
     """The states of some lanes before the first step."""
@@ -176,5 +180,9 @@ def memory_of(course: Course, lanes: Lane, size: int) -> int:
         course, lanes, epoch = eqx.combine(arrays, static)
         return over_lanes(lambda lane, state: train_epoch(course, lane, state, epoch), course.axes, lanes, states)
 
-    need = jax.jit(epoch).lower(arrays, states).compile().memory_analysis()
-    return 0 if need is None else need.temp_size_in_bytes + need.output_size_in_bytes
+    lowered = jax.jit(epoch).lower(arrays, states)
+    name = f"{jax.local_devices()[0].device_kind} {hashlib.sha256(lowered.as_text().encode()).hexdigest()}"
+    if name not in _NEEDS:
+        need = lowered.compile().memory_analysis()
+        _NEEDS[name] = 0 if need is None else need.temp_size_in_bytes + need.output_size_in_bytes
+    return _NEEDS[name]

@@ -50,6 +50,7 @@ def configuration(prepared: Prepared, parts: list[np.ndarray], run: Run, loss: A
         "w0": digest_of((lanes.coordinates, course.rest)),
         "key": digest_of(lanes.key),
         "data": digest_of((course.x, course.task.targets)),
+        "arrays of f, augment, optimiser or loss": digest_of((course.f, course.augment, course.optimiser, course.task)),
         "test": None if exam is None else digest_of((exam.x, exam.task.targets)),
         "program": program_digest(course, some, run.states[0]),
         "versions": {**versions(), "backend": jax.default_backend()},
@@ -98,9 +99,9 @@ def _advance(prepared: Prepared, parts: list[np.ndarray], run: Run, epoch: int) 
         failed[index] |= ~finite
         for name, values in measures.items():
             rows[name][0, index] = values
-    # A lane that had diverged before stays out, whatever its numbers are.
+    # Whatever the numbers of a diverged lane are: outputs that are NaN still are right by chance.
     for row in rows.values():
-        row[0, run.failed] = np.nan
+        row[0, failed] = np.nan
     return Run(tuple(states), {name: np.concatenate([run.history[name], row]) for name, row in rows.items()}, failed)
 
 

@@ -145,7 +145,8 @@ def activation_stability(f: Any, w0: Params, w: Params, x: Array) -> Float[Array
         x: Inputs.
 
     Returns:
-        The mean over layers of the layer's share, in [0, 1]; 1 means that no activation has switched.
+        The mean over layers of the layer's share, in [0, 1]; 1 means that no activation has switched. NaN where a
+        pre-activation is.
 
     Raises:
         TypeError: f has no `preactivations`.
@@ -168,4 +169,6 @@ def activation_stability(f: Any, w0: Params, w: Params, x: Array) -> Float[Array
     first, last = f.preactivations(w0, x), f.preactivations(w, x)
     # Counted in whole numbers: jax 0.10.1 on a CPU loses terms of a mean of comparisons under jit and vmap.
     same = [jnp.sum((a > 0) == (b > 0), dtype=jnp.int32) / a.size for a, b in zip(first, last, strict=True)]
-    return jnp.mean(jnp.stack(same))
+    # NaN has a sign to no comparison: a diverged network would keep the activations that were off.
+    spoilt = jnp.any(jnp.stack([jnp.any(jnp.isnan(a)) for a in [*first, *last]]))
+    return jnp.where(spoilt, jnp.nan, jnp.mean(jnp.stack(same)))

@@ -107,31 +107,58 @@ def gradient_descent(
     return descent.result.error_if(descent, descent.result != RESULTS.successful) if throw else descent
 
 
+PROBES = 64
+"""Updates to wait for one that moves: the rate of a warm-up may begin at zero, gradients may be gathered first."""
+
+REACH = 2.0**40
+"""By how much the probing gradients are larger and smaller than 1: no clipping and no epsilon lies beyond."""
+
+
 def check_proportional(optimiser: optax.GradientTransformation, coordinates: Params) -> None:
-    """Refuse, at alpha = inf, an optimiser whose update for twice the gradient is not twice the update."""
-    gradient = jtu.tree_map(jnp.ones_like, coordinates)
-    state = optimiser.init(coordinates)
-    extended = optax.with_extra_args_support(optimiser)
+    """Refuse, at alpha = inf, an optimiser whose updates are not those for other gradients times their ratio.
 
-    def update(factor: float) -> Params:
-        """The first update for the linear objective whose gradient is everywhere `factor`."""
+    Seen from parameters 1, whatever w0: there a weight decay shows itself, though no gradient does.
+    """
+    with jax.ensure_compile_time_eval():  # values, even inside a user's jit
+        # Never in half precision, which the small and large gradients are beyond.
+        params = jtu.tree_map(lambda w: jnp.ones(w.shape, max(w.dtype, jnp.float32, key=_bits)), coordinates)
+        factors = (0.0, 1 / REACH, 1.0, REACH)
+        gradients = [jtu.tree_map(lambda w, factor=factor: jnp.full_like(w, factor), params) for factor in factors]
+        states = [optimiser.init(params) for _ in factors]
+        for _ in range(PROBES):
+            found = [_probe(optimiser, *pair, params) for pair in zip(gradients, states, strict=True)]
+            states = [state for _, state in found]
+            still, small, once, large = (updates for updates, _ in found)
+            if not (float(tree_norm(still)) == 0 and _near(small, once, REACH) and _near(large, once, 1 / REACH)):
+                msg = (
+                    "alpha=inf needs an optimiser whose updates are proportional to the gradients, such as optax.sgd "
+                    "with or without momentum; adaptive steps, clipping and weight decay have no limit there. "
+                    "Use a finite alpha."
+                )
+                raise ValueError(msg)
+            if float(tree_norm(once)) > 0:
+                return
 
-        def value(w: Params) -> Array:
-            return functools.reduce(jnp.add, [factor * jnp.sum(leaf) for leaf in jtu.tree_leaves(w)])
 
-        scaled = jtu.tree_map(lambda g: factor * g, gradient)
-        line_search = {"value": value(coordinates), "grad": scaled, "value_fn": value}
-        return extended.update(scaled, state, coordinates, **line_search)[0]
+def _bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits
 
-    once, twice = update(1.0), update(2.0)
-    error = tree_norm(jtu.tree_map(lambda a, b: b - 2 * a, once, twice))
-    if float(error) > 1e-3 * float(tree_norm(once)):
-        msg = (
-            "alpha=inf needs an optimiser whose updates are proportional to the gradients, such as optax.sgd with "
-            "or without momentum; adaptive steps, clipping and weight decay have no limit there. "
-            "Use a finite alpha."
-        )
-        raise ValueError(msg)
+
+def _near(updates: Params, once: Params, factor: float) -> bool:
+    """Whether updates times a factor are those for gradients of 1; never where they are not finite."""
+    error = tree_norm(jtu.tree_map(lambda a, b: factor * a - b, updates, once))
+    return float(error) <= 1e-3 * float(tree_norm(once))
+
+
+@eqx.filter_jit  # compiled once an optimiser
+def _probe(optimiser: optax.GradientTransformation, gradient: Params, state: Any, params: Params) -> tuple[Params, Any]:
+    """An update for the linear objective with this gradient, and the state after it."""
+
+    def value(w: Params) -> Array:
+        return functools.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(lambda g, v: jnp.sum(g * v), gradient, w)))
+
+    line_search = {"value": value(params), "grad": gradient, "value_fn": value}
+    return optax.with_extra_args_support(optimiser).update(gradient, state, params, **line_search)
 
 
 @eqx.filter_jit

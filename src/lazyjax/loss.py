@@ -47,9 +47,9 @@ class Loss(eqx.Module):
         return jnp.asarray(self.weight, y.dtype) * self.gradient(y)
 
     def norm(self, y: Outputs) -> Float[Array, ""]:
-        """The norm of F; its derivative at zero is taken to be zero."""
+        """The norm of F, NaN where an output is; its derivative at zero is taken to be zero."""
         s = jnp.sum(y**2)
-        return jnp.sqrt(jnp.asarray(self.weight, y.dtype)) * jnp.where(s > 0, jnp.sqrt(jnp.where(s > 0, s, 1)), 0)
+        return jnp.sqrt(jnp.asarray(self.weight, y.dtype)) * jnp.where(s == 0, 0, jnp.sqrt(jnp.where(s == 0, 1, s)))
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:

@@ -178,5 +178,5 @@ def _stability(tracker: Tracker, w: Params) -> Array | None:
 
 
 def _ratio(part: Array, whole: Array) -> Array:
-    """Zero where the whole is."""
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    """Zero where the whole is, NaN where one of them is."""
+    return jnp.where(whole == 0, 0, part / jnp.where(whole == 0, 1, whole))

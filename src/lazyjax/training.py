@@ -1,5 +1,6 @@
 r"""Minibatch training at any scale alpha, of deep networks too, in the displacement coordinates of the flows."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from jaxtyping import Array, Float
 
 from lazyjax._check import check_inputs, split_params
 from lazyjax._checkpoint import Checkpoints
-from lazyjax._train_checks import Prepared, prepare
+from lazyjax._train_checks import Prepared, check_difference, prepare
 from lazyjax._train_chunks import count_lanes, pick
 from lazyjax._train_run import Run, begin_run, configuration, run_epochs, split
 from lazyjax._train_step import Course, Lane, State, batch_rows, displacement_of, over_lanes, params_of
 from lazyjax._types import Model, Params
 from lazyjax.difference import finite_jvp
 from lazyjax.loss import Loss
+from lazyjax.maps import Centered
 from lazyjax.result import RESULTS, as_result
 
 
@@ -107,15 +109,17 @@ def train(
         difference: "finite", or "plain": train w itself, with $\alpha(f(w, x_B) - f(w_0, x_B))$ subtracted plainly as
             the paper did. It costs less, is right while alpha times the rounding of f and of w is small, and shows
             what is lost beyond.
-        stacked: Whether every floating array of w0 has a first axis (lanes,): a start a lane.
-        chunk: Lanes in one compiled program side by side; None for as many as fit `memory`.
+        stacked: Whether every floating array of w0 has a first axis (lanes,): a start a lane. Its other arrays are
+            shared by all lanes.
+        chunk: Lanes in one compiled program side by side; None for as many as fit `memory`, or as a checkpoint in
+            `folder` has.
         memory: Bytes that lanes side by side may take, the data apart; None: on an accelerator most of what is free,
             on a CPU one lane at a time, which is no slower there.
         folder: Where to keep a checkpoint of the last finished epoch (by orbax): the same call continues after it,
             also with more epochs, to the same bits as without an interruption. Another training there is refused.
         progress: Show a progress bar, one tick an epoch.
-        throw: Raise after the epoch in which a lane diverged. False: go on with the other lanes; the measures of the
-            diverged one are NaN from there, its `result` says so.
+        throw: Raise after the epoch in which a lane diverged. False: go on with the other lanes; all measures of the
+            diverged one are NaN from that epoch on, its `result` says so.
 
     Returns:
         `Training`.
@@ -155,18 +159,22 @@ def train(
         difference=difference,
         stacked=stacked,
     )
-    parts = split(prepared, chunk, memory)
-    run = begin_run(prepared, parts)
-    if folder is None:
-        run = run_epochs(prepared, parts, run, int(epochs), None, progress=progress, throw=throw)
-    else:
-        with Checkpoints(folder, configuration(prepared, parts, run, loss)) as kept:
-            run = run_epochs(prepared, parts, run, int(epochs), kept, progress=progress, throw=throw)
+    with contextlib.nullcontext() if folder is None else Checkpoints(folder) as kept:
+        if chunk is None and kept is not None:
+            # As many as before, whatever is free now: in other groups the bits are others.
+            chunk = kept.there().get("chunk")
+        parts = split(prepared, chunk, memory)
+        run = begin_run(prepared, parts)
+        if kept is not None:
+            kept.claim(configuration(prepared, parts, run, loss))
+        run = run_epochs(prepared, parts, run, int(epochs), kept, progress=progress, throw=throw)
     return _finish(prepared, parts, run)
 
 
-def trained_outputs(f: Model, w0: Params, training: Training, x: Any, *, batch_size: Any = 128) -> Array:
-    r"""$\alpha h(w) = \alpha[f(w, x) - f(w_0, x)]$ after a training, on any inputs, from its displacement.
+def trained_outputs(
+    f: Model, w0: Params, training: Training, x: Any, *, batch_size: Any = 128, difference: str = "finite"
+) -> Array:
+    r"""$\alpha h(w) = \alpha[f(w, x) - f(w_0, x)]$ after a training, on any inputs.
 
     Args:
         f: The model that was trained.
@@ -174,12 +182,14 @@ def trained_outputs(f: Model, w0: Params, training: Training, x: Any, *, batch_s
         training: From `train`.
         x: Inputs, samples first.
         batch_size: So many at a time.
+        difference: "finite": from the displacement, with its digits at every alpha. "plain": subtracted plainly at
+            the final w, as a training with `difference="plain"` measures them, whatever primitives f has.
 
     Returns:
         (lanes?, n) or (lanes?, n, k).
 
     Raises:
-        ValueError, TypeError: inputs unfit for f; a bad batch size.
+        ValueError, TypeError: inputs unfit for f; a bad batch size or difference; a primitive without a rule.
 
     Source:
         Chizat, Oyallon, Bach (2019), section 3.2.
@@ -197,16 +207,19 @@ def trained_outputs(f: Model, w0: Params, training: Training, x: Any, *, batch_s
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         msg = f"batch_size must be a whole number of at least 1, got {batch_size!r}."
         raise ValueError(msg)
+    check_difference(difference, training.alpha)
     coordinates, rest = split_params(w0)
     starts = _starts(coordinates, training)
     x, _ = check_inputs(f, eqx.combine(starts[0], rest), x, "x")
+    # By the plain difference w itself was trained, and by the other one u.
+    end = eqx.filter(training.params, eqx.is_inexact_array) if difference == "plain" else training.displacement
     found = []
     for lane, start in enumerate(starts):
-        alpha, u = (training.alpha, training.displacement)
+        alpha, position = (training.alpha, end)
         if training.alpha.ndim:
-            alpha, u = jtu.tree_map(lambda leaf, lane=lane: leaf[lane], (alpha, u))
-        firsts = range(0, x.shape[0], int(batch_size))
-        parts = [_outputs(f, eqx.combine(start, rest), u, alpha, x, jnp.asarray(i), int(batch_size)) for i in firsts]
+            alpha, position = jtu.tree_map(lambda leaf, lane=lane: leaf[lane], (alpha, position))
+        given = (f, eqx.combine(start, rest), position, alpha, x, int(batch_size), difference == "plain")
+        parts = [_outputs(*given, jnp.asarray(first)) for first in range(0, x.shape[0], int(batch_size))]
         found.append(jnp.concatenate(parts)[: x.shape[0]])
     return jnp.stack(found) if training.alpha.ndim else found[0]
 
@@ -224,10 +237,15 @@ def _starts(coordinates: Params, training: Training) -> list[Params]:
 
 
 @eqx.filter_jit
-def _outputs(f: Model, w0: Params, u: Params, alpha: Array, x: Array, first: Array, batch_size: int) -> Array:
+def _outputs(
+    f: Model, w0: Params, position: Params, alpha: Array, x: Array, batch_size: int, plain: bool, first: Array
+) -> Array:
     """On a batch of x."""
     some = x[batch_rows(first, batch_size, x.shape[0])]
-    return finite_jvp(lambda w: f(w, some), w0, u, 1 / alpha)
+    if plain:
+        out = Centered(f, w0)(eqx.combine(position, w0), some)
+        return alpha.astype(out.dtype) * out
+    return finite_jvp(lambda w: f(w, some), w0, position, 1 / alpha)
 
 
 def _check_run(epochs: Any, chunk: Any, memory: Any) -> None:

@@ -93,10 +93,10 @@ def run_seed(
         augment=_deep.augment_as(settings.data) if settings.augment else None, folder=folder,
     )  # fmt: skip
     names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
-    return {name: np.asarray(getattr(training, name)) for name in names} | {
-        "stability": np.asarray(_deep.stability(f, w0, training.params, data.x_test)),
-        "failed": np.asarray(jax.vmap(lambda result: result != RESULTS.successful)(training.result)),
-    }
+    failed = jax.vmap(lambda result: result != RESULTS.successful)(training.result)
+    stability = jnp.where(failed, jnp.nan, _deep.stability(f, w0, training.params, data.x_test))
+    measures = {name: getattr(training, name) for name in names} | {"stability": stability, "failed": failed}
+    return {name: np.asarray(values) for name, values in measures.items()}
 
 
 def run(
@@ -119,7 +119,7 @@ def run(
     Returns:
         A dataset over seed, alpha and epoch: "train_loss" and "train_accuracy" (over the batches of the epoch, before
         their steps), "test_loss", "test_accuracy"; over seed and alpha: "stability" (of activations on the test
-        images, from the start to the end of training), "failed" (it diverged).
+        images, from the start to the end of training), "failed" (it diverged: what was measured is NaN).
 
     Raises:
         ValueError, FileNotFoundError: no such data, see `lazyjax.images.load_images`.
