@@ -122,21 +122,19 @@ def check_proportional(optimiser: optax.GradientTransformation, coordinates: Par
     with jax.ensure_compile_time_eval():  # values, even inside a user's jit
         # Never in half precision, which the small and large gradients are beyond.
         params = jtu.tree_map(lambda w: jnp.ones(w.shape, max(w.dtype, jnp.float32, key=_bits)), coordinates)
-        factors = (0.0, 1 / REACH, 1.0, REACH)
-        gradients = [jtu.tree_map(lambda w, factor=factor: jnp.full_like(w, factor), params) for factor in factors]
-        states = [optimiser.init(params) for _ in factors]
+        states = [optimiser.init(params)] * 4
         for _ in range(PROBES):
-            found = [_probe(optimiser, *pair, params) for pair in zip(gradients, states, strict=True)]
-            states = [state for _, state in found]
-            still, small, once, large = (updates for updates, _ in found)
-            if not (float(tree_norm(still)) == 0 and _near(small, once, REACH) and _near(large, once, 1 / REACH)):
+            sizes, states = _probe(optimiser, states, params)
+            still, once, small, large = map(float, sizes)
+            # Written so that NaN is refused.
+            if not (still == 0 and small <= 1e-3 * once and large <= 1e-3 * once):
                 msg = (
                     "alpha=inf needs an optimiser whose updates are proportional to the gradients, such as optax.sgd "
                     "with or without momentum; adaptive steps, clipping and weight decay have no limit there. "
                     "Use a finite alpha."
                 )
                 raise ValueError(msg)
-            if float(tree_norm(once)) > 0:
+            if once > 0:
                 return
 
 
@@ -144,21 +142,25 @@ def _bits(dtype: Any) -> int:
     return jnp.finfo(dtype).bits
 
 
-def _near(updates: Params, once: Params, factor: float) -> bool:
-    """Whether updates times a factor are those for gradients of 1; never where they are not finite."""
-    error = tree_norm(jtu.tree_map(lambda a, b: factor * a - b, updates, once))
-    return float(error) <= 1e-3 * float(tree_norm(once))
-
-
 @eqx.filter_jit  # compiled once an optimiser
-def _probe(optimiser: optax.GradientTransformation, gradient: Params, state: Any, params: Params) -> tuple[Params, Any]:
-    """An update for the linear objective with this gradient, and the state after it."""
+def _probe(optimiser: optax.GradientTransformation, states: list[Any], params: Params) -> tuple[Any, list[Any]]:
+    """Sizes of the updates for gradients 0 and 1, errors of those for 1/REACH and REACH, and all states after them."""
 
-    def value(w: Params) -> Array:
-        return functools.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(lambda g, v: jnp.sum(g * v), gradient, w)))
+    def update(factor: float, state: Any) -> tuple[Params, Any]:
+        gradient = jtu.tree_map(lambda w: jnp.full_like(w, factor), params)
 
-    line_search = {"value": value(params), "grad": gradient, "value_fn": value}
-    return optax.with_extra_args_support(optimiser).update(gradient, state, params, **line_search)
+        def value(w: Params) -> Array:
+            return functools.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(lambda g, v: jnp.sum(g * v), gradient, w)))
+
+        line_search = {"value": value(params), "grad": gradient, "value_fn": value}
+        return optax.with_extra_args_support(optimiser).update(gradient, state, params, **line_search)
+
+    def error(updates: Params, factor: float) -> Array:
+        return tree_norm(jtu.tree_map(lambda a, b: factor * a - b, updates, once))
+
+    factors = (0.0, 1.0, 1 / REACH, REACH)
+    (still, once, small, large), later = zip(*map(update, factors, states), strict=True)
+    return (tree_norm(still), tree_norm(once), error(small, REACH), error(large, 1 / REACH)), list(later)
 
 
 @eqx.filter_jit
