@@ -171,7 +171,7 @@ def run(
     """Figure 2(b): SGD and the exact population flow, for every seed and tau.
 
     Args:
-        settings: None for those of the default size: about three minutes on two cores.
+        settings: None for those of the default size: about a minute on two cores.
         seed: The first of the seeds.
         folder: Where finished seeds are kept, for a run that is interrupted to go on.
         progress: Show progress bars.
