@@ -9,7 +9,7 @@ import pytest
 import xarray
 
 from lazyjax import cli
-from lazyjax._reproduce import describe
+from lazyjax._reproduce import describe_run
 from lazyjax.experiments import catalogue
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def test_committed_figures_are_what_their_command_makes_today(path):
     """`scripts/readme_figures.sh` has the default sizes."""
     options = cli.Reproduce(path.stem)
     with xarray.open_dataset(path) as data:
-        assert data.attrs["configuration"] == describe(options, catalogue.settings_of(path.stem))
+        assert data.attrs["configuration"] == describe_run(options, catalogue.settings_of(path.stem))
 
 
 def test_the_accuracies_of_the_readme_are_those_of_its_figure():

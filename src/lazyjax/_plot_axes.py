@@ -123,3 +123,22 @@ def only_positive(values: Any) -> np.ndarray:
     """Values that a logarithmic axis can show; NaN, a gap in the line, for the others."""
     values = np.asarray(values, dtype=np.float64)
     return np.where(values > 0, values, np.nan)
+
+
+def add_note(ax: Any, text: str) -> None:
+    """A line of small type below the axis label."""
+    ax.annotate(
+        text, (0.5, 0), (0, -32), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
+        fontsize=FONT - 1.5, color="0.3",
+    )  # fmt: skip
+
+
+def note_stopped(ax: Any, data: Any) -> None:
+    """Say below the axis how many flows and descents did not finish; nothing is drawn of a mean that lacks some."""
+    parts = []
+    for name, text in (("failed", "flows stopped early: not drawn"), ("descent_failed", "descents diverged: left out")):
+        count = int(data[name].sum()) if name in data else 0
+        if count:
+            parts.append(f"{count} of {data[name].size} {text}")
+    if parts:
+        add_note(ax, "; ".join(parts))

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lazyjax._plot_axes import BLACK, BLUE, FONT, ORANGE, draw_legend, only_positive
-from lazyjax._plot_student import note_stopped
+from lazyjax._plot_axes import BLACK, BLUE, FONT, ORANGE, draw_legend, note_stopped, only_positive
 
 LABELS = {
     "displacement_norm": r"$\sup_t |w-w_0|$",

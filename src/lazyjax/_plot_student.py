@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lazyjax._plot_axes import BLACK, BLUE, FONT, ORANGE, draw_legend
+from lazyjax._plot_axes import BLACK, BLUE, FONT, ORANGE, draw_legend, note_stopped
 
 BAND = 0.2
 """Opacity of a standard deviation."""
@@ -40,14 +40,6 @@ def draw_band(ax: Any, x: Any, values: Any, *, color: str, marker: str, label: s
     ax.plot(places, mean, color=color, marker=marker, markersize=3.5, linewidth=1.2, label=label)
 
 
-def add_note(ax: Any, text: str) -> None:
-    """A line of small type below the axis label."""
-    ax.annotate(
-        text, (0.5, 0), (0, -32), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
-        fontsize=FONT - 1.5, color="0.3",
-    )  # fmt: skip
-
-
 def draw_student_width(axes: Sequence[Any], data: Any) -> None:
     """Figure 2(a) on one axis: loss at the end against the width, mean and standard deviation over seeds."""
     (ax,) = axes
@@ -65,17 +57,6 @@ def draw_student_width(axes: Sequence[Any], data: Any) -> None:
     ax.set_ylim(bottom=0)
     note_stopped(ax, data)
     draw_legend(ax)
-
-
-def note_stopped(ax: Any, data: Any) -> None:
-    """Say below the axis how many flows and descents did not finish; nothing is drawn of a mean that lacks some."""
-    parts = []
-    for name, text in (("failed", "flows stopped early: not drawn"), ("descent_failed", "descents diverged: left out")):
-        count = int(data[name].sum()) if name in data else 0
-        if count:
-            parts.append(f"{count} of {data[name].size} {text}")
-    if parts:
-        add_note(ax, "; ".join(parts))
 
 
 def draw_population(axes: Sequence[Any], data: Any, slow: Any) -> None:

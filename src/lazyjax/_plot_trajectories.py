@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lazyjax._plot_axes import BLACK, BLUE, FONT, ORANGE
-from lazyjax._plot_student import add_note
+from lazyjax._plot_axes import BLACK, BLUE, FONT, ORANGE, add_note
 
 
 def draw_trajectories(axes: Sequence[Any], data: Any) -> None:

@@ -119,7 +119,7 @@ def _changes(options: Reproduce) -> dict[str, Any]:
     return changes if options.data is None else {**changes, "data": options.data}
 
 
-def describe(options: Reproduce, settings: Any, figure: str | None = None) -> str:
+def describe_run(options: Reproduce, settings: Any, figure: str | None = None) -> str:
     """The configuration of a figure: equal ones give equal results."""
     made = {"figure": figure or options.figure, "seed": options.seed, **dataclasses.asdict(settings)}
     return json.dumps(encode_numbers(made), allow_nan=False)
@@ -136,7 +136,7 @@ def _check_file(options: Reproduce, settings: Any) -> None:
             there = data.attrs.get("configuration")
     except (OSError, ValueError):
         there = None
-    if there != describe(options, settings):
+    if there != describe_run(options, settings):
         msg = f"{path} is of another configuration, nothing was overwritten; choose another folder with --out."
         raise ValueError(msg)
 
@@ -145,7 +145,7 @@ def _check_kept(options: Reproduce, settings: Any) -> None:
     """Refuse the finished parts of an interrupted run of another configuration: they would be deleted at the end."""
     path = options.kept / CONFIGURATION
     parts = options.kept.is_dir() and any(entry != path for entry in options.kept.iterdir())
-    if parts and (not path.exists() or path.read_text(encoding="utf-8") != describe(options, settings)):
+    if parts and (not path.exists() or path.read_text(encoding="utf-8") != describe_run(options, settings)):
         msg = (
             f"{options.kept} holds the parts of an interrupted run of another configuration, nothing was changed; "
             "finish that one, choose another folder with --out, or delete this one."
@@ -158,12 +158,10 @@ def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
     figure = catalogue.find(options.figure)
     data = _of_twin(options, settings, figure.twin)
     if data is None:
-        options.kept.mkdir(parents=True, exist_ok=True)
-        (options.kept / CONFIGURATION).write_text(describe(options, settings), encoding="utf-8")
         more = {"data_dir": options.data_dir} if figure.images else {}
         data = figure.run(settings, seed=options.seed, folder=options.kept, progress=True, **more)
     return data.assign_attrs(
-        figure=options.figure, title=figure.title, size=options.size, configuration=describe(options, settings)
+        figure=options.figure, title=figure.title, size=options.size, configuration=describe_run(options, settings)
     )
 
 
@@ -178,7 +176,7 @@ def _of_twin(options: Reproduce, settings: Any, twin: str | None) -> "xarray.Dat
         data = xarray.load_dataset(path, engine="netcdf4")
     except (OSError, ValueError):
         return None
-    return data if data.attrs.get("configuration") == describe(options, settings, twin) else None
+    return data if data.attrs.get("configuration") == describe_run(options, settings, twin) else None
 
 
 def draw_files(options: Reproduce, data: "xarray.Dataset") -> dict[str, bytes]:

@@ -19,7 +19,16 @@ import tyro
 from lazyjax._output import REPORT, STAGE, check_folder, describe, versions
 from lazyjax._quiet import without_cache_noise
 from lazyjax._report_command import Report, check_options, choose_model, load_data, render_files
-from lazyjax._reproduce import Reproduce, choose_settings, draw_files, list_figures, make_figure, render_numbers
+from lazyjax._reproduce import (
+    CONFIGURATION,
+    Reproduce,
+    choose_settings,
+    describe_run,
+    draw_files,
+    list_figures,
+    make_figure,
+    render_numbers,
+)
 from lazyjax._user import parse_alphas, split_key
 from lazyjax.plot import encode, report_figures
 from lazyjax.report import diagnose
@@ -195,6 +204,8 @@ def run_reproduce(options: Reproduce) -> None:
         return
     settings = choose_settings(options)
     _configure(options)
+    options.kept.mkdir(parents=True, exist_ok=True)
+    (options.kept / CONFIGURATION).write_text(describe_run(options, settings), encoding="utf-8")
     stages = Stages()
     with stages("run", f"{options.figure}, {options.size} size"), without_cache_noise():
         data = make_figure(options, settings)
