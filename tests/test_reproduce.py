@@ -105,12 +105,15 @@ def test_a_file_that_is_no_dataset_is_not_overwritten(tmp_path, capsys):
 
 
 def test_an_attempt_that_left_nothing_does_not_bind_the_next_one(tmp_path, capsys):
-    too_long = ["reproduce", "fig1a", "--size", "small", "--no-cache", "--out", str(tmp_path), "--set", "steps=40"]
+    out = str(tmp_path / "out")
+    too_long = ["reproduce", "fig1a", "--size", "small", "--no-cache", "--out", out, "--set", "steps=40"]
     with pytest.raises(SystemExit):
         cli.main([*too_long, "step=50.0", "flow_steps=16"])
     assert "gradient descent diverged" in capsys.readouterr().err
-    assert (tmp_path / ".fig1a-partial").exists()
-    options = cli.Reproduce("fig1a", size="small", out=tmp_path, set=("steps=41",))
+    assert not (tmp_path / "out").exists()
+    options = cli.Reproduce("fig1a", size="small", out=tmp_path / "out", set=("steps=41",))
+    options.kept.mkdir(parents=True)
+    (options.kept / "configuration.json").write_text("that of a run that was killed")
     assert cli.choose_settings(options).steps == 41
 
 

@@ -204,10 +204,8 @@ def run_reproduce(options: Reproduce) -> None:
         return
     settings = choose_settings(options)
     _configure(options)
-    options.kept.mkdir(parents=True, exist_ok=True)
-    (options.kept / CONFIGURATION).write_text(describe_run(options, settings), encoding="utf-8")
     stages = Stages()
-    with stages("run", f"{options.figure}, {options.size} size"), without_cache_noise():
+    with stages("run", f"{options.figure}, {options.size} size"), _keeping(options, settings), without_cache_noise():
         data = make_figure(options, settings)
     with stages("draw", "drawing the figure"):
         files = draw_files(options, data)
@@ -215,6 +213,20 @@ def run_reproduce(options: Reproduce) -> None:
     _write(options.out, {f"{options.figure}.nc": data}, files)
     shutil.rmtree(options.kept, ignore_errors=True)
     print(f"\nwrote {options.out / options.figure}.png (beside it: .svg, .nc); {stages.seconds['run']:.0f} s")
+
+
+@contextlib.contextmanager
+def _keeping(options: Reproduce, settings: Any) -> Iterator[None]:
+    """What parts of a run belong to lies beside them; a run that ends before it has any leaves nothing."""
+    name, there = options.kept / CONFIGURATION, options.out.exists()
+    options.kept.mkdir(parents=True, exist_ok=True)
+    name.write_text(describe_run(options, settings), encoding="utf-8")
+    try:
+        yield
+    except BaseException:
+        if list(options.kept.iterdir()) == [name]:
+            shutil.rmtree(options.kept if there else options.out)
+        raise
 
 
 def _configure(options: Report | Reproduce) -> None:
