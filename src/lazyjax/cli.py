@@ -225,7 +225,9 @@ def _keeping(options: Reproduce, settings: Any) -> Iterator[None]:
         yield
     except BaseException:
         if list(options.kept.iterdir()) == [name]:
-            shutil.rmtree(options.kept if there else options.out)
+            shutil.rmtree(options.kept)
+            if not there and not any(options.out.iterdir()):
+                options.out.rmdir()
         raise
 
 
