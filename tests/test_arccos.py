@@ -448,6 +448,13 @@ class TestInputsAreRefused:
             f(jnp.ones((2, 3), int), X)
 
 
+@pytest.mark.parametrize("f", [lambda *x: users_arccos(*x, layer="both"), lambda *x: users_deep(*x, depth=1)])
+def test_nan_in_traced_inputs_stays_nan(f):
+    kernel = jnp.stack(jax.tree.leaves(jax.jit(f)(X, X.at[1, 0].set(jnp.nan))))
+    assert np.isnan(kernel[..., 1]).all()
+    assert np.isfinite(kernel[..., 0]).all()
+
+
 def test_an_unknown_layer_is_refused():
     with pytest.raises(ValueError, match=r'layer must be "input", "output" or "both", got \'hidden\''):
         users_arccos(X, X, layer="hidden")

@@ -185,26 +185,20 @@ def test_trajectories_are_those_of_numpy():
     assert any("the exact flow slides along kinks" in text for text in texts)
 
 
-@pytest.mark.parametrize("law", ["positive", "unit"])
-def test_starts_of_the_code_are_mirrored_and_of_their_law(law):
-    _, _, teacher, start = draw(1, 9, 3, 400, law=law)
+def test_starts_of_the_code_are_mirrored_and_of_their_law():
+    _, _, teacher, start = draw(1, 9, 3, 400, unit=True)
     normal = draw(1, 9, 3, 400)
     np.testing.assert_array_equal(teacher["b"], normal.teacher["b"])
     np.testing.assert_array_equal(start["a"][:200], -start["a"][200:])
     np.testing.assert_array_equal(start["b"][:200], start["b"][200:])
     assert float(jnp.min(start["a"][:200])) >= 0
-    # Mean and mean square of |N(0, 1)| and of U[0, 1], within four standard errors of 200 draws.
-    mean, square = {"positive": ((2 / np.pi) ** 0.5, 1.0), "unit": (1 / 2, 1 / 3)}[law]
-    assert abs(float(jnp.mean(start["a"][:200])) - mean) < 4 * ((square - mean**2) / 200) ** 0.5
-    if law == "unit":
-        # Correlated with none of the inputs' coordinates: both are drawn from one key.
-        for values in (jnp.ravel(normal.start["b"][:200])[:200], *normal.start["b"][:200].T):
-            assert abs(np.corrcoef(start["a"][:200], values)[0, 1]) < 0.25
-        np.testing.assert_allclose(jnp.linalg.norm(start["b"], axis=1), 1, rtol=1e-12)
-    else:
-        np.testing.assert_array_equal(start["a"], jnp.abs(normal.start["a"]) * jnp.sign(start["a"]))
-        np.testing.assert_array_equal(start["b"], normal.start["b"])
-    assert (draw(1, 9, 3, 5, symmetric=False, law=law).start["a"] >= 0).all()
+    # The mean of U[0, 1], within four standard errors of 200 draws.
+    assert abs(float(jnp.mean(start["a"][:200])) - 1 / 2) < 4 * (1 / 12 / 200) ** 0.5
+    # Correlated with none of the inputs' coordinates: both are drawn from one key.
+    for values in (jnp.ravel(normal.start["b"][:200])[:200], *normal.start["b"][:200].T):
+        assert abs(np.corrcoef(start["a"][:200], values)[0, 1]) < 0.25
+    np.testing.assert_allclose(jnp.linalg.norm(start["b"], axis=1), 1, rtol=1e-12)
+    assert (draw(1, 9, 3, 5, symmetric=False, unit=True).start["a"] >= 0).all()
 
 
 def test_descents_of_either_scale_are_those_of_numpy():

@@ -89,6 +89,17 @@ def test_bad_requests_get_one_line_and_nothing_is_written(arguments, message, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_figures_of_data_in_different_folders_are_different(tmp_path):
+    settings = catalogue.settings_of("fig3a")
+    here, there, without = (
+        describe_run(cli.Reproduce("fig7a", data_dir=folder), settings, "fig3a")
+        for folder in (tmp_path / "a", tmp_path / "b", None)
+    )
+    assert here != there
+    assert without not in (here, there)
+    assert here == describe_run(cli.Reproduce("fig3a", data_dir=tmp_path / "b" / ".." / "a"), settings)
+
+
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SystemExit):

@@ -93,6 +93,8 @@ def test_compiled_mapped_and_differentiated():
     central = (effective_rank(values[0] + step) - effective_rank(values[0] - step)) / 2e-5
     np.testing.assert_allclose(slope[0], central, rtol=1e-8)
     np.testing.assert_allclose(jax.grad(condition_number)(values[0]), [0.5, -1.0, 0.0])
+    # What nobody can check while it is traced stays NaN, it is no rank of zero.
+    assert np.isnan(jax.jit(effective_rank)(values[0].at[1].set(jnp.nan)))
 
 
 @pytest.mark.parametrize("function", [effective_rank, condition_number, normalized_spectrum])

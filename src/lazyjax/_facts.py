@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
-from lazyjax._field import move, tree_norm
+from lazyjax._field import move, quotient, tree_norm
 from lazyjax._hessian import bend
 from lazyjax._krylov import lanczos, lanczos_slack
 from lazyjax._path import differential_change
@@ -198,7 +198,7 @@ def _at(h: Model, loss: Loss, w0: Params, state: tuple[Params, Outputs], eps: Ar
         "path_dh_norm": here["dh_norm"],
         "path_sigma_min": here["sigma_min"],
         "path_rank": here["rank"],
-        "quotient": jnp.where(size == 0, 0, largest / jnp.where(size == 0, 1, size)),
+        "quotient": quotient(largest, size),
         "curvature": loss.norm(second),
         "perturbation": eps * loss.norm(turned),
     }

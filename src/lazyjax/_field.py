@@ -221,6 +221,11 @@ def tree_norm(tree: Any) -> Float[Array, ""]:
     return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
+def quotient(part: Array, whole: Array) -> Array:
+    """Of sizes: zero where the whole is, NaN where one of them is."""
+    return jnp.where(whole == 0, 0, part / jnp.where(whole == 0, 1, whole))
+
+
 class Velocity(eqx.Module):
     """A field as the vector field of a `diffrax.ODETerm`."""
 

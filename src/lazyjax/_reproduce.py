@@ -122,6 +122,8 @@ def _changes(options: Reproduce) -> dict[str, Any]:
 def describe_run(options: Reproduce, settings: Any, figure: str | None = None) -> str:
     """The configuration of a figure: equal ones give equal results."""
     made = {"figure": figure or options.figure, "seed": options.seed, **dataclasses.asdict(settings)}
+    # Files of one name in different folders are different data.
+    made |= {} if options.data_dir is None else {"data_dir": str(options.data_dir.resolve())}
     return json.dumps(encode_numbers(made), allow_nan=False)
 
 

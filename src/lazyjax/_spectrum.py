@@ -95,10 +95,10 @@ def effective_rank(eigenvalues: Eigenvalues) -> Float[Array, ""]:
     """
     values = jnp.maximum(_check_eigenvalues(eigenvalues), 0)
     total = jnp.sum(values)
-    share = values / jnp.where(total > 0, total, 1)
-    positive = share > 0
-    entropy = -jnp.sum(jnp.where(positive, share * jnp.log(jnp.where(positive, share, 1)), 0))
-    return jnp.where(total > 0, jnp.exp(entropy), 0)
+    share = values / jnp.where(total == 0, 1, total)
+    # Not `jax.scipy.special.entr`, whose slope at zero is infinite.
+    entropy = -jnp.sum(share * jnp.log(jnp.where(share == 0, 1, share)))
+    return jnp.where(total == 0, 0, jnp.exp(entropy))
 
 
 def normalized_spectrum(

@@ -1,9 +1,8 @@
 r"""Limit kernels of wide nets in closed form: two layers by equation (8), deep ReLU and erf nets by recursion.
 
-A Gaussian weight sees a pair of inputs only through their plane: two lengths and an angle. The angle of near vectors
-is lost in their inner product, which differs from the lengths' product in second order only. So the angle comes from
-the chords $|u - v|$ and $|u + v|$ of the unit vectors, and the recursion carries, beside variances and covariance, the
-squared area $q_1 q_2 - c^2$ of the parallelogram, always as a sum of terms that are not negative.
+A Gaussian weight sees a pair of inputs through two lengths and an angle, and the angle of near vectors is lost in their
+inner product. So it comes from the chords $|u - v|$ and $|u + v|$ of the unit vectors, and the recursion keeps, beside
+variances and covariance, the squared area $q_1 q_2 - c^2$ of the parallelogram, a sum of terms that are not negative.
 """
 
 import functools
@@ -270,8 +269,8 @@ def _shortfall(pair: _Pair) -> Array:
 
 
 def _root(x: Array) -> Array:
-    """Square root with slope zero at zero."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+    """Square root with slope zero at zero; NaN stays NaN."""
+    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
 
 
 def _relu_moments(pair: _Pair) -> tuple[_Pair, Array]:

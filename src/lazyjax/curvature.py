@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from lazyjax._check import check_alpha, check_outputs, is_concrete
 from lazyjax._curvature import FAILURE, MATVECS, bracket
-from lazyjax._field import check_start, tree_norm
+from lazyjax._field import check_start, quotient, tree_norm
 from lazyjax._hessian import SecondDerivative, check_starts
 from lazyjax._kinks import measure_kinks
 from lazyjax._krylov import lanczos_slack
@@ -216,7 +216,7 @@ def _first_order(
     turned = jnp.where(eps > 0, residual / jnp.where(eps > 0, eps, 1), -loss.minimizer.astype(initial.dtype))
     size = loss.norm(turned)
     pulled = loss.weight * tree_norm(tangent.vjp(turned))
-    return loss.norm(residual), dh_norm, jnp.where(size > 0, pulled / jnp.where(size > 0, size, 1), 0)
+    return loss.norm(residual), dh_norm, quotient(pulled, size)
 
 
 def _assemble(

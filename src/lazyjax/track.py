@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._check import check_inputs, split_params
-from lazyjax._field import tree_norm
+from lazyjax._field import quotient, tree_norm
 from lazyjax._types import Model, Params
 from lazyjax.criterion import activation_stability
 from lazyjax.difference import finite_value_and_jvp
@@ -142,10 +142,10 @@ def _measure(tracker: Tracker, w: Params) -> Laziness:
         drift, alignment = _kernel(tracker, start, rest, step)
     return Laziness(
         displacement=tree_norm(step),
-        relative_displacement=_ratio(tree_norm(step), tree_norm(start)),
+        relative_displacement=quotient(tree_norm(step), tree_norm(start)),
         output_change=moved,
         linearization_error=error,
-        relative_error=_ratio(error, moved),
+        relative_error=quotient(error, moved),
         kernel_drift=drift,
         kernel_alignment=alignment,
         stability=_stability(tracker, w),
@@ -168,15 +168,10 @@ def _kernel(tracker: Tracker, start: Params, rest: Params, step: Params) -> tupl
 
     before, change = _change(tracker, kernel, start, step)
     first, moved, now = tree_norm(before), tree_norm(change), tree_norm(before + change)
-    return _ratio(moved, first), _ratio(jnp.sum(before * (before + change)), first * now)
+    return quotient(moved, first), quotient(jnp.sum(before * (before + change)), first * now)
 
 
 def _stability(tracker: Tracker, w: Params) -> Array | None:
     if not hasattr(tracker.f, "preactivations"):
         return None
     return activation_stability(tracker.f, tracker.w0, w, tracker.x)
-
-
-def _ratio(part: Array, whole: Array) -> Array:
-    """Zero where the whole is, NaN where one of them is."""
-    return jnp.where(whole == 0, 0, part / jnp.where(whole == 0, 1, whole))

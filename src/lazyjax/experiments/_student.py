@@ -30,7 +30,7 @@ def draw(
     *,
     symmetric: bool = True,
     scale: float = 1.0,
-    law: str = "normal",
+    unit: bool = False,
     dtype: Any = None,
 ) -> Problem:
     """The experiment of a seed, drawn in JAX's default dtype; what the student sees is then rounded to its own.
@@ -42,29 +42,26 @@ def draw(
         width: Units of the student.
         symmetric: Mirror the second half of the start.
         scale: Of the teacher.
-        law: Of the start: "normal" as in the paper; as in its code "positive", output weights |N(0, 1)|, or "unit",
-            output weights uniform in [0, 1] and input weights on the unit sphere. A mirrored half is negated after.
+        unit: Start with output weights uniform in [0, 1] (a mirrored half negated) and input weights on the unit
+            sphere, as the paper's code draws Figures 1(a), 1(b) and 6; else both are Gaussian.
         dtype: Of inputs, targets and start.
     """
     key_teacher, key_x, key_start = jr.split(jr.key(seed), 3)
     teacher, x = draw_teacher(key_teacher, d, scale=scale), sphere(key_x, n, d)
-    start = _start(key_start, d, width, symmetric=symmetric, law=law)
+    start = init_two_layer(key_start, d, width, symmetric=symmetric)
+    if unit:
+        start = _on_the_sphere(key_start, start, symmetric=symmetric)
     dtype = x.dtype if dtype is None else dtype
     x, start = jtu.tree_map(lambda leaf: leaf.astype(dtype), (x, start))
     y = two_layer()(teacher, x.astype(teacher["b"].dtype))
     return Problem(x, y.astype(dtype), teacher, start)
 
 
-def _start(key: PRNGKeyArray, d: int, width: int, *, symmetric: bool, law: str) -> dict[str, Array]:
-    start = init_two_layer(key, d, width, symmetric=symmetric)
-    if law == "normal":
-        return start
-    half = width // 2 if symmetric else width
-    a, b = jnp.abs(start["a"][:half]), start["b"]
-    if law == "unit":
-        # Not folded with 0 or 1: those are the keys that `init_two_layer` splits off, and a would follow b.
-        a = jr.uniform(jr.fold_in(key, 2), a.shape, a.dtype)
-        b = b / jnp.linalg.norm(b, axis=1, keepdims=True)
+def _on_the_sphere(key: PRNGKeyArray, start: dict[str, Array], *, symmetric: bool) -> dict[str, Array]:
+    b = start["b"]
+    # Not folded with 0 or 1: those are the keys that `init_two_layer` splits off, and a would follow b.
+    a = jr.uniform(jr.fold_in(key, 2), (b.shape[0] // 2 if symmetric else b.shape[0],), b.dtype)
+    b = b / jnp.linalg.norm(b, axis=1, keepdims=True)
     return {"a": jnp.concatenate([a, -a]) if symmetric else a, "b": b}
 
 

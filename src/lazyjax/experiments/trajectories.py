@@ -88,8 +88,8 @@ def presets(reference: Settings) -> dict[str, Settings]:
 @eqx.filter_jit
 def follow(settings: Settings, seed: Array) -> dict[str, Any]:
     """Gradient descent from the start, and the exact flow at the same times."""
-    law = "unit" if settings.variant == "code" else "normal"
-    x, y, teacher, start = draw(seed, settings.n, 2, settings.width, symmetric=settings.symmetric, law=law)
+    options = {"symmetric": settings.symmetric, "unit": settings.variant == "code"}
+    x, y, teacher, start = draw(seed, settings.n, 2, settings.width, **options)
     f, loss = two_layer(), square_loss(y)
     w0 = jtu.tree_map(lambda leaf: settings.tau * leaf, start)
     frames = log_frames(settings.steps, settings.frames)
