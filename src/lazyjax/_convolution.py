@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax import lax
+from jax.nn.initializers import variance_scaling
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._types import RealScalar
@@ -60,23 +60,22 @@ def pool(x: Images) -> Images:
 
 
 class Maker:
-    """Makes layers, each from a key of its own."""
+    """Makes layers of Xavier normal weights and zero biases, each from a key of its own."""
 
     def __init__(self, key: PRNGKeyArray, gain: RealScalar, dtype: Any):
-        self._key, self._count = key, 0
+        self._key, self._gain, self._count = key, gain, 0
         self._dtype = jnp.result_type(float) if dtype is None else dtype
-        self._gain = jnp.asarray(gain, self._dtype)
 
     def convolution(self, size: int, channels: int, outputs: int) -> Layer:
         """A convolution of size x size windows."""
-        return self._layer((size, size, channels, outputs), size * size * (channels + outputs), outputs)
+        return self._layer((size, size, channels, outputs), inputs=-2, outputs=-1)
 
     def last(self, inputs: int, outputs: int) -> Layer:
         """An affine layer."""
-        return self._layer((outputs, inputs), inputs + outputs, outputs)
+        return self._layer((outputs, inputs), inputs=-1, outputs=-2)
 
-    def _layer(self, shape: tuple[int, ...], fans: int, outputs: int) -> Layer:
+    def _layer(self, shape: tuple[int, ...], *, inputs: int, outputs: int) -> Layer:
         key = jr.fold_in(self._key, self._count)
         self._count += 1
-        std = self._gain * np.sqrt(2 / fans).astype(self._dtype)
-        return {"weight": std * jr.normal(key, shape, self._dtype), "bias": jnp.zeros(outputs, self._dtype)}
+        xavier = variance_scaling(self._gain**2, "fan_avg", "normal", inputs, outputs, dtype=self._dtype)
+        return {"weight": xavier(key, shape), "bias": jnp.zeros(shape[outputs], self._dtype)}
