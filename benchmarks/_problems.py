@@ -13,8 +13,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 
 import lazyjax as lj
-from lazyjax.data import digits
-from lazyjax.maps import OnData
+from lazyjax.data.datasets import digits
+from lazyjax.models.maps import OnData
 
 TAU = 2.0
 """Initial scale of W1, W2, W3: with it Tsit5 takes the 8 to 9 thousand steps of the design to T = 1e4 at alpha = 1 on

@@ -24,8 +24,8 @@ import numpy as np
 import gpu_gram
 import harness
 from lazyjax.experiments import _deep, deep_scale
-from lazyjax.plot import encode, plot_experiment
-from lazyjax.training import train
+from lazyjax.plot.report import encode, plot_experiment
+from lazyjax.training.train import train
 
 TARGET_S = 600.0
 PEAKS = {"B200": 1100e12, "H200": 494e12, "H100 PCIe": 378e12, "H100": 494e12, "A100": 156e12, "L40S": 183e12}

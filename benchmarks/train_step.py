@@ -21,8 +21,8 @@ import optax
 
 import harness
 from finite_jvp import init_vgg, vgg
-from lazyjax._train_checks import prepare
-from lazyjax._train_step import Lane, start, train_step
+from lazyjax.training.arguments import prepare
+from lazyjax.training.step import Lane, start, train_step
 
 TARGET = {"time": 3.0, "memory": 3.0}
 OPTIMISER = optax.sgd(0.01, momentum=0.9)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import lazyjax as lj
-from lazyjax.data import digits
+from lazyjax.data.datasets import digits
 
 
 def cross_entropy(logits, labels):

@@ -10,6 +10,6 @@ def main() -> None:
     report looks for NaN in every lane anyway. Whoever sets EQX_ON_ERROR keeps it.
     """
     os.environ.setdefault("EQX_ON_ERROR", "nan")
-    from lazyjax.cli import main as command
+    from lazyjax.cli.main import main as command
 
     command()

@@ -24,7 +24,7 @@ import kappa
 import lazyjax as lj
 import readme_numbers
 import train_step
-from lazyjax.networks import NETWORKS
+from lazyjax.models.deep import NETWORKS
 
 
 def test_measure_keeps_compile_and_run_apart():

@@ -9,8 +9,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lazyjax import cli
-from lazyjax.data import digits
+from lazyjax.cli import main as cli
+from lazyjax.data.datasets import digits
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

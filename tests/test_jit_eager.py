@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import lazyjax as lj
-from lazyjax.closed_form import solve_tangent
+from lazyjax.flow.closed_form import solve_tangent
 
 
 def conv_net(w, x):

@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from lazyjax._types import Model, Params
-from lazyjax.augment import pad_and_crop, random_flip
-from lazyjax.criterion import activation_stability
-from lazyjax.images import find_source, load_images
-from lazyjax.networks import find_network
-from lazyjax.schedule import inverse_time_decay
+from lazyjax._core.types import Model, Params
+from lazyjax.data.images import find_source, load_images
+from lazyjax.laziness.compare import activation_stability
+from lazyjax.models.deep import find_network
+from lazyjax.training.augmentation import pad_and_crop, random_flip
+from lazyjax.training.schedule import inverse_time_decay
 
 DTYPE = jnp.float32
 """Of everything that is trained: convolutions in float64 are slow, and `finite_jvp` keeps the digits."""

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from lazyjax._types import Params
+from lazyjax._core.types import Params
 
 if TYPE_CHECKING:
     import xarray

@@ -7,10 +7,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lazyjax._types import Params
-from lazyjax.data import draw_teacher, sphere
-from lazyjax.model import init_two_layer, two_layer
-from lazyjax.population import population_risk
+from lazyjax._core.types import Params
+from lazyjax.data.datasets import draw_teacher, sphere
+from lazyjax.data.population_risk import population_risk
+from lazyjax.models.shallow import init_two_layer, two_layer
 
 
 class Problem(NamedTuple):

@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import trange
 
-from lazyjax._types import Model, Params
-from lazyjax.difference import finite_jvp
+from lazyjax._core.types import Model, Params
+from lazyjax.difference.finite_jvp import finite_jvp
 from lazyjax.experiments import _deep
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.experiments._student import check_double
-from lazyjax.training import Training, train
+from lazyjax.training.train import Training, train
 
 if TYPE_CHECKING:
     import xarray

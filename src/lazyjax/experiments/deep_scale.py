@@ -14,8 +14,8 @@ import numpy as np
 
 from lazyjax.experiments import _deep
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
-from lazyjax.result import RESULTS
-from lazyjax.training import train
+from lazyjax.flow.result import RESULTS
+from lazyjax.training.train import train
 
 if TYPE_CHECKING:
     import xarray

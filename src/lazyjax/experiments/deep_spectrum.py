@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from lazyjax._spectrum import condition_number, effective_rank, normalized_spectrum
+from lazyjax.data.images import noise_images
 from lazyjax.experiments import _deep
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
-from lazyjax.images import noise_images
-from lazyjax.kernel import spectrum
+from lazyjax.kernels.gram import spectrum
+from lazyjax.kernels.spectrum import condition_number, effective_rank, normalized_spectrum
 
 if TYPE_CHECKING:
     import xarray

@@ -13,13 +13,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from lazyjax.curvature import kappa
-from lazyjax.data import draw_teacher, sphere
+from lazyjax.data.datasets import draw_teacher, sphere
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.experiments._student import check_double
-from lazyjax.maps import OnData, rescale
-from lazyjax.model import init_two_layer, two_layer
-from lazyjax.sweep import sweep
+from lazyjax.laziness.kappa import kappa
+from lazyjax.models.maps import OnData, rescale
+from lazyjax.models.shallow import init_two_layer, two_layer
+from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray

@@ -16,16 +16,16 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from lazyjax._types import Model, Params
-from lazyjax.correction import lazy_correction
-from lazyjax.criterion import compare
-from lazyjax.data import draw_teacher, sphere
+from lazyjax._core.types import Model, Params
+from lazyjax.data.datasets import draw_teacher, sphere
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, check_rising, record
 from lazyjax.experiments._student import check_double
-from lazyjax.loss import square_loss
-from lazyjax.maps import OnData, center, symmetrize
-from lazyjax.model import init_two_layer, two_layer
-from lazyjax.sweep import sweep
+from lazyjax.flow.lazy_correction import lazy_correction
+from lazyjax.laziness.compare import compare
+from lazyjax.losses.losses import square_loss
+from lazyjax.models.maps import OnData, center, symmetrize
+from lazyjax.models.shallow import init_two_layer, two_layer
+from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray

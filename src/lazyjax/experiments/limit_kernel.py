@@ -15,11 +15,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from lazyjax.arccos import arccos_kernel
 from lazyjax.experiments._figure import Figure, Number, record
-from lazyjax.kernel import gram
-from lazyjax.maps import rescale
-from lazyjax.model import init_two_layer, two_layer
+from lazyjax.kernels.gram import gram
+from lazyjax.kernels.infinite_width import arccos_kernel
+from lazyjax.models.maps import rescale
+from lazyjax.models.shallow import init_two_layer, two_layer
 
 if TYPE_CHECKING:
     import xarray

@@ -22,8 +22,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
-from lazyjax._types import Params
-from lazyjax.data import sphere
+from lazyjax._core.types import Params
+from lazyjax.data.datasets import sphere
+from lazyjax.data.population_risk import population_inner, population_risk
 from lazyjax.experiments._descent import descend, even_frames, mark_lanes
 from lazyjax.experiments._figure import (
     Figure,
@@ -37,11 +38,10 @@ from lazyjax.experiments._figure import (
     same_settings,
 )
 from lazyjax.experiments._student import check_double, draw, risk_at
-from lazyjax.flow import gradient_flow
-from lazyjax.loss import square_loss
-from lazyjax.model import two_layer
-from lazyjax.population import population_inner, population_risk
-from lazyjax.sweep import sweep
+from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.losses.losses import square_loss
+from lazyjax.models.shallow import two_layer
+from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray

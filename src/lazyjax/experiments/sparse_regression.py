@@ -22,11 +22,11 @@ from jaxtyping import Array, Float
 
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, check_rising, record
 from lazyjax.experiments._student import check_double
-from lazyjax.flow import gradient_flow
-from lazyjax.loss import square_loss
-from lazyjax.maps import rescale
-from lazyjax.model import diagonal_linear
-from lazyjax.sweep import sweep
+from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.losses.losses import square_loss
+from lazyjax.models.maps import rescale
+from lazyjax.models.shallow import diagonal_linear
+from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray

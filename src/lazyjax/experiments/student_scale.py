@@ -18,8 +18,8 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lazyjax._types import Params
-from lazyjax.criterion import activation_stability
+from lazyjax._core.types import Params
+from lazyjax.data.population_risk import tangent_population_risk
 from lazyjax.experiments._descent import descend, even_frames, log_frames, mark_lanes
 from lazyjax.experiments._figure import (
     Figure,
@@ -32,15 +32,15 @@ from lazyjax.experiments._figure import (
     same_settings,
 )
 from lazyjax.experiments._student import Problem, check_double, draw, risk_at
-from lazyjax.exponential import TangentExponential
-from lazyjax.flow import gradient_flow
-from lazyjax.kernel import gram
-from lazyjax.loss import square_loss
-from lazyjax.maps import symmetrize
-from lazyjax.model import two_layer
-from lazyjax.population import tangent_population_risk
-from lazyjax.sweep import sweep
-from lazyjax.tangent import linearize
+from lazyjax.flow.exponential import TangentExponential
+from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.kernels.gram import gram
+from lazyjax.laziness.compare import activation_stability
+from lazyjax.losses.losses import square_loss
+from lazyjax.models.maps import symmetrize
+from lazyjax.models.shallow import two_layer
+from lazyjax.models.tangent import linearize
+from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray

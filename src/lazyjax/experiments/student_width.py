@@ -18,7 +18,8 @@ import optax
 from jaxtyping import Array
 from tqdm import tqdm
 
-from lazyjax._types import Params
+from lazyjax._core.types import Params
+from lazyjax.data.population_risk import population_inner
 from lazyjax.experiments._descent import descend, even_frames, mark_lanes
 from lazyjax.experiments._figure import (
     Figure,
@@ -30,11 +31,10 @@ from lazyjax.experiments._figure import (
     same_settings,
 )
 from lazyjax.experiments._student import Problem, check_double, draw, risk_at
-from lazyjax.flow import gradient_flow
-from lazyjax.loss import square_loss
-from lazyjax.model import two_layer
-from lazyjax.population import population_inner
-from lazyjax.sweep import sweep
+from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.losses.losses import square_loss
+from lazyjax.models.shallow import two_layer
+from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lazyjax._types import Params
+from lazyjax._core.types import Params
 from lazyjax.experiments._descent import descend, log_frames
 from lazyjax.experiments._figure import (
     Figure,
@@ -30,10 +30,10 @@ from lazyjax.experiments._figure import (
     same_settings,
 )
 from lazyjax.experiments._student import check_double, draw, risk_at
-from lazyjax.flow import gradient_flow
-from lazyjax.loss import square_loss
-from lazyjax.model import two_layer
-from lazyjax.result import RESULTS
+from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.flow.result import RESULTS
+from lazyjax.losses.losses import square_loss
+from lazyjax.models.shallow import two_layer
 
 if TYPE_CHECKING:
     import xarray

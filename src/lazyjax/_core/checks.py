@@ -1,0 +1,135 @@
+"""Checks of what a user hands in: one clear error, before any long computation.
+
+A check looks at values only outside a trace; shapes, dtypes and structure are looked at always.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from lazyjax._core.types import Params
+
+
+def is_concrete(tree: Any) -> bool:
+    """Whether no leaf is traced, so that its values can be looked at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(tree))
+
+
+def split_params(w0: Params, name: str = "w0") -> tuple[Params, Params]:
+    """Split parameters into their coordinates (real floating arrays) and all the rest.
+
+    Raises:
+        TypeError: there is no coordinate, or a leaf is complex.
+        ValueError: a coordinate is not finite, or every one is empty.
+    """
+    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
+    leaves = jtu.tree_leaves(coordinates)
+    if any(jnp.iscomplexobj(leaf) for leaf in leaves):
+        msg = (
+            f"{name} must have real floating leaves, but holds complex ones; "
+            "give their real and imaginary parts as two leaves."
+        )
+        raise TypeError(msg)
+    if not leaves:
+        kinds = sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in jtu.tree_leaves(w0)})
+        msg = (
+            f"{name} must hold at least one real floating array to train, got leaves of kind "
+            f"{kinds or 'none (an empty tree)'}; convert the parameters with `.astype(jnp.float32)`."
+        )
+        raise TypeError(msg)
+    if sum(leaf.size for leaf in leaves) == 0:
+        msg = f"{name} must hold at least one number, but all its floating arrays are empty."
+        raise ValueError(msg)
+    check_finite(coordinates, name)
+    return coordinates, rest
+
+
+def check_finite(tree: Any, name: str) -> None:
+    """Refuse NaN and infinite entries, saying how many there are and where the first one is."""
+    for path, leaf in jtu.tree_leaves_with_path(tree):
+        if not eqx.is_array(leaf) or not is_concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        bad = ~np.isfinite(np.asarray(leaf))
+        if bad.any():
+            where = tuple(int(i) for i in np.argwhere(bad)[0])
+            msg = (
+                f"{name}{jtu.keystr(path)} must be finite, but {int(bad.sum())} of its {bad.size} "
+                f"entries are NaN or infinite, the first at index {where}; remove or impute them."
+            )
+            raise ValueError(msg)
+
+
+def check_alpha(alpha: Any) -> None:
+    """Refuse a scale that is not a real number (TypeError), or one outside (0, inf] (ValueError)."""
+    if not is_concrete(alpha):
+        return
+    value = np.asarray(alpha)
+    if value.shape != ():
+        msg = f"alpha must be a scalar, got shape {value.shape}; use jax.vmap or lazyjax.sweep over alpha."
+        raise ValueError(msg)
+    if value.dtype.kind not in "iuf":
+        msg = f"alpha must be a real number in (0, inf], got {alpha!r}."
+        raise TypeError(msg)
+    if not value > 0:
+        msg = f"alpha must be a scale in (0, inf], got {value}; use alpha=1 for the unscaled model."
+        raise ValueError(msg)
+
+
+def check_times(ts: Any) -> None:
+    """Refuse times that are not an increasing vector of at least two, only the last one infinite."""
+    if np.ndim(ts) != 1 or np.shape(ts)[0] < 2:
+        msg = (
+            f"ts must be a vector of at least two times (start, ..., end), got shape {np.shape(ts)}; "
+            "for example ts=jnp.linspace(0., 10., 11)."
+        )
+        raise ValueError(msg)
+    if not is_concrete(ts):
+        return
+    values = np.asarray(ts, dtype=np.float64)
+    if np.isnan(values).any() or not np.isfinite(values[:-1]).all():
+        msg = f"ts must be finite, except that the last may be inf, got {values}."
+        raise ValueError(msg)
+    steps = values[1:] - values[:-1]
+    if not (steps > 0).all():
+        i = int(np.argmin(steps > 0))
+        msg = (
+            f"ts must be strictly increasing, got ts[{i}] = {values[i]} and ts[{i + 1}] = {values[i + 1]}; "
+            "sort them and drop repeats."
+        )
+        raise ValueError(msg)
+
+
+def check_outputs(h: Callable[..., Any], *args: Any, name: str = "h") -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a model's outputs, (n,) or (n, k), floating and not empty."""
+    out = eqx.filter_eval_shape(h, *args)
+    if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) not in (1, 2):
+        got = f"shape {out.shape}" if isinstance(out, jax.ShapeDtypeStruct) else jtu.tree_structure(out)
+        msg = f"{name} must return one array of shape (n,) or (n, k), got {got}; reshape or select its outputs."
+        raise ValueError(msg)
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        msg = f"{name} must return real floating outputs, got {out.dtype}."
+        raise TypeError(msg)
+    if 0 in out.shape:
+        msg = f"{name} must return at least one output, got shape {out.shape}: is the data empty?"
+        raise ValueError(msg)
+    return out
+
+
+def check_inputs(f: Callable[..., Any], w0: Params, x: Any, name: str) -> tuple[jax.Array, tuple[int, ...]]:
+    """Inputs as an array, and the shape of what f makes of them: one row (or number) a sample, all finite."""
+    x = jnp.asarray(x)
+    if x.ndim == 0 or x.size == 0:
+        msg = f"{name} must hold at least one sample, got shape {x.shape}."
+        raise ValueError(msg)
+    check_finite(x, name)
+    shape = check_outputs(f, w0, x, name="f").shape
+    if shape[0] != x.shape[0]:
+        msg = f"f must return one row of outputs a sample, got {shape[0]} rows for {x.shape[0]} samples of {name}."
+        raise ValueError(msg)
+    return x, shape

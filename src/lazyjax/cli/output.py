@@ -1,0 +1,172 @@
+"""What the command line writes, as values: the configuration and its fingerprints, strict JSON, the checked folder."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lazyjax.cli.user_model import GAIN, HIDDEN, split_spec
+from lazyjax.data.datasets import DataSet
+from lazyjax.report.certificate import certificate_table
+from lazyjax.report.diagnose import LazinessReport
+
+REPORT = "report.json"
+"""The last file to be written: a folder that holds it is complete."""
+
+STAGE = ".lazyjax-partial"
+"""Where files are written before they are moved into place."""
+
+PACKAGES = ("lazyjax", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy")
+
+ABOUT = (
+    "Made by `lazyjax report`. Numbers that are not finite are the strings 'inf', '-inf' and 'nan'. In 'table', gaps "
+    "are the largest over time, all else is at the end of training; 'tangent' is the tangent model. Every curve is in "
+    "sweep.nc (xarray.open_dataset)."
+)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def describe(
+    data: DataSet,
+    *,
+    model: str | None,
+    alphas: list[float],
+    loss: str,
+    time: float | None,
+    seed: int,
+    train: int | None,
+) -> dict[str, Any]:
+    """The configuration of a report: equal ones give equal results.
+
+    Args:
+        data: What is trained on; enters by the digest of its arrays.
+        model: FILE:FUNCTION, which enters by its name and the digest of the file; None for the default network.
+        alphas: Scales.
+        loss: Its name.
+        time: Flow time, None to have it chosen.
+        seed: Of the init, and of the split of the digits.
+        train: How many digits, None for a user's own data.
+    """
+    if model is None:
+        source = f"tanh network, hidden layers {HIDDEN}, gain {GAIN}"
+    else:
+        path, name = split_spec(model)
+        source = f"{path.name}:{name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return {
+        "model": source,
+        "data": f"{'own arrays' if train is None else f'{train} digits'}, sha256 {_digest(data)}",
+        "alphas": encode_numbers(sorted({*alphas, math.inf})),
+        "loss": loss,
+        "time": time,
+        "seed": seed,
+        "dtype": str(data.x.dtype),
+    }
+
+
+def _digest(data: DataSet) -> str:
+    digest = hashlib.sha256()
+    for name, array in data._asdict().items():
+        if array is not None:
+            values = np.ascontiguousarray(array)
+            digest.update(f"{name} {values.dtype} {values.shape}".encode())
+            digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def check_folder(out: Path, configuration: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds something else than this configuration's results.
+
+    Raises:
+        ValueError: not a folder, no right to write, other files, or another configuration.
+    """
+    remedy = "choose another folder with --out, or delete this one"
+    if out.exists() and not out.is_dir():
+        msg = f"--out {out} must be a folder, but is a file; {remedy}."
+        raise ValueError(msg)
+    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        msg = f"--out {out} cannot be written (no right to write in {above}); choose another folder with --out."
+        raise ValueError(msg)
+    if not out.exists() or not {path.name for path in out.iterdir()} - {STAGE}:
+        return
+    there = _read_configuration(out / REPORT)
+    if there is None:
+        msg = f"--out {out} holds files that are not a lazyjax report, nothing was overwritten; {remedy}."
+        raise ValueError(msg)
+    differ = [name for name in {**configuration, **there} if configuration.get(name) != there.get(name)]
+    if differ:
+        changes = ", ".join(f"{name} {there.get(name)} there and {configuration.get(name)} here" for name in differ)
+        msg = f"--out {out} holds the results of another configuration ({changes}), nothing was overwritten; {remedy}."
+        raise ValueError(msg)
+
+
+def _read_configuration(path: Path) -> dict[str, Any] | None:
+    """The configuration in a `report.json` of ours, None for any other file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("configuration")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def report_json(
+    report: LazinessReport, configuration: Mapping[str, Any], command: str, seconds: Mapping[str, float]
+) -> str:
+    """The report without its curves, as strict JSON; `ABOUT` says how to read it."""
+    slopes = {name: dataclasses.asdict(slope) for name, slope in report.slopes.items()}
+    content = {
+        "about": ABOUT,
+        "verdict": report.verdict,
+        "slopes": slopes,
+        "notes": list(report.notes),
+        "table": report_table(report),
+        "certificate": None if report.certificate is None else certificate_table(report.certificate),
+        "settings": dict(report.dataset.attrs),
+        "configuration": dict(configuration),
+        "command": command,
+        "versions": versions(),
+        "timings_s": {name: round(value, 3) for name, value in seconds.items()},
+    }
+    return json.dumps(encode_numbers(content), indent=1, allow_nan=False) + "\n"
+
+
+def report_table(report: LazinessReport) -> list[dict[str, Any]]:
+    """One row of plain numbers a scale, the tangent model last."""
+    data = report.dataset
+    rows: list[dict[str, Any]] = [{"alpha": alpha} for alpha in np.asarray(data["alpha"], np.float64).tolist()]
+    for name in (str(name) for name in data.data_vars if not str(name).endswith("_failed")):
+        values = data[name]
+        if values.dims == ("alpha", "time"):
+            values = values.max("time") if "gap" in name else values.isel(time=-1)
+        if values.dims == ("alpha",):
+            for row, value in zip(rows, values.values.tolist(), strict=True):
+                row[name] = value
+    tangent = {
+        str(name).removeprefix("tangent_"): float(data[name][-1])
+        for name in data.data_vars
+        if str(name).startswith("tangent_")
+    }
+    return [*rows, {"alpha": "tangent", **tangent}]
+
+
+def encode_numbers(value: Any) -> Any:
+    """Plain JSON values: NumPy's scalars as Python's, numbers that are not finite as strings."""
+    if isinstance(value, Mapping):
+        return {str(name): encode_numbers(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode_numbers(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Data sets: teachers and students, digits, images on disk, and the exact population risk."""

@@ -1,0 +1,1 @@
+"""The difference [h(w0 + eps u) - h(w0)]/eps, exact to rounding at every eps, by a transform of the program of h."""

@@ -1,0 +1,230 @@
+r"""Difference rules of calls and control flow: each is entered, its body walked in pairs.
+
+`walk(step, jaxpr, consts, values)` is handed in, so that the walk may know these rules and they
+need not know it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from lazyjax._core.program import as_function
+from lazyjax.difference.pair import (
+    Moved,
+    Step,
+    Switched,
+    Value,
+    delta_of,
+    derivative,
+    is_floating,
+    is_pair,
+    old_of,
+)
+
+Walk = Callable[[Step, core.Jaxpr, Sequence[Any], Sequence[Value]], list[Value]]
+ControlRule = Callable[[Walk, Step, core.JaxprEqn, list[Value]], list[Value]]
+
+
+def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """The program a call runs and its constants, under whichever name it is kept."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            body = eqn.params[name]
+            return (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, ())
+    msg = (
+        f"h calls the primitive {eqn.primitive.name!r}, whose program cannot be found in its "
+        f"parameters {sorted(eqn.params)}; use difference='plain' in float64 with a moderate eps."
+    )
+    raise ValueError(msg)
+
+
+def _call(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    jaxpr, consts = _body(eqn)
+    return walk(step, jaxpr, consts, values)
+
+
+def _custom_jvp(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """Entered for eps != 0; at eps = 0 the custom rule speaks, which decides ties for one."""
+    outs = _call(walk, step, eqn, values)
+    if step.never_zero or not any(isinstance(v, Moved) for v in values):
+        return outs
+    limits = derivative(eqn, values)
+    return [
+        Moved(old_of(out), _at_zero(step, limit, delta_of(out))) if is_floating(var.aval) else out
+        for var, out, limit in zip(eqn.outvars, outs, limits, strict=True)
+    ]
+
+
+def _at_zero(step: Step, limit: Any, delta: Any | None) -> Any:
+    return jnp.where(step.is_zero(limit.dtype), limit, 0 if delta is None else delta)
+
+
+def _stop_gradient(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """The true difference for eps != 0; nothing at eps = 0, which is `jax.jvp`'s value."""
+    del walk, eqn
+    (value,) = values
+    if step.never_zero or not isinstance(value, Moved):
+        return [value]
+    return [Moved(value.old, jnp.where(step.is_zero(value.old.dtype), 0, value.delta))]
+
+
+def _identity(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """Primitives that return their operands: applied to the old values, differences as they are."""
+    del walk, step
+    outs = as_function(eqn)(*[old_of(v) for v in values])
+    return [v._replace(old=out) if is_pair(v) else out for v, out in zip(values, outs, strict=True)]
+
+
+def _reached(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> list[bool]:
+    """Which outputs of a program may depend on the flagged inputs."""
+    touched = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
+    for eqn in jaxpr.eqns:
+        if any(v in touched for v in eqn.invars if isinstance(v, core.Var)):
+            touched.update(eqn.outvars)
+    return [isinstance(v, core.Var) and v in touched for v in jaxpr.outvars]
+
+
+def _reached_carries(jaxpr: core.Jaxpr, flags: list[bool], carries: slice) -> list[bool]:
+    """`flags` with the loop-carried ones grown until the body adds no more."""
+    while True:
+        outs = _reached(jaxpr, flags)[: carries.stop - carries.start]
+        grown = [a or b for a, b in zip(flags[carries], outs, strict=True)]
+        if grown == flags[carries]:
+            return flags
+        flags = flags[: carries.start] + grown + flags[carries.stop :]
+
+
+def _lifted(value: Value, aval: Any, flag: bool) -> Value:
+    """The value in the form that a loop or branch must return: a pair where flagged."""
+    if not flag or is_pair(value):
+        return value
+    value = jnp.asarray(value)
+    return Moved(value, jnp.zeros_like(value)) if is_floating(aval) else Switched(value, value)
+
+
+def _lift_all(values: Sequence[Value], avals: Sequence[Any], flags: Sequence[bool]) -> list[Value]:
+    return [_lifted(v, a, f) for v, a, f in zip(values, avals, flags, strict=True)]
+
+
+def _scan_carries(params: dict[str, Any]) -> tuple[int, int]:
+    """Where the carries lie among a scan's operands: constants, carries, scanned arrays."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_consts"] + params["num_carry"]
+    # From JAX 0.11 on a tree of the three groups stands in place of the two numbers.
+    constants, carries, _ = params["ft_in"].unpack()
+    return len(constants), len(constants) + len(carries)
+
+
+def _scan(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    params = eqn.params
+    jaxpr, consts = params["jaxpr"].jaxpr, params["jaxpr"].consts
+    start, stop = _scan_carries(params)
+    flags = _reached_carries(jaxpr, [is_pair(v) for v in values], slice(start, stop))
+    avals = [v.aval for v in jaxpr.invars[start:stop]]
+    carry_flags = flags[start:stop]
+
+    def body(carry: list[Value], xs: list[Value]) -> tuple[list[Value], list[Value]]:
+        outs = walk(step, jaxpr, consts, [*values[:start], *carry, *xs])
+        count = len(carry)
+        return _lift_all(outs[:count], avals, carry_flags), outs[count:]
+
+    carry, ys = lax.scan(
+        body,
+        [jnp.asarray(v) if not is_pair(v) else v for v in _lift_all(values[start:stop], avals, carry_flags)],
+        values[stop:],
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params.get("unroll", 1),
+    )
+    return [*carry, *ys]
+
+
+def _while(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """A loop whose number of turns does not depend on the parameters."""
+    params = eqn.params
+    condition, body = params["cond_jaxpr"], params["body_jaxpr"]
+    tests, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    inputs = [is_pair(v) for v in values]
+    carries = slice(start - tests, len(values) - tests)
+    flags = _reached_carries(body.jaxpr, inputs[tests:], carries)[carries]
+    if any(_reached(condition.jaxpr, [*inputs[:tests], *flags])):
+        msg = (
+            "h runs a while loop whose number of turns depends on the parameters, and finite_jvp "
+            "has no exact rule for it; use a loop of fixed length (jax.lax.scan), or "
+            "difference='plain' in float64 with a moderate eps."
+        )
+        raise ValueError(msg)
+    avals = [v.aval for v in body.jaxpr.invars[carries]]
+
+    def turn(carry: list[Value]) -> list[Value]:
+        outs = walk(step, body.jaxpr, body.consts, [*values[tests:start], *carry])
+        return _lift_all(outs, avals, flags)
+
+    def go_on(carry: list[Value]) -> Any:
+        olds = [old_of(v) for v in [*values[:tests], *carry]]
+        return core.jaxpr_as_fun(condition)(*olds)[0]
+
+    initial = _lift_all(values[start:], avals, flags)
+    return lax.while_loop(go_on, turn, [v if is_pair(v) else jnp.asarray(v) for v in initial])
+
+
+def _cond(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """The branch at the new end; where it switched, the old branch's outputs and the jump."""
+    index, operands = values[0], values[1:]
+    branches = eqn.params["branches"]
+    inputs = [is_pair(v) for v in operands]
+    reached = zip(*(_reached(b.jaxpr, inputs) for b in branches), strict=True)
+    flags = [any(column) for column in reached]
+    avals = [v.aval for v in eqn.outvars]
+
+    def entered(branch: core.ClosedJaxpr) -> Callable[[list[Value]], list[Value]]:
+        def run(args: list[Value]) -> list[Value]:
+            outs = walk(step, branch.jaxpr, branch.consts, args)
+            return [v if is_pair(v) else jnp.asarray(v) for v in _lift_all(outs, avals, flags)]
+
+        return run
+
+    runs = [entered(b) for b in branches]
+    if not is_pair(index):
+        return lax.switch(index, runs, operands)
+    after = lax.switch(index.new, runs, operands)
+    before = as_function(eqn)(*[old_of(v) for v in values])
+    return [_switched(step, start, end, aval) for start, end, aval in zip(before, after, avals, strict=True)]
+
+
+def _switched(step: Step, before: Any, after: Value, aval: Any) -> Value:
+    """One output of a branch that may have switched."""
+    if not is_floating(aval):
+        return Switched(before, step.new_of(after))
+    jump, delta = step.jump(old_of(after), before), delta_of(after)
+    return Moved(before, jump if delta is None else delta + jump)
+
+
+CONTROL_RULES: dict[str, ControlRule] = {
+    **dict.fromkeys(
+        (
+            "jit",
+            "pjit",
+            "closed_call",
+            "core_call",
+            "core_closed_call",
+            "remat",
+            "remat2",
+            "checkpoint",
+            "custom_vjp_call",
+            "custom_vjp_call_jaxpr",
+        ),
+        _call,
+    ),
+    "custom_jvp_call": _custom_jvp,
+    "stop_gradient": _stop_gradient,
+    "optimization_barrier": _identity,
+    "device_put": _identity,
+    "copy_to_host_async": _identity,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}

@@ -1,0 +1,208 @@
+r"""Gradient flow of $F_\alpha(w) = R(\alpha h(w))/\alpha^2$ for a model or, by the same call, its tangent model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lazyjax._core.checks import check_alpha, check_times, is_concrete
+from lazyjax._core.types import Model, Outputs, Params, RealScalar
+from lazyjax.flow.choose_solver import DENSE_OUTPUTS, choose_solver, name_of
+from lazyjax.flow.closed_form import solve_tangent, tangent_gram
+from lazyjax.flow.field import TangentField, check_start, make_field
+from lazyjax.flow.integrate import Options, integrate
+from lazyjax.flow.result import RESULTS, SOLVERS, Result, as_result
+from lazyjax.losses.losses import Loss, SquareLoss
+from lazyjax.losses.user_loss import as_loss
+from lazyjax.models.tangent import Tangent, linearize
+
+
+class Flow(eqx.Module):
+    r"""A computed flow; made by `gradient_flow`.
+
+    Attributes:
+        ts: The times (time,), flow time; the last may be inf.
+        outputs: $\alpha h(w_\alpha(t))$, (time, n) or (time, n, k); None unless saved.
+        displacement: $u = \alpha(w_\alpha(t) - w_0)$, a tree of w0's coordinates with a leading time axis; None
+            unless saved.
+        params: $w_\alpha(t)$, of w0's structure: its coordinates with a leading time axis, other leaves as they are;
+            None unless saved.
+        loss: $R(\alpha h(w_\alpha(t)))$, (time,).
+        alpha: The scale.
+        result: An item of `RESULTS` (diffrax's items compare with it): `successful`, or why it stopped early (then
+            later values are infinite): `max_steps_reached` (with ts ending in inf: not stationary by then),
+            `steps_collapsed` (sliding along a kink), `nonfinite`, ...
+        stats: "num_steps", "num_accepted_steps", "num_rejected_steps", and "num_vector_field", the gradients
+            taken by the Runge-Kutta stages (-1 for an implicit solver, whose iterations are not counted; the choice
+            of the first step and the search for a stationary point take a few more). All 0 in closed form.
+            "solver": an item of `SOLVERS`, what the flow was followed with.
+    """
+
+    ts: Float[Array, " time"]
+    outputs: Any
+    displacement: Params
+    params: Params
+    loss: Float[Array, " time"]
+    alpha: Float[Array, ""]
+    result: Result
+    stats: dict[str, Any]
+
+
+def gradient_flow(
+    h: Model,
+    loss: Loss | Callable[[Outputs], RealScalar],
+    w0: Params,
+    ts: Float[Array, " time"],
+    *,
+    alpha: RealScalar = 1.0,
+    solver: diffrax.AbstractSolver | None = None,
+    stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+    dt0: RealScalar | None = None,
+    rtol: float = 1e-6,
+    atol: float = 1e-9,
+    save: Sequence[str] = ("outputs",),
+    max_steps: int = 4096,
+    progress: bool = False,
+    throw: bool = True,
+) -> Flow:
+    r"""Follow $w'(t) = -\nabla F_\alpha(w(t))$, $F_\alpha(w) = R(\alpha h(w))/\alpha^2$, from $w(t_0) = w_0$.
+
+    Give it `h` for the model and `linearize(h, w0)` for its linear twin: the same call. Everything runs in
+    $u = \alpha(w - w_0)$ with cancellation-free differences, so float32 is right at any alpha.
+
+    Args:
+        h: Model h(w) with outputs (n,) or (n, k), the data inside; or a `Tangent`.
+        loss: R on outputs, from `lazyjax.loss`, or any function of the outputs.
+        w0: Start; any pytree, its floating arrays are the coordinates.
+        ts: Times to save at, strictly increasing; the first is the start, the last may be inf: run until
+            $\|u'(t)\| \le$ rtol $\|u'(t_0)\|$. Flow time, not steps: a gradient-descent step of size eta on
+            $F_\alpha$ advances it by eta.
+        alpha: Output scale in (0, inf]; inf is the tangent flow and needs h(w0) = 0.
+        solver: Any diffrax solver. None: for a `Tangent` with the square loss and at most 4096 outputs, the closed
+            form at all times at once; else `TangentExponential` (re-linearizing where that pays) or Tsit5, by
+            predicted cost; under a trace, where no value can be looked at, the former (Tsit5 for cross-entropies,
+            whose stiffness fades). `Flow.stats["solver"]` says which.
+        stepsize_controller: Any diffrax controller. None: `PIDController(rtol, atol, pcoeff=0.4, icoeff=0.3)`, for
+            `TangentExponential` 0.3 and 0.7, watched for the collapse of its steps; other solvers than
+            `TangentExponential`, whose interpolation is exact enough, step exactly onto ts.
+        dt0: First step size; None lets the solver choose (a solver without error estimate needs it, together
+            with `stepsize_controller=diffrax.ConstantStepSize()`).
+        rtol: Relative tolerance of u. Below 32 rounding units of the state's dtype it is taken as that
+            (3.8e-6 in float32), where a tighter one would only measure rounding.
+        atol: Absolute tolerance of u.
+        save: Any of "outputs", "displacement", "params"; the loss always is.
+        max_steps: Steps after which to stop with a `result`.
+        progress: Show a progress bar.
+        throw: Raise if the flow stopped early; False leaves that to `result`, for sweeps under `jax.vmap`.
+
+    Returns:
+        `Flow`.
+
+    Raises:
+        ValueError, TypeError: bad arguments, seen before any step is taken.
+        equinox.EquinoxRuntimeError: `throw` and the flow stopped early.
+
+    Warns:
+        UserWarning: h(w0) is a rounding residue that alpha makes large.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), equations (2) to (5).
+
+    Example:
+        >>> from lazyjax import square_loss
+        >>> flow = gradient_flow(lambda w: w, square_loss(jnp.zeros(1)), jnp.ones(1), jnp.array([0.0, 1.0]))
+        >>> print(f"{flow.outputs[-1, 0]:.3f}")
+        0.368
+    """
+    loss = as_loss(loss)
+    check_alpha(alpha)
+    check_times(ts)
+    _check_options(save, rtol, atol, max_steps)
+    zero_start = check_start(h, loss, w0, alpha, rtol)
+    endless = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
+    # A Tangent is linearized again inside: its residuals from outside would be compiled in as constants.
+    model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
+    # As arrays, so that another alpha or tolerance is another argument of the same compiled program.
+    scale, relative, absolute = (jnp.asarray(value, float) for value in (alpha, rtol, atol))
+    if solver is None and not _has_closed_form(h, loss):
+        solver = choose_solver(model, loss, w0, ts, scale, zero_start=zero_start)
+    # A start declared zero has nothing to throw at.
+    inside = throw and not zero_start
+    options = Options(solver, stepsize_controller, dt0, relative, absolute, tuple(save), max_steps, progress, inside)
+    flow = _gradient_flow(model, loss, w0, jnp.asarray(ts), scale, options, zero_start, endless)
+    return flow.result.error_if(flow, flow.result != RESULTS.successful) if throw else flow
+
+
+def _check_options(save: Sequence[str], rtol: float, atol: float, max_steps: int) -> None:
+    unknown = [name for name in save if name not in ("outputs", "displacement", "params")]
+    if isinstance(save, str) or unknown:
+        msg = f'save must be a tuple of "outputs", "displacement", "params", got {save!r}.'
+        raise ValueError(msg)
+    if not rtol > 0 or not atol >= 0:
+        msg = f"rtol must be positive and atol not negative, got rtol={rtol}, atol={atol}."
+        raise ValueError(msg)
+    if max_steps < 1:
+        msg = f"max_steps must be at least 1, got {max_steps}."
+        raise ValueError(msg)
+
+
+@eqx.filter_jit
+def _gradient_flow(
+    model: tuple[Model, Params | None],
+    loss: Loss,
+    w0: Params,
+    ts: Array,
+    alpha: RealScalar,
+    options: Options,
+    zero_start: bool,
+    endless: bool,
+) -> Flow:
+    h, anchor = model
+    h = h if anchor is None else linearize(h, anchor)
+    field = make_field(h, loss, w0, alpha, zero_start=zero_start, throw=options.throw)
+    dtype = field.start.dtype
+    ts = ts.astype(dtype)
+    if options.solver is None:
+        assert isinstance(h, Tangent)
+        assert isinstance(field, TangentField)
+        saved, result, stats = _closed_form(h, field, ts)
+    else:
+        saved, result, stats = integrate(field, options.solver, ts, options, endless=endless)
+        stats["solver"] = name_of(options.solver)
+    values = jax.vmap(loss)(saved["outputs"])
+    broken = (result == RESULTS.successful) & ~jnp.all(jnp.isfinite(values))
+    result = as_result(RESULTS.where(broken, RESULTS.nonfinite, result))  # pyright: ignore[reportArgumentType]
+    displacement = saved["displacement"]
+    return Flow(
+        ts=ts,
+        outputs=saved["outputs"] if "outputs" in options.save else None,
+        displacement=displacement if "displacement" in options.save else None,
+        params=eqx.combine(jax.vmap(field.moved)(displacement), field.rest) if "params" in options.save else None,
+        loss=values,
+        alpha=jnp.asarray(alpha, dtype),
+        result=result,
+        stats=stats,
+    )
+
+
+def _closed_form(tangent: Tangent, field: TangentField, ts: Array) -> tuple[dict[str, Any], Result, dict[str, Any]]:
+    loss = field.loss
+    assert isinstance(loss, SquareLoss)
+    solution = solve_tangent(tangent_gram(tangent), field.start, loss.minimizer, loss.weight)
+    times = ts - ts[0]
+    saved = {
+        "outputs": jax.vmap(solution.outputs)(times),
+        "displacement": jax.lax.map(lambda t: field.tangent.vjp(solution.cotangent(t)), times),
+    }
+    names = ("num_steps", "num_accepted_steps", "num_rejected_steps", "num_vector_field")
+    stats: dict[str, Any] = {name: jnp.asarray(0) for name in names}
+    return saved, as_result(RESULTS.successful), stats | {"solver": SOLVERS.closed_form}
+
+
+def _has_closed_form(h: Model, loss: Loss) -> bool:
+    return isinstance(h, Tangent) and isinstance(loss, SquareLoss) and h.outputs.size <= DENSE_OUTPUTS

@@ -1,0 +1,280 @@
+r"""The linear part $L = -B^T B$ of a gradient flow about an anchor, and functions of it on vectors.
+
+With J the Jacobian at the anchor and $\nabla^2 R = SS^T$ there, $B = S^T J$: the Gauss-Newton part. For any D,
+
+    phi_k(hL) D = D/k! - h B^T phi_{k+1}(-h BB^T) B D,
+
+so only functions of the small matrix $BB^T$ are needed and never a division by its eigenvalues: one jvp and one
+vjp a vector, nothing of size p^2 or p n. They come from its eigendecomposition (`SpectralPart`) or from Lanczos
+with the vector at hand (`KrylovPart`).
+
+Source: design of exponential integrators as in Hochbruck, Ostermann, Acta Numerica 19 (2010).
+"""
+
+import abc
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float
+
+from lazyjax._core.cost import POWERS
+from lazyjax._core.lanczos import krylov, lanczos
+from lazyjax._core.phi import phi
+from lazyjax._core.types import Params
+from lazyjax.flow.anchored import Anchored, Products
+
+GRAM_BLOCK = 128
+"""Columns of the Gram (a jvp and a vjp each) that are made side by side."""
+
+
+class Expansion(eqx.Module):
+    """A vector D = d + B^T s, and B D in coordinates in which BB^T is diagonal.
+
+    By Lanczos these are its own: `basis` takes them to the outputs, and `residual` is the vector that comes next, with
+    `residual_row` the couplings to it.
+    """
+
+    direct: Params
+    lifted: Array
+    coordinates: Array
+    values: Array
+    basis: Array | None = None
+    residual: Array | None = None
+    residual_row: Array | None = None
+
+    def in_outputs(self, z: Array) -> Array:
+        """Coordinates on the Krylov basis, as outputs."""
+        assert self.basis is not None
+        return self.basis @ z
+
+    def beyond(self, z: Array) -> Array:
+        """What BB^T makes of coordinates outside of the Krylov space."""
+        assert self.residual_row is not None
+        assert self.residual is not None
+        return (self.residual_row @ z) * self.residual
+
+
+Piece = tuple[Expansion, Any, Mapping[int, Any]]
+"""(D, c, {k: b}): the vector sum_k b h phi_k(c h L) D."""
+
+
+class LinearPart(eqx.Module):
+    """L at an anchor; subclasses say how to take functions of it."""
+
+    anchored: eqx.AbstractVar[Anchored]
+    top: eqx.AbstractVar[Array]
+
+    @abc.abstractmethod
+    def expand(self, b: Products, direct: Params, lifted: Array) -> Expansion:
+        """D = d + B^T s in coordinates; s in those of `combine`."""
+
+    @abc.abstractmethod
+    def origin(self) -> Array:
+        """s = 0."""
+
+    @abc.abstractmethod
+    def subtract(self, b: Products, e: Expansion, others: Sequence[Expansion], lifted: Array) -> Expansion:
+        """Of D_e less the others, plus B^T of `lifted`."""
+
+    def truncated(self, b: Products, h: Array, pieces: Sequence[Piece], error: Params) -> Params:
+        """An error estimate of the scheme, joined by that of the functions themselves; exact ones add nothing."""
+        del b, h, pieces
+        return error
+
+    @abc.abstractmethod
+    def combine(self, b: Products, h: Array, pieces: Sequence[Piece]) -> tuple[Params, Array]:
+        """The sum delta of the pieces, and B delta (as what `expand` takes for s)."""
+
+
+def _sum(arrays: Sequence[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)
+
+
+def _factor(h: Array, weights: Mapping[int, Any]) -> Array:
+    """Of D itself in the sum of h b phi_k(c h L) D."""
+    return h * _sum([jnp.asarray(b, h.dtype) / math.factorial(k) for k, b in weights.items()])
+
+
+def _inside(values: Array, h: Array, c: Any, weights: Mapping[int, Any], shift: int) -> Array:
+    """Sum of b phi_{k+shift}(-c h values)."""
+    return _sum([jnp.asarray(b, h.dtype) * phi(-c * h * values, k + shift) for k, b in weights.items()])
+
+
+def _direct(h: Array, pieces: Sequence[Piece]) -> Params:
+    factors = [_factor(h, weights) for _, _, weights in pieces]
+    trees = [e.direct for e, _, _ in pieces]
+    return jtu.tree_map(lambda *d: _sum([f.astype(x.dtype) * x for f, x in zip(factors, d, strict=True)]), *trees)
+
+
+class SpectralPart(LinearPart):
+    """By the eigendecomposition of BB^T, or its leading part, shared by all lanes of a vmap that share the anchor."""
+
+    anchored: Anchored
+    top: Float[Array, ""]
+    values: Float[Array, " r"]
+    vectors: Float[Array, "m r"]
+
+    def leading(self, horizon: float, *, block: int = 64) -> "SpectralPart":
+        """Only what is stiff over this time: modes with h lambda below 0.1 need no exponential, but cost their share.
+
+        Their number is rounded up to whole blocks, so that a little change of data is no new program.
+        """
+        kept = int(np.sum(np.asarray(self.values) * horizon > 0.1))
+        kept = min(self.values.size, max(block, -(-kept // block) * block))
+        return SpectralPart(self.anchored, self.top, self.values[-kept:], self.vectors[:, -kept:])
+
+    def origin(self) -> Array:
+        """s = 0."""
+        return jnp.zeros_like(self.values)
+
+    def expand(self, b: Products, direct: Params, lifted: Array) -> Expansion:
+        """Coordinates of B D on the eigenvectors; s is held in them too, so that BB^T s needs no product."""
+        values, vectors = jax.lax.stop_gradient((self.values, self.vectors))
+        return Expansion(direct, lifted, b.image(direct) @ vectors + values * lifted, values)
+
+    def subtract(self, b: Products, e: Expansion, others: Sequence[Expansion], lifted: Array) -> Expansion:
+        """In coordinates, without a product."""
+        del b
+        parts = [(x.direct, x.lifted, x.coordinates) for x in (e, *others)]
+        direct, s, z = jtu.tree_map(lambda x, *rest: x - _sum(rest), *parts)
+        return Expansion(direct, s + lifted, z + e.values * lifted, e.values)
+
+    def combine(self, b: Products, h: Array, pieces: Sequence[Piece]) -> tuple[Params, Array]:
+        """The sum of the pieces: one product with the eigenvectors and one vjp for all of them."""
+        vectors = jax.lax.stop_gradient(self.vectors)
+        direct = _direct(h, pieces)
+        z = _sum(
+            [
+                _factor(h, weights) * e.lifted - c * h * h * _inside(e.values, h, c, weights, 1) * e.coordinates
+                for e, c, weights in pieces
+            ]
+        )
+        image = _sum([h * _inside(e.values, h, c, weights, 0) * e.coordinates for e, c, weights in pieces])
+        return jtu.tree_map(jnp.add, direct, b.back(vectors @ z, direct)), image
+
+
+@jax.custom_jvp
+def _constant(start: Array) -> Array:
+    """The same vector, not to be differentiated: the derivative of a Krylov space has a pole where the space ends."""
+    return start
+
+
+@_constant.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    msg = (
+        'TangentExponential with method="lanczos" has no derivatives; use TangentExponential(method="dense"), or an '
+        "explicit solver such as diffrax.Tsit5()."
+    )
+    raise NotImplementedError(msg)
+
+
+class KrylovPart(LinearPart):
+    """By Lanczos in the outputs' space, started from each vector: no Gram is formed."""
+
+    anchored: Anchored
+    top: Float[Array, ""]
+    num_lanczos: int = eqx.field(static=True)
+    size: int = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def origin(self) -> Array:
+        """s = 0."""
+        return jnp.zeros(self.size, self.dtype)
+
+    def expand(self, b: Products, direct: Params, lifted: Array) -> Expansion:
+        """Coordinates of B D on the Ritz vectors of its own Krylov space; s is held in the outputs' space."""
+        start = _constant(b.image(jtu.tree_map(jnp.add, direct, b.back(lifted, direct))))
+        space = krylov(lambda r: b.image(b.back(r, direct)), start, self.num_lanczos)
+        values, ritz = jnp.linalg.eigh(space.projected)
+        coordinates = space.norm * ritz[0]
+        return Expansion(
+            direct, lifted, coordinates, values, space.basis.T @ ritz, space.next, space.coupling * ritz[-1]
+        )
+
+    def subtract(self, b: Products, e: Expansion, others: Sequence[Expansion], lifted: Array) -> Expansion:
+        """By a Krylov space of its own."""
+        parts = [(x.direct, x.lifted) for x in (e, *others)]
+        direct, s = jtu.tree_map(lambda x, *rest: x - _sum(rest), *parts)
+        return self.expand(b, direct, s + lifted)
+
+    def combine(self, b: Products, h: Array, pieces: Sequence[Piece]) -> tuple[Params, Array]:
+        """The sum of the pieces, one vjp for all of them."""
+        direct = _direct(h, pieces)
+        z = _sum(
+            [
+                _factor(h, weights) * e.lifted
+                - e.in_outputs(c * h * h * _inside(e.values, h, c, weights, 1) * e.coordinates)
+                for e, c, weights in pieces
+            ]
+        )
+        image = _sum(
+            [e.in_outputs(h * _inside(e.values, h, c, weights, 0) * e.coordinates) for e, c, weights in pieces]
+        )
+        return jtu.tree_map(jnp.add, direct, b.back(z, direct)), image
+
+    def truncated(self, b: Products, h: Array, pieces: Sequence[Piece], error: Params) -> Params:
+        r"""Adds what the Krylov spaces are too small for: the next vector, times its first coefficient.
+
+        phi_k(-hA) v and its projection differ by about $h \beta [\varphi_{k+1}(-hT)]_{m1} |v| q_{m+1}$ (Saad 1992).
+        """
+        z = _sum(
+            [c * c * h**3 * e.beyond(_inside(e.values, h, c, weights, 2) * e.coordinates) for e, c, weights in pieces]
+        )
+        return jtu.tree_map(jnp.add, error, b.back(z, error))
+
+
+def spectral_part(anchored: Anchored) -> SpectralPart:
+    """Diagonalize BB^T at the anchor."""
+    anchored = jax.lax.stop_gradient(anchored)
+    size = math.prod(anchored.products().shape)
+    gram = _times(anchored, size, lambda i: jnp.arange(size) == i)
+    # Its lower triangle is enough, and no copy is made to symmetrize it.
+    values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+    values = jnp.maximum(values, 0)  # rounding may leave negative ones, which would grow
+    return SpectralPart(anchored, values[-1], values, vectors)
+
+
+def ritz_part(anchored: Anchored, rank: int, guess: Array | None = None) -> SpectralPart:
+    r"""The leading part of BB^T without its Gram, by subspace iteration: with Ritz values and vectors for eigenpairs.
+
+    L = -B^T V V^T B for any orthonormal V: functions of it are exact on Ritz pairs that are far from being
+    eigenpairs, and what they miss is left to N. So a few products do, from a guess at hand one.
+    """
+    anchored = jax.lax.stop_gradient(anchored)
+    b = anchored.products()
+    size = math.prod(b.shape)
+    columns = jr.normal(jr.key(0), (rank, size), b.dtype) if guess is None else jax.lax.stop_gradient(guess).T
+    for _ in range(POWERS if guess is None else 1):
+        columns = jnp.linalg.qr(_times(anchored, rank, lambda i, rows=columns: rows[i]).T)[0].T
+    projected = _times(anchored, rank, lambda i: columns[i]) @ columns.T
+    values, mixing = jnp.linalg.eigh(projected)
+    values = jnp.maximum(values, 0)
+    return SpectralPart(anchored, values[-1], values, columns.T @ mixing)
+
+
+def _times(anchored: Anchored, count: int, row: Callable[[Array], Array]) -> Array:
+    """BB^T on vectors, as rows, some of them side by side."""
+    b, like = anchored.products(), anchored.coordinates
+
+    def product(i: Array) -> Array:
+        return b.image(b.back(row(i).astype(b.dtype), like))
+
+    return jax.lax.map(product, jnp.arange(count), batch_size=min(GRAM_BLOCK, count))
+
+
+def krylov_part(anchored: Anchored, num_lanczos: int) -> KrylovPart:
+    """No set-up but the largest eigenvalue, from 20 products."""
+    anchored = jax.lax.stop_gradient(anchored)
+    b, like = anchored.products(), anchored.coordinates
+    size = math.prod(b.shape)
+    values, _, _ = lanczos(lambda r: b.image(b.back(r, like)), size, 20, dtype=b.dtype)
+    return KrylovPart(anchored, values[-1], num_lanczos, size, b.dtype)

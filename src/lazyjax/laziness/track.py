@@ -1,0 +1,177 @@
+r"""How lazy a training is, from within anyone's training loop: a function of the current parameters."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float
+
+from lazyjax._core.checks import check_inputs, split_params
+from lazyjax._core.types import Model, Params
+from lazyjax.difference.finite_jvp import finite_value_and_jvp
+from lazyjax.flow.field import quotient, tree_norm
+from lazyjax.kernels.gram import gram
+from lazyjax.laziness.compare import activation_stability
+
+
+class Laziness(eqx.Module):
+    r"""How far parameters w are from lazy training that started at w0; made by a `Tracker`.
+
+    Norms of outputs are $\|y\|_F = (\frac1n \sum_i |y_i|^2)^{1/2}$ over the probe, those of parameters Euclidean.
+
+    Attributes:
+        displacement: $\|w - w_0\|$.
+        relative_displacement: $\|w - w_0\| / \|w_0\|$.
+        output_change: $\|f(w) - f(w_0)\|_F$.
+        linearization_error: $\|f(w) - f(w_0) - Df(w_0)(w - w_0)\|_F$. Of the outputs $\alpha h$ it is alpha times that.
+        relative_error: Its share of `output_change`; 0 where nothing has changed.
+        kernel_drift: $\|K(w) - K(w_0)\|_{Frob} / \|K(w_0)\|_{Frob}$, K the tangent kernel's Gram on the probe.
+        kernel_alignment: $\langle K(w), K(w_0)\rangle / (\|K(w)\| \|K(w_0)\|)$ in the Frobenius inner product, at
+            most 1 up to rounding. Like the drift None where the tracker was told not to measure the kernel.
+        stability: Share of hidden units and samples whose pre-activation has kept its sign; None for models that do
+            not expose their pre-activations.
+    """
+
+    displacement: Float[Array, ""]
+    relative_displacement: Float[Array, ""]
+    output_change: Float[Array, ""]
+    linearization_error: Float[Array, ""]
+    relative_error: Float[Array, ""]
+    kernel_drift: Float[Array, ""] | None
+    kernel_alignment: Float[Array, ""] | None
+    stability: Float[Array, ""] | None
+
+
+class Tracker(eqx.Module):
+    """Parameters to `Laziness`, compiled once; made by `track`."""
+
+    f: Model
+    w0: Params
+    x: Array
+    kernel: bool = eqx.field(static=True)
+    difference: str = eqx.field(static=True)
+
+    def __call__(self, w: Params) -> Laziness:
+        """What is measured at w, a tree like w0."""
+        coordinates = eqx.filter(self.w0, eqx.is_inexact_array)
+        now = eqx.filter(w, eqx.is_inexact_array)
+        _check_alike(now, coordinates)
+        return _measure(self, w)
+
+
+def track(f: Model, w0: Params, x: Any, *, kernel: bool = True, difference: str = "finite") -> Tracker:
+    r"""Measure how lazy a training is, in any training loop: a jitted function of the current parameters.
+
+    The loop may be in plain optax, Flax, Equinox or another library: all that is needed is the batch function f and
+    the current parameters. The tracker is compiled at its first call, and may be called inside jit and scan too.
+
+    Args:
+        f: Model f(w, x) with outputs (n,) or (n, k). If it has `preactivations(w, x)`, a list of arrays (n, width),
+            the stability of its activations is measured too.
+        w0: The parameters that training starts from, any pytree. Keep them: a loop that gives its buffers away
+            (`donate_argnums`) needs a copy for itself.
+        x: Inputs to probe with, samples first; some tens are enough.
+        kernel: Measure the tangent kernel's drift and alignment, at the price of about three Grams of the probe.
+        difference: "finite": what changes by less than rounding keeps its digits (`finite_jvp`). "plain": values at w
+            less values at w0, for models with a primitive that `finite_jvp` has no rule for; changes are resolved
+            down to rounding, and the kernel's costs two Grams.
+
+    Returns:
+        `Tracker`, a jitted function of the parameters that returns `Laziness`.
+
+    Raises:
+        ValueError, TypeError: arguments or parameters unfit; a primitive without a rule.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), sections 1.1 and 3.2, supplement C.2 (stability of activations).
+
+    Example:
+        >>> import jax.random as jr
+        >>> from lazyjax import init_two_layer, two_layer
+        >>> w0, x = init_two_layer(jr.key(0), 3, 8), jr.normal(jr.key(1), (5, 3))
+        >>> tracker = track(two_layer(jnp.tanh), w0, x)
+        >>> w = jax.tree.map(lambda leaf: 1.001 * leaf, w0)  # a step of anyone's optimiser
+        >>> now = tracker(w)
+        >>> print(f"moved {now.relative_displacement:.1e}, stability {now.stability:.2f}")
+        moved 1.0e-03, stability 1.00
+        >>> bool(now.relative_error < 1e-3), bool(now.kernel_drift < 1e-2), bool(now.kernel_alignment > 0.9999)
+        (True, True, True)
+    """
+    if difference not in ("finite", "plain"):
+        msg = f'difference must be "finite" or "plain", got {difference!r}.'
+        raise ValueError(msg)
+    split_params(w0)
+    x, _ = check_inputs(f, w0, x, "x")
+    tracker = Tracker(f, jtu.tree_map(_as_array, w0), x, bool(kernel), difference)
+    # What has no rule is seen here, not in the midst of a training.
+    eqx.filter_eval_shape(_measure, tracker, tracker.w0)
+    return tracker
+
+
+def _as_array(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def _check_alike(now: Params, start: Params) -> None:
+    got, expected = ([jtu.tree_structure(t), [leaf.shape for leaf in jtu.tree_leaves(t)]] for t in (now, start))
+    if got != expected:
+        msg = (
+            f"w must have the structure and shapes of w0, expected {expected[0]} with shapes {expected[1]}, got "
+            f"{got[0]} with shapes {got[1]}; give the trained parameters alone, without the optimiser's state."
+        )
+        raise ValueError(msg)
+
+
+@eqx.filter_jit
+def _measure(tracker: Tracker, w: Params) -> Laziness:
+    start, rest = eqx.partition(tracker.w0, eqx.is_inexact_array)
+    step = jtu.tree_map(lambda a, b: a.astype(b.dtype) - b, eqx.filter(w, eqx.is_inexact_array), start)
+
+    def outputs(c: Params) -> Array:
+        return tracker.f(eqx.combine(c, rest), tracker.x)
+
+    change = _change(tracker, outputs, start, step)[1]
+    gap = change - jax.jvp(outputs, (start,), (step,))[1]
+    scale = jnp.asarray(change.shape[0] ** -0.5, change.dtype)
+    moved, error = scale * tree_norm(change), scale * tree_norm(gap)
+    drift = alignment = None
+    if tracker.kernel:
+        drift, alignment = _kernel(tracker, start, rest, step)
+    return Laziness(
+        displacement=tree_norm(step),
+        relative_displacement=quotient(tree_norm(step), tree_norm(start)),
+        output_change=moved,
+        linearization_error=error,
+        relative_error=quotient(error, moved),
+        kernel_drift=drift,
+        kernel_alignment=alignment,
+        stability=_stability(tracker, w),
+    )
+
+
+def _change(tracker: Tracker, function: Any, start: Params, step: Params) -> tuple[Array, Array]:
+    """A function at w0, and its change to w."""
+    if tracker.difference == "finite":
+        return finite_value_and_jvp(function, start, step, 1.0)
+    before = function(start)
+    return before, function(jtu.tree_map(jnp.add, start, step)) - before
+
+
+def _kernel(tracker: Tracker, start: Params, rest: Params, step: Params) -> tuple[Array, Array]:
+    """Drift and alignment of the Gram."""
+
+    def kernel(c: Params) -> Array:
+        return gram(lambda v, x: tracker.f(eqx.combine(v, rest), x), c, tracker.x)
+
+    before, change = _change(tracker, kernel, start, step)
+    first, moved, now = tree_norm(before), tree_norm(change), tree_norm(before + change)
+    return quotient(moved, first), quotient(jnp.sum(before * (before + change)), first * now)
+
+
+def _stability(tracker: Tracker, w: Params) -> Array | None:
+    if not hasattr(tracker.f, "preactivations"):
+        return None
+    return activation_stability(tracker.f, tracker.w0, w, tracker.x)

@@ -1,0 +1,1 @@
+"""Losses R on the outputs: value, gradient, Hessian, and the metric of the output space F."""

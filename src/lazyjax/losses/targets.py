@@ -1,0 +1,125 @@
+"""From the targets that a user has to the loss and the accuracy that are shown, on all samples or on a few of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from lazyjax._core.checks import check_finite
+from lazyjax.losses.losses import Loss, logistic_loss, softmax_cross_entropy, square_loss
+
+Accuracy = Callable[[Array], Array]
+
+
+class Task(NamedTuple):
+    """What is to be learnt.
+
+    Attributes:
+        build: The loss on the targets of any of the samples.
+        targets: Of all samples, sample first.
+        right: Which outputs answer their targets rightly; None where the targets are no classes.
+    """
+
+    build: Callable[[Array], Loss]
+    targets: Array
+    right: Callable[[Array, Array], Bool[Array, " n"]] | None
+
+    def share(self, outputs: Array, targets: Array) -> Array:
+        """The share of right answers."""
+        assert self.right is not None
+        # Counted in whole numbers: jax 0.10.1 on a CPU loses terms of a mean of comparisons under jit and vmap.
+        return jnp.sum(self.right(outputs, targets), dtype=jnp.int32) / outputs.shape[0]
+
+
+def make_task(
+    loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y", *, like: Any = None
+) -> tuple[Loss, Accuracy | None]:
+    """The loss on targets `y` for outputs of `shape`, and the share of right answers where `y` are classes.
+
+    Args:
+        loss: "square" (classes become one-hot rows), "softmax", "logistic", or a function of the targets.
+        y: Classes (n,), signs (n,), or real targets of the outputs' shape.
+        shape: Of the outputs.
+        name: What to call the targets in an error.
+        like: The training targets, which say whether targets of a test are signs, where one class may be missing.
+
+    Raises:
+        ValueError: sizes or values do not fit.
+        TypeError: `loss` is a loss already, or a function that returns none.
+    """
+    task = split_task(loss, y, shape, name, like=like)
+    accuracy = None if task.right is None else lambda outputs: task.share(outputs, task.targets)
+    return task.build(task.targets), accuracy
+
+
+def split_task(
+    loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y", *, like: Any = None
+) -> Task:
+    """As `make_task`, with the targets apart from the loss, so that a batch of them has one too."""
+    y = np.asarray(y)
+    if y.ndim == 0 or y.size == 0 or y.shape[0] != shape[0]:
+        msg = f"{name} must hold one target a sample, got shape {y.shape} for {shape[0]} samples."
+        raise ValueError(msg)
+    check_finite(jnp.asarray(y), name)
+    task = _given(loss, jnp.asarray(y)) if callable(loss) else _named(loss, y, shape, name, like)
+    task.build(task.targets).check(shape)
+    return task
+
+
+def _given(loss: Callable[[Array], Loss], y: Array) -> Task:
+    made = None if isinstance(loss, Loss) else loss(y)
+    if not isinstance(made, Loss):
+        msg = (
+            "loss must be a name or a function of the targets that returns a loss, such as "
+            f"lambda y: lj.square_loss(y, mean=False), got {type(loss).__name__}."
+        )
+        raise TypeError(msg)
+    return Task(loss, y, None)
+
+
+def _named(loss: Any, y: np.ndarray, shape: tuple[int, ...], name: str, like: Any) -> Task:
+    if loss not in ("square", "softmax", "logistic"):
+        msg = f'loss must be "square", "softmax", "logistic" or a function of the targets, got {loss!r}.'
+        raise ValueError(msg)
+    if loss == "logistic":
+        return Task(logistic_loss, jnp.asarray(y), _same_sign)
+    if loss == "softmax" or (_are_classes(y) and y.ndim == 1 and len(shape) == 2 and shape[1] > 1):
+        labels = _labels(y, name)
+        softmax_cross_entropy(labels).check(shape)
+        if loss == "softmax":
+            return Task(softmax_cross_entropy, labels, _right_class)
+        return Task(square_loss, jnp.eye(shape[1])[labels], _right_row)
+    signs = _are_signs(y if like is None else np.asarray(like))
+    if signs and not set(np.unique(y)) <= {-1, 1}:
+        msg = f"{name} must hold the signs -1 and 1 as y does, got values {np.unique(y)[:8].tolist()}."
+        raise ValueError(msg)
+    return Task(square_loss, jnp.asarray(y, jnp.result_type(float)), _same_sign if signs else None)
+
+
+def _are_classes(y: np.ndarray) -> bool:
+    return np.issubdtype(y.dtype, np.integer) or y.dtype == bool
+
+
+def _are_signs(y: np.ndarray) -> bool:
+    return _are_classes(y) and set(np.unique(y)) == {-1, 1}
+
+
+def _same_sign(outputs: Array, targets: Array) -> Array:
+    return (outputs > 0) == (targets > 0)
+
+
+def _right_class(outputs: Array, labels: Array) -> Array:
+    return jnp.argmax(outputs, axis=1).astype(labels.dtype) == labels
+
+
+def _right_row(outputs: Array, rows: Array) -> Array:
+    return jnp.argmax(outputs, axis=1) == jnp.argmax(rows, axis=1)
+
+
+def _labels(y: np.ndarray, name: str) -> Array:
+    if not np.issubdtype(y.dtype, np.integer):
+        msg = f'{name} must be integer classes for loss="softmax", got {y.dtype}; for one-hot rows use argmax(axis=1).'
+        raise ValueError(msg)
+    return jnp.asarray(y)

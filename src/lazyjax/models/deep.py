@@ -1,0 +1,259 @@
+r"""The paper's deep networks as plain functions of (parameters, images): VGG-11, and ResNet-18 without BatchNorm.
+
+Images are (n, height, width, channels). Both are copied from here with ease: a convolution, ReLU, a pooling, an affine
+last layer.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lazyjax._core.checks import is_concrete
+from lazyjax._core.types import RealScalar
+from lazyjax.models.convolution import Images, Layer, Maker, convolve, pool
+
+VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+"""Channels of the eight convolutions, and where the five poolings are (the paper's code has a sixth, of 1 x 1)."""
+RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
+"""Channels and stride of the eight blocks of two convolutions each; before them is one of 64 channels."""
+HALVINGS = 32
+"""What five poolings divide the sides of an image by."""
+
+
+def _head(layer: Layer, x: Array) -> Float[Array, "n k"]:
+    return x.reshape(x.shape[0], -1) @ layer["weight"].T + layer["bias"][None, :]
+
+
+class VGG(eqx.Module):
+    """VGG-11; made by `vgg11`."""
+
+    patches: bool | None = None
+
+    def __call__(self, w: list[Layer], x: Images) -> Float[Array, "n k"]:
+        """Outputs (n, k)."""
+        return self._run(w, x)[0]
+
+    def preactivations(self, w: list[Layer], x: Images) -> list[Images]:
+        """The eight convolutions before their ReLU."""
+        return self._run(w, x)[1]
+
+    def _run(self, w: list[Layer], x: Images) -> tuple[Array, list[Array]]:
+        layers, hidden = iter(w), []
+        for step in VGG11:
+            if step == "pool":
+                x = pool(x)
+            else:
+                hidden.append(convolve(next(layers), x, patches=self.patches))
+                x = jax.nn.relu(hidden[-1])
+        return _head(next(layers), x), hidden
+
+
+class ResNet(eqx.Module):
+    """ResNet-18 without BatchNorm; made by `resnet18`."""
+
+    patches: bool | None = None
+
+    def __call__(self, w: dict[str, Any], x: Images) -> Float[Array, "n k"]:
+        """Outputs (n, k)."""
+        return self._run(w, x)[0]
+
+    def preactivations(self, w: dict[str, Any], x: Images) -> list[Images]:
+        """What goes into the 17 ReLUs: of the first convolution, and two of each block."""
+        return self._run(w, x)[1]
+
+    def _run(self, w: dict[str, Any], x: Images) -> tuple[Array, list[Array]]:
+        hidden = [convolve(w["first"], x, patches=self.patches)]
+        x = jax.nn.relu(hidden[0])
+        for block, (_, stride) in zip(w["blocks"], RESNET18, strict=True):
+            hidden.append(convolve(block["first"], x, stride=stride, patches=self.patches))
+            z = convolve(block["second"], jax.nn.relu(hidden[-1]), patches=self.patches)
+            if "shortcut" in block:
+                x = convolve(block["shortcut"], x, stride=stride, patches=self.patches)
+            hidden.append(z + x)
+            x = jax.nn.relu(hidden[-1])
+        return _head(w["last"], jnp.mean(x, axis=(1, 2))), hidden
+
+
+def vgg11(*, patches: bool | None = None) -> VGG:
+    r"""VGG-11 without BatchNorm: eight 3 x 3 convolutions with ReLU, five 2 x 2 maximum poolings, one affine layer.
+
+    Args:
+        patches: How convolutions are computed, see `convolve`; None chooses by the platform.
+
+    Returns:
+        f(w, x) with w from `init_vgg11`, x (n, height, width, channels), outputs (n, k); and `f.preactivations`.
+
+    Source:
+        Simonyan, Zisserman (2015); Chizat, Oyallon, Bach (2019), section 3.2.
+
+    Example:
+        >>> w = init_vgg11(jax.random.key(0), width=1 / 32)
+        >>> vgg11()(w, jnp.ones((2, 32, 32, 3))).shape
+        (2, 10)
+    """
+    return VGG(patches)
+
+
+def init_vgg11(
+    key: PRNGKeyArray,
+    *,
+    width: float | int = 1.0,
+    shape: Sequence[int] = (32, 32, 3),
+    outputs: int = 10,
+    gain: RealScalar = 1.0,
+    dtype: Any = None,
+) -> list[Layer]:
+    r"""Parameters of `vgg11`: Xavier normal weights, zero biases.
+
+    Args:
+        key: Random key.
+        width: Times the channels of every convolution (64 to 512), rounded. At width 1, with three input channels of
+            32 x 32 and ten outputs: 9,220,480 parameters of convolutions and 5,130 of the last layer.
+        shape: (height, width, channels) of an image, at least 32 x 32; pad smaller ones.
+        outputs: k.
+        gain: g in $W \sim N(0, g^2 \cdot 2/(s^2 (c_{in} + c_{out})))$ for an s x s convolution; s = 1 for the last
+            layer.
+        dtype: Floating dtype; None for JAX's default. Convolutions in float64 are slow.
+
+    Returns:
+        A list of eight layers {"weight": (3, 3, in, out), "bias": (out,)} and a last one {"weight": (k, in), "bias"}.
+
+    Raises:
+        ValueError: images too small, or a size, width or gain that is not positive.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 3.2; their code has gain 1 for Figure 3(a), the paper 1.3 for 3(b).
+
+    Example:
+        >>> sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init_vgg11, jax.random.key(0))))
+        9225610
+    """
+    _check_init(width, shape, outputs, gain)
+    if min(shape[:2]) < HALVINGS:
+        msg = f"shape must be at least 32 x 32, which five poolings halve, got {tuple(shape)}; pad the images."
+        raise ValueError(msg)
+    make, layers, channels = Maker(key, gain, dtype), [], shape[2]
+    for step in VGG11:
+        if isinstance(step, int):
+            layers.append(make.convolution(3, channels, _widen(step, width)))
+            channels = _widen(step, width)
+    return [*layers, make.last(channels * (shape[0] // HALVINGS) * (shape[1] // HALVINGS), outputs)]
+
+
+def resnet18(*, patches: bool | None = None) -> ResNet:
+    r"""ResNet-18 for small images, without BatchNorm: $x \mapsto \mathrm{relu}(C_2\,\mathrm{relu}(C_1 x) + S x)$.
+
+    A first 3 x 3 convolution, eight such blocks, the mean over pixels, one affine layer. S is the identity, or where
+    channels or size change a 1 x 1 convolution with bias.
+
+    Args:
+        patches: How convolutions are computed, see `convolve`; None chooses by the platform.
+
+    Returns:
+        f(w, x) with w from `init_resnet18`, x (n, height, width, channels), outputs (n, k); and `f.preactivations`.
+
+    Source:
+        He et al. (2016); Chizat, Oyallon, Bach (2019), section 3.2 and their code.
+
+    Example:
+        >>> w = init_resnet18(jax.random.key(0), width=1 / 32)
+        >>> resnet18()(w, jnp.ones((2, 32, 32, 3))).shape
+        (2, 10)
+    """
+    return ResNet(patches)
+
+
+def init_resnet18(
+    key: PRNGKeyArray,
+    *,
+    width: float | int = 1.0,
+    shape: Sequence[int] = (32, 32, 3),
+    outputs: int = 10,
+    gain: RealScalar = 1.0,
+    dtype: Any = None,
+) -> dict[str, Any]:
+    r"""Parameters of `resnet18`: Xavier normal weights, zero biases.
+
+    Args:
+        key: Random key.
+        width: Times the channels of every convolution (64 to 512), rounded. At width 1, with three input channels and
+            ten outputs: 11,169,162 parameters.
+        shape: (height, width, channels) of an image.
+        outputs: k.
+        gain: As in `init_vgg11`.
+        dtype: Floating dtype; None for JAX's default. Convolutions in float64 are slow.
+
+    Returns:
+        {"first": layer, "blocks": [{"first", "second"[, "shortcut"]} x 8], "last": layer}, layers as in `init_vgg11`.
+
+    Raises:
+        ValueError: a size, width or gain that is not positive.
+
+    Source:
+        Chizat, Oyallon, Bach (2019), section 3.2; the paper has gain 1.2 for Figure 3(b).
+
+    Example:
+        >>> w = jax.eval_shape(init_resnet18, jax.random.key(0))
+        >>> ["shortcut" in block for block in w["blocks"]]
+        [False, False, True, False, True, False, True, False]
+    """
+    _check_init(width, shape, outputs, gain)
+    make, channels = Maker(key, gain, dtype), _widen(64, width)
+    first, blocks = make.convolution(3, shape[2], channels), []
+    for target, stride in RESNET18:
+        wide = _widen(target, width)
+        block = {"first": make.convolution(3, channels, wide), "second": make.convolution(3, wide, wide)}
+        if stride > 1 or wide != channels:
+            block["shortcut"] = make.convolution(1, channels, wide)
+        blocks.append(block)
+        channels = wide
+    return {"first": first, "blocks": blocks, "last": make.last(channels, outputs)}
+
+
+NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "vgg11": (vgg11, init_vgg11),
+    "resnet18": (resnet18, init_resnet18),
+}
+
+
+def find_network(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The maker of a network and that of its parameters, by name.
+
+    Raises:
+        ValueError: no such network; the message has the nearest name.
+
+    Example:
+        >>> find_network("vgg11")[0] is vgg11
+        True
+    """
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(name.lower().replace("-", ""), NETWORKS, 1, 0.4)
+        hint = f"did you mean {near[0]}?" if near else "choose one of these."
+        msg = f"there is no network {name!r} among {', '.join(NETWORKS)}; {hint}"
+        raise ValueError(msg)
+    return NETWORKS[name]
+
+
+def _widen(channels: int, width: float | int) -> int:
+    return max(1, round(channels * width))
+
+
+def _check_init(width: float | int, shape: Sequence[int], outputs: int, gain: RealScalar) -> None:
+    if len(shape) != 3 or min(shape) < 1:
+        msg = f"shape must be (height, width, channels) of an image, all positive, got {tuple(shape)}."
+        raise ValueError(msg)
+    if outputs < 1:
+        msg = f"outputs must be at least 1, got {outputs}."
+        raise ValueError(msg)
+    if not 0 < width < np.inf:
+        msg = f"width must be a positive factor of the channels, got {width}."
+        raise ValueError(msg)
+    if is_concrete(gain) and not float(gain) > 0:
+        msg = f"gain must be a positive factor, got {gain}."
+        raise ValueError(msg)

@@ -1,0 +1,1 @@
+"""Axes in one style, and the figures of a report."""

@@ -1,0 +1,1 @@
+"""Sweeps over alpha, and the report on one model."""

@@ -1,0 +1,84 @@
+r"""One function a theorem: numbers in, numbers out.
+
+What a bound needs it takes as numbers: norms, Lipschitz constants, a loss, the scale, a time. Python floats and arrays
+mix; they broadcast against each other (give alphas the shape (a, 1) and times (t,) for a table), under `jax.jit` and
+`jax.vmap` too. alpha = inf is an ordinary value, where the bounds of displacements and gaps are 0. Outside a trace an
+argument out of its range is an error; inside one it passes.
+
+**Metrics.** Norms of outputs, of Dh and of its Lipschitz constant are in the metric of F that the loss has (see
+`lazyjax.loss`): with 1/n, singular values are $1/\sqrt n$ those of the plain Jacobian. Norms of parameters are
+Euclidean. Times are flow times of $F_\alpha = R(\alpha h)/\alpha^2$, except for the lecture notes' results.
+
+**Constants.** The proofs use $Lip(h)$ and $Lip(Dh)$ only along the flow. So a computed flow proves its own bound, with
+the suprema over its times of $\|Dh(w(t))\|$ and $\|Dh(w(t)) - Dh(w_0)\|/|w(t) - w_0|$. Sampled on a ball they would be
+estimates from below, and prove nothing. Models with kinks (ReLU) are outside all of these theorems.
+
+**Names** of bounds are those of what they bound in `lazyjax.Comparison`,
+`displacement_norm`, `output_gap`, `param_gap`.
+
+**As printed.** Sources err; what is returned is the corrected form, and each docstring says what was corrected. With
+`printed=True` some return what the source prints, be it true and weaker or false, as its docstring says.
+
+Sources: Chizat, Oyallon, Bach, On lazy training in differentiable programming (2019) and its supplement; lecture notes
+on lazy training; Smith's report.
+"""
+
+from lazyjax.theory.bounds.finite_horizon import (
+    HorizonBounds,
+    lip_sigma,
+    theorem_2_2,
+    theorem_2_2_radius,
+    theorem_2_3,
+    theorem_2_3_radius,
+)
+from lazyjax.theory.bounds.lecture_notes import (
+    JacobianBounds,
+    LectureBounds,
+    lecture_lemma_4,
+    lecture_lemma_5,
+    lecture_lemma_6,
+    lecture_theorem_2,
+)
+from lazyjax.theory.bounds.overparameterized import (
+    OverparameterizedBounds,
+    lemma_b_1,
+    lemma_b_2,
+    theorem_2_4,
+)
+from lazyjax.theory.bounds.underparameterized import (
+    UnderparameterizedBounds,
+    theorem_2_5,
+)
+from lazyjax.theory.bounds.wide_and_homogeneous import (
+    HomogeneousFlow,
+    homogeneous_flow,
+    kappa_two_layer,
+    proposition_a_1,
+    smith_inequality,
+)
+
+__all__ = [
+    "HomogeneousFlow",
+    "HorizonBounds",
+    "JacobianBounds",
+    "LectureBounds",
+    "OverparameterizedBounds",
+    "UnderparameterizedBounds",
+    "homogeneous_flow",
+    "kappa_two_layer",
+    "lecture_lemma_4",
+    "lecture_lemma_5",
+    "lecture_lemma_6",
+    "lecture_theorem_2",
+    "lemma_b_1",
+    "lemma_b_2",
+    "lip_sigma",
+    "proposition_a_1",
+    "smith_inequality",
+    "theorem_2_2",
+    "theorem_2_2_radius",
+    "theorem_2_3",
+    "theorem_2_3_radius",
+    "theorem_2_4",
+    "theorem_2_5",
+]

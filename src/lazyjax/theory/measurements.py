@@ -1,0 +1,245 @@
+r"""What the theorems take and what they speak of, measured along one computed flow and its tangent's.
+
+Their proofs use Lip(h) and Lip(Dh) along the flow only, as $\|Dh(w(t))\|$ and $\|Dh(w(t)) - Dh(w_0)\|/|w(t) - w_0|$, so
+that a flow certifies its own bounds. All is traced: `jax.vmap` it over starts, data and alphas.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Int
+
+from lazyjax._core.lanczos import lanczos, lanczos_slack
+from lazyjax._core.types import Model, Outputs, Params
+from lazyjax.difference.finite_jvp import finite_jvp
+from lazyjax.flow.field import move, quotient, tree_norm
+from lazyjax.flow.gradient_flow import Flow
+from lazyjax.laziness.hessian_norm import bend
+from lazyjax.laziness.jacobian_change import differential_change
+from lazyjax.losses.losses import Loss
+from lazyjax.models.maps import without_constant
+from lazyjax.models.tangent import linearize
+
+DENSE_OUTPUTS = 256
+"""Up to so many outputs all singular values are computed, beyond only the largest, by Lanczos."""
+
+MATVECS = 40
+"""Lanczos steps for a largest singular value; with 1e4 outputs it is then at most 3 % above the Ritz value."""
+
+FAILURE = 1e-6
+"""Probability that one of the norms by Lanczos is too small, over the random starts and up to 500 times."""
+
+
+SEGMENT = 9
+"""Points of the segment from w0 to w(t) where the second derivative is looked at, for proposition A.1."""
+
+
+class Facts(eqx.Module):
+    r"""Numbers at the start, and along the flow with the axis of time last; made by `measure_facts`.
+
+    Norms in F are in the loss's metric. NaN is what could not be known: $\sigma_{min}$ beyond `DENSE_OUTPUTS`
+    outputs (unless there are fewer parameters, where it is 0), residuals of a loss without a minimizer.
+
+    Attributes:
+        time: Since the start.
+        alpha: Output scale, finite.
+        start_loss: $R(y(0))$.
+        start_residual: $D = \|y(0) - y^*\|$.
+        start_gradient: $g = \alpha|\nabla F_\alpha(w_0)|$.
+        dh_norm, sigma_min: Largest and smallest singular value of Dh(w0), over all outputs.
+        sigma_rank, rank: The smallest nonzero one, and how many there are.
+        path_dh_norm, path_sigma_min, path_rank: The same of Dh(w(t)).
+        quotient: $\|Dh(w(t)) - Dh(w_0)\|/|w(t) - w_0|$.
+        curvature: $\|D^2h(w(t))(v, v)\|$, v the unit vector along w'(t).
+        perturbation: $\|(\Sigma(w(t)) - \Sigma(w_0))\nabla R(y(t))\|$.
+        gradient: $\|\nabla R(y(t))\|$.
+        displacement_norm, output_gap, param_gap: As in `Comparison`.
+        residual_norm: $\|y(t) - y^*\|$.
+        loss, tangent_loss: $R(y(t))$, $R(\bar y(t))$.
+        tangent_displacement_norm: $|\bar w(t) - w_0|$.
+        resolution: The error to expect of u and $\bar u$ in norm.
+        test_gap: The largest $|\alpha f(w, x) - \alpha\bar f(\bar w, x)|$ over other inputs, Euclidean; None without.
+        test_linearization: The largest $|\alpha f(w, x) - \alpha\bar f(w, x)|$ over them, both at w.
+        test_dh_norm: The largest $\|D_wf(w_0, x)\|$ over them.
+        test_curvature: The largest $\|D_w^2f(w_0 + s(w - w_0), x)(v, v)\|$ for s in [0, 1], v along w - w0.
+    """
+
+    time: Float[Array, " time"]
+    alpha: Float[Array, ""]
+    start_loss: Float[Array, ""]
+    start_residual: Float[Array, ""]
+    start_gradient: Float[Array, ""]
+    dh_norm: Float[Array, ""]
+    sigma_min: Float[Array, ""]
+    sigma_rank: Float[Array, ""]
+    rank: Int[Array, ""]
+    path_dh_norm: Float[Array, " time"]
+    path_sigma_min: Float[Array, " time"]
+    path_rank: Int[Array, " time"]
+    quotient: Float[Array, " time"]
+    curvature: Float[Array, " time"]
+    perturbation: Float[Array, " time"]
+    gradient: Float[Array, " time"]
+    displacement_norm: Float[Array, " time"]
+    output_gap: Float[Array, " time"]
+    param_gap: Float[Array, " time"]
+    residual_norm: Float[Array, " time"]
+    loss: Float[Array, " time"]
+    tangent_loss: Float[Array, " time"]
+    tangent_displacement_norm: Float[Array, " time"]
+    resolution: Float[Array, ""]
+    test_gap: Float[Array, " time"] | None = None
+    test_linearization: Float[Array, " time"] | None = None
+    test_dh_norm: Float[Array, ""] | None = None
+    test_curvature: Float[Array, " time"] | None = None
+
+
+def measure_facts(
+    h: Model,
+    loss: Loss,
+    w0: Params,
+    flows: tuple[Flow, Flow],
+    test: Model | None = None,
+    *,
+    tolerance: tuple[float, float],
+) -> Facts:
+    """Everything that the claims need.
+
+    Both flows, of the model and of its tangent, hold outputs and displacements, at a finite alpha; `test` is the model
+    on other inputs, `tolerance` (rtol, atol) that of the flows.
+    """
+    flow, tangent_flow = flows
+    h, eps = without_constant(h), 1 / flow.alpha
+    u, outputs, tangent_outputs = flow.displacement, flow.outputs, tangent_flow.outputs
+    start = outputs[0]
+    minimizer = getattr(loss, "minimizer", jnp.full_like(start, jnp.nan)).astype(start.dtype)
+    at_start = _singular_values(h, loss, w0)
+    norm, residual = jax.vmap(loss.norm), jax.vmap(lambda y: loss.norm(y - minimizer))
+    pulled = linearize(h, w0).vjp(loss.cotangent(start))
+    path = jax.lax.map(lambda item: _at(h, loss, w0, item, eps), (u, outputs))
+    gap = jtu.tree_map(jnp.subtract, u, tangent_flow.displacement)
+    size = jax.vmap(tree_norm)(u)
+    return Facts(
+        time=flow.ts - flow.ts[0],
+        alpha=flow.alpha,
+        start_loss=flow.loss[0],
+        start_residual=loss.norm(start - minimizer),
+        start_gradient=tree_norm(pulled),
+        **at_start,
+        **path,
+        gradient=norm(jax.vmap(loss.gradient)(outputs)),
+        displacement_norm=eps * size,
+        output_gap=norm(outputs - tangent_outputs),
+        param_gap=eps * jax.vmap(tree_norm)(gap),
+        residual_norm=residual(outputs),
+        loss=flow.loss,
+        tangent_loss=tangent_flow.loss,
+        tangent_displacement_norm=eps * jax.vmap(tree_norm)(tangent_flow.displacement),
+        resolution=10 * (max(tolerance[0], 32 * float(jnp.finfo(start.dtype).eps)) * jnp.max(size) + tolerance[1]),
+        **({} if test is None else _on_test(without_constant(test), w0, u, tangent_flow.displacement, eps)),
+    )
+
+
+def _on_test(f: Model, w0: Params, u: Params, tangent_u: Params, eps: Array) -> dict[str, Array]:
+    """What proposition A.1 takes and speaks of, the largest over the samples, each in its Euclidean norm."""
+    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
+    tangent = linearize(f, w0)
+    samples = tangent.outputs.shape[0]
+
+    def model(c: Params) -> Outputs:
+        return f(eqx.combine(c, rest))
+
+    def largest(y: Outputs) -> Array:
+        return jnp.max(jnp.linalg.norm(y.reshape(samples, -1), axis=1))
+
+    def at(item: tuple[Params, Params]) -> tuple[Array, Array, Array]:
+        moved, other = item
+        size = tree_norm(moved)
+        unit = jtu.tree_map(lambda leaf: leaf / jnp.where(size > 0, size, 1).astype(leaf.dtype), moved)
+        shares = jnp.linspace(0, 1, SEGMENT, dtype=size.dtype)
+        seconds = jax.lax.map(lambda s: largest(bend(model, move(coordinates, s * eps, moved), unit)), shares)
+        change = finite_jvp(model, coordinates, moved, eps)
+        return largest(change - tangent.jvp(other)), largest(change - tangent.jvp(moved)), jnp.max(seconds)
+
+    gap, linearization, curvature = jax.lax.map(at, (u, tangent_u))
+    rows = jax.jacrev(model)(coordinates)
+    flat = jnp.concatenate([leaf.reshape(samples, -1, w.size) for leaf, w in zip(
+        jtu.tree_leaves(rows), jtu.tree_leaves(coordinates), strict=True)], axis=2)  # fmt: skip
+    dh_norm = jnp.max(jnp.linalg.eigvalsh(jnp.einsum("nkp,nlp->nkl", flat, flat))[:, -1])
+    return {
+        "test_gap": gap,
+        "test_linearization": linearization,
+        "test_dh_norm": jnp.sqrt(jnp.maximum(dh_norm, 0)),
+        "test_curvature": curvature,
+    }
+
+
+def _at(h: Model, loss: Loss, w0: Params, state: tuple[Params, Outputs], eps: Array) -> dict[str, Array]:
+    """At one time, with the displacement and the outputs there."""
+    u, y = state
+    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
+    moved = move(coordinates, eps, u)
+    here = _singular_values(h, loss, eqx.combine(moved, rest))
+    tangent, now = linearize(h, w0), linearize(h, eqx.combine(moved, rest))
+    change, transpose = differential_change(h, w0, u, eps)
+    weight, size = jnp.asarray(loss.weight, y.dtype), tree_norm(u)
+    largest = _largest(lambda r: weight * change(transpose(r.reshape(y.shape))).ravel(), y.size, y.dtype)
+    # Sigma(w) - Sigma(w0) = eps (E J_w^T + J_0 E^T), of the size of eps and without cancellation.
+    r = loss.cotangent(y)
+    turned = change(now.vjp(r)) + tangent.jvp(transpose(r))
+    velocity = now.vjp(r)
+    speed = tree_norm(velocity)
+    unit = jtu.tree_map(lambda leaf: leaf / jnp.where(speed > 0, speed, 1).astype(leaf.dtype), velocity)
+    second = bend(lambda c: h(eqx.combine(c, rest)), moved, unit)
+    return {
+        "path_dh_norm": here["dh_norm"],
+        "path_sigma_min": here["sigma_min"],
+        "path_rank": here["rank"],
+        "quotient": quotient(largest, size),
+        "curvature": loss.norm(second),
+        "perturbation": eps * loss.norm(turned),
+    }
+
+
+def _singular_values(h: Model, loss: Loss, w: Params) -> dict[str, Array]:
+    """Of Dh(w) in F's metric."""
+    tangent = linearize(h, w)
+    out = tangent.outputs
+    weight = jnp.asarray(loss.weight, out.dtype)
+
+    def product(r: Array) -> Array:
+        return weight * tangent.jvp(tangent.vjp(r.reshape(out.shape))).ravel()
+
+    num_params = sum(leaf.size for leaf in jtu.tree_leaves(eqx.filter(w, eqx.is_inexact_array)))
+    unknown = jnp.full((), jnp.nan, out.dtype)
+    if out.size > DENSE_OUTPUTS:
+        smallest = jnp.zeros_like(unknown) if num_params < out.size else unknown
+        return {
+            "dh_norm": _largest(product, out.size, out.dtype), "sigma_min": smallest, "sigma_rank": unknown,
+            "rank": jnp.asarray(-1),
+        }  # fmt: skip
+    values = jnp.linalg.eigvalsh(_matrix(product, out.size, out.dtype))
+    rounding = 10 * out.size * jnp.finfo(out.dtype).eps * values[-1]
+    nonzero = values > rounding
+    return {
+        "dh_norm": jnp.sqrt(jnp.maximum(values[-1], 0)),
+        "sigma_min": jnp.where(nonzero[0], jnp.sqrt(jnp.maximum(values[0] - rounding, 0)), 0),
+        "sigma_rank": jnp.sqrt(jnp.maximum(jnp.min(jnp.where(nonzero, values, jnp.inf)) - rounding, 0)),
+        "rank": jnp.sum(nonzero),
+    }
+
+
+def _largest(product: Any, size: int, dtype: Any) -> Array:
+    """The root of the largest eigenvalue, from above."""
+    if size <= DENSE_OUTPUTS:
+        return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(_matrix(product, size, dtype))[-1], 0))
+    theta = lanczos(product, size, MATVECS, dtype=dtype)[0][-1]
+    return jnp.sqrt(lanczos_slack(size, MATVECS, FAILURE / 1000) * jnp.maximum(theta, 0))
+
+
+def _matrix(product: Any, size: int, dtype: Any) -> Array:
+    columns = jax.lax.map(product, jnp.eye(size, dtype=dtype), batch_size=min(size, 32))
+    return 0.5 * (columns + columns.T)

@@ -1,0 +1,614 @@
+"""Divided differences: float64 against independent truths, float32 against float64, and every rule."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+
+import lazyjax as lj
+from helpers import relative_error, tree_allclose
+from lazyjax.difference.finite_jvp import finite_value_and_jvp
+
+# Step sizes that float32 holds exactly enough: both precisions see the same number.
+ALPHAS = tuple(10.0**k for k in range(13))
+EPS = np.float32([*(1 / alpha for alpha in ALPHAS), 0.0]).astype(np.float64)
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda z: z.astype(dtype) if jnp.issubdtype(z.dtype, jnp.floating) else z, tree)
+
+
+def normal_like(key: Any, tree: Any) -> Any:
+    """A random tree of float32 numbers in float64: rounding to float32 changes nothing."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jr.split(key, len(leaves))
+    return structure.unflatten(
+        [jr.normal(k, z.shape, jnp.float32).astype(jnp.float64) for k, z in zip(keys, leaves, strict=True)]
+    )
+
+
+def weights(*shapes: tuple[int, ...], seed: int = 0) -> list[jax.Array]:
+    """Random weights at the usual scale, 1/sqrt(fan in), again of float32 numbers."""
+    raw = normal_like(jr.key(seed), [jnp.zeros(shape) for shape in shapes])
+    return [cast(cast(z / max(1, int(np.prod(z.shape[:-1]))) ** 0.5, jnp.float32), jnp.float64) for z in raw]
+
+
+X = cast(jr.normal(jr.key(5), (6, 5), jnp.float32), jnp.float64)
+IMAGES = cast(jr.normal(jr.key(6), (2, 6, 6, 2), jnp.float32), jnp.float64)
+
+
+def data(like: jax.Array, x: jax.Array = X) -> jax.Array:
+    return x.astype(like.dtype)
+
+
+def mlp(activation: Callable[[jax.Array], jax.Array], w: list[jax.Array]) -> jax.Array:
+    z = activation(data(w[0]) @ w[0] + w[1][None])
+    return activation(z @ w[2]) @ w[3]
+
+
+MLP = ((5, 9), (9,), (9, 9), (9, 3))
+
+
+def normed(w: list[jax.Array]) -> jax.Array:
+    z = data(w[0]) @ w[0]
+    centred = z - z.mean(1, keepdims=True)
+    z = w[1][None] * centred * lax.rsqrt(jnp.var(z, 1, keepdims=True) + 1e-5)
+    return jnp.tanh(z @ w[2]) @ w[3]
+
+
+def attention(w: list[jax.Array]) -> jax.Array:
+    """Masked self-attention: -inf in the scores, softmax with its subtracted maximum."""
+    z = data(w[0]) @ w[0]
+    scores = jnp.where(jnp.tril(jnp.ones((6, 6), bool)), (z @ w[1]) @ z.T, -jnp.inf)
+    return jax.nn.softmax(scores) @ z @ w[2]
+
+
+def pooled(x: jax.Array, size: int = 2, padding: str = "VALID") -> jax.Array:
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, 2, 2, 1), padding)
+
+
+def cnn(w: list[jax.Array]) -> jax.Array:
+    z = lax.conv_general_dilated(data(w[0], IMAGES), w[0], (1, 1), "SAME", dimension_numbers=DIMENSIONS)
+    z = pooled(jax.nn.relu(z + w[1].reshape(1, 1, 1, -1)))
+    z = lax.conv_general_dilated(z, w[2], (1, 1), "VALID", dimension_numbers=DIMENSIONS)
+    return jnp.tanh(z).reshape(len(z), -1) @ w[3]
+
+
+CNN = ((3, 3, 2, 4), (4,), (2, 2, 4, 3), (12, 3))
+
+# name -> model and shapes of its weights
+MODELS: dict[str, tuple[Callable[[Any], Any], tuple[tuple[int, ...], ...]]] = {
+    "tanh": (partial(mlp, jnp.tanh), MLP),
+    "relu": (partial(mlp, jax.nn.relu), MLP),
+    "gelu_tanh": (partial(mlp, jax.nn.gelu), MLP),
+    "gelu_erf": (partial(mlp, partial(jax.nn.gelu, approximate=False)), MLP),
+    "silu": (partial(mlp, jax.nn.silu), MLP),
+    "softplus": (partial(mlp, jax.nn.softplus), MLP),
+    "elu": (partial(mlp, jax.nn.elu), MLP),
+    "log_softmax": (partial(mlp, partial(jax.nn.log_softmax, axis=1)), MLP),
+    "norm": (normed, MLP),
+    "attention": (attention, ((5, 7), (7, 7), (7, 2))),
+    "cnn": (cnn, CNN),
+}
+
+
+def problem(name: str) -> tuple[Callable[[Any], Any], Any, Any]:
+    h, shapes = MODELS[name]
+    w0 = weights(*shapes)
+    return h, w0, normal_like(jr.key(1), w0)
+
+
+def second_order(h: Callable[[Any], Any], w: Any, u: Any, eps: float) -> Any:
+    """Dh u + (eps/2) D^2 h(u, u): the difference up to O(eps^2), by derivatives only."""
+
+    def slope(v: Any) -> Any:
+        return jax.jvp(h, (v,), (u,))[1]
+
+    first, second = jax.jvp(slope, (w,), (u,))
+    return jax.tree.map(lambda a, b: a + eps / 2 * b, first, second)
+
+
+def plain(h: Callable[[Any], Any], w: Any, u: Any, eps: Any) -> Any:
+    moved = h(jax.tree.map(lambda z, d: z + eps * d, w, u))
+    return jax.tree.map(lambda a, b: (a - b) / eps, moved, h(w))
+
+
+# For float64 truths: quick to compile. Single precision is judged as it is compiled by default.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def over_eps(truth: Callable[..., Any], h: Callable[[Any], Any], w: Any, u: Any, eps: np.ndarray) -> Any:
+    return quick(jax.vmap(partial(truth, h), in_axes=(None, None, 0)))(w, u, eps)
+
+
+@cache
+def differences(name: str, dtype: str) -> np.ndarray:
+    """The difference of a model at all step sizes, 0 among them: one program, vmapped over eps."""
+    h, w0, u = problem(name)
+    run = jax.jit(jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0)))
+    out = run(cast(w0, dtype), cast(u, dtype), EPS.astype(dtype))
+    assert out.dtype == dtype
+    return np.asarray(out)
+
+
+@pytest.mark.parametrize("name", MODELS)
+class TestModels:
+    def test_double_precision_is_the_plain_difference_where_that_has_digits(self, name):
+        truth = over_eps(plain, *problem(name), EPS[:5])
+        for alpha, ours, right in zip(ALPHAS, differences(name, "float64"), truth, strict=False):
+            assert relative_error(ours, right) < 2e-14 + 2e-15 * alpha
+
+    def test_double_precision_is_the_expansion_where_that_is_exact(self, name):
+        # Beyond alpha = 1e8 the remainder is below rounding, and no kink is crossed. At eps = 0: the derivative.
+        truth = over_eps(second_order, *problem(name), EPS[8:])
+        for ours, right in zip(differences(name, "float64")[8:], truth, strict=True):
+            assert relative_error(ours, right) < 1e-13
+
+    def test_single_precision_keeps_its_digits_at_every_scale(self, name):
+        for ours, truth in zip(differences(name, "float32"), differences(name, "float64"), strict=True):
+            assert relative_error(ours, truth) < 5e-6
+
+
+def test_kinks_are_crossed_in_these_tests():
+    _, w0, u = problem("relu")
+    old, new = (data(w[0]) @ w[0] + w[1][None] for w in (w0, jax.tree.map(jnp.add, w0, u)))
+    assert 0.2 < float(jnp.mean((old > 0) != (new > 0))) < 0.8
+
+
+def test_the_plain_difference_loses_all_digits():
+    # The reason for this module: the paper's own largest alpha, in its own precision.
+    h, w0, u = problem("tanh")
+    single = plain(h, cast(w0, jnp.float32), cast(u, jnp.float32), np.float32(1e-7))
+    assert relative_error(single, differences("tanh", "float64")[7]) > 0.1
+
+
+A, B = weights((5, 7), (5, 7), seed=3)
+A, B = 2 * A, 3 * B
+POSITIVE = jnp.abs
+
+# name -> function of two (5, 7) arrays; what a rule may find difficult is crossed at large steps
+OPERATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "abs": lambda a, b: jnp.abs(a),
+    "acos": lambda a, b: jnp.arccos(0.9 * jnp.tanh(a)),
+    "acosh": lambda a, b: jnp.arccosh(1.5 + a * a),
+    "add": lambda a, b: a + b[:1, :1],
+    "argmax": lambda a, b: jnp.take_along_axis(a, jnp.argmax(b, 1, keepdims=True), 1),
+    "asin": lambda a, b: jnp.arcsin(0.9 * jnp.tanh(a)),
+    "asinh": lambda a, b: jnp.arcsinh(a),
+    "atan": lambda a, b: jnp.arctan(a),
+    "atan2": jnp.arctan2,
+    "atan2_constant": lambda a, b: jnp.arctan2(a, 0.5),
+    "atanh": lambda a, b: jnp.arctanh(0.9 * jnp.tanh(a)),
+    "cbrt": lambda a, b: jnp.cbrt(a),
+    "ceil_floor_round": lambda a, b: a * (jnp.ceil(a) + jnp.floor(b) + jnp.round(2 * b)),
+    "clip": lambda a, b: jnp.clip(a, -POSITIVE(b), 0.5),
+    "concatenate": lambda a, b: jnp.concatenate([a, jnp.ones_like(b), b], axis=1),
+    "cos": lambda a, b: jnp.cos(3 * a),
+    "cosh": lambda a, b: jnp.cosh(a),
+    "cummax": lambda a, b: lax.cummax(a, 0) + lax.cummin(b, 1, reverse=True),
+    "cumprod": lambda a, b: jnp.cumprod(a, 1),
+    "cumsum": lambda a, b: jnp.cumsum(a, 1),
+    "div": lambda a, b: a / (1 + POSITIVE(b)),
+    "div_by": lambda a, b: 1 / (1 + POSITIVE(b)),
+    "dynamic_slice": lambda a, b: lax.dynamic_slice(a, (jnp.argmax(b[:, 0]) // 2, 0), (3, 2)),
+    "dynamic_update_slice": lambda a, b: lax.dynamic_update_slice(a, b[:2, :2], (1, 1)),
+    "equal": lambda a, b: jnp.where(a.max(1, keepdims=True) == a, b, 2.0),
+    "erf": lambda a, b: lax.erf(2 * a) - lax.erfc(b),
+    "erf_inv": lambda a, b: lax.erf_inv(0.9 * jnp.tanh(a)),
+    "exp": lambda a, b: jnp.exp(a) + jnp.exp2(3 * b),
+    "expm1": lambda a, b: jnp.expm1(2 * a),
+    "gather": lambda a, b: a[jnp.array([0, 3, 3])] * b[-1:],
+    "gather_fill": lambda a, b: jnp.take(a, jnp.array([0, 2]), axis=0, mode="fill"),
+    "integer_pow": lambda a, b: a**5 + b**2 + (1 + POSITIVE(b)) ** -3,
+    "log": lambda a, b: jnp.log(0.1 + POSITIVE(a)) + jnp.log1p(POSITIVE(b)) * jnp.log2(0.1 + POSITIVE(a)),
+    "logaddexp": lambda a, b: jnp.logaddexp(a, 2 * b),
+    "logistic": lambda a, b: jax.nn.sigmoid(5 * a),
+    "mask": lambda a, b: a * (b > 0).astype(a.dtype),
+    "maximum": lambda a, b: jnp.maximum(a, b) - jnp.minimum(3 * a, b),
+    "norm": lambda a, b: jnp.linalg.norm(a, axis=1),
+    "ordered": lambda a, b: jnp.where((a <= b) & (a >= -1.0) | ~(b < 0.1), a, 3 * b),
+    "pad": lambda a, b: lax.pad(a, b[0, 0], ((1, -1, 0), (0, 2, 1))),
+    "pow": lambda a, b: (0.1 + POSITIVE(a)) ** b,
+    "pow_constant": lambda a, b: POSITIVE(a) ** 1.5 + (a**2) ** 0.3 + 2.0**b,
+    "prod": lambda a, b: a.prod(1) + b.prod(),
+    "reduce_max": lambda a, b: a.max(1) - b.min(),
+    "rsqrt": lambda a, b: lax.rsqrt(0.1 + POSITIVE(a)),
+    "scatter": lambda a, b: a.at[jnp.array([1, 2])].add(b[:2]).at[0].set(b[1]),
+    "select": lambda a, b: jnp.where(a > b, a * b, 1.0),
+    "sign": lambda a, b: jnp.sign(a) * jnp.cos(b),
+    "sin": lambda a, b: jnp.sin(3 * a) * jnp.sin(b),
+    "sinh": lambda a, b: jnp.sinh(2 * a),
+    "sort_of_dims": lambda a, b: jnp.flip(a, 0).T.reshape(5, 7) - jnp.squeeze(b[:, None]),
+    "unstack": lambda a, b: jnp.subtract(*jnp.unstack(a[:2])),
+    "split": lambda a, b: jnp.subtract(*jnp.split(a[:, :6], 2, axis=1)),
+    "sqrt": lambda a, b: jnp.sqrt(POSITIVE(a)),
+    "square": lambda a, b: jnp.square(a),
+    "stack": lambda a, b: jnp.tile(jnp.stack([a, jnp.ones_like(b), b], axis=1), (1, 2, 1)),
+    "tan": lambda a, b: jnp.tan(jnp.tanh(a)),
+    "window_dilated": lambda a, b: lax.reduce_window(
+        a, -jnp.inf, lax.max, (2, 3), (1, 2), ((1, 0), (-1, 2)), base_dilation=(2, 1), window_dilation=(1, 2)
+    ),
+    "window_min": lambda a, b: lax.reduce_window(a, jnp.inf, lax.min, (2, 2), (2, 1), "SAME"),
+    "window_sum": lambda a, b: lax.reduce_window(a, 0.0, lax.add, (2, 2), (2, 1), "SAME"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_rule(name):
+    h = lambda w: OPERATIONS[name](*w)
+    w0, u = [A, B], normal_like(jr.key(4), [A, B])
+    # Many kinks crossed, a negative step, few kinks, none, and the limit.
+    eps = np.float32([1.0, 1 / 3, -0.5, 1e-2, 1e-12, 0.0]).astype(np.float64)
+    run = jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0))
+    double = np.asarray(quick(run)(w0, u, eps))
+    single = np.asarray(jax.jit(run)(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32)))
+    assert single.dtype == jnp.float32
+    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
+    truth = [*np.asarray(over_eps(plain, h, w0, u, eps[:4])), limit, limit]
+    # The plain difference is right to rounding/eps, the limit to a multiple of eps.
+    bounds = [*(2e-14 / np.abs(eps[:4])), 1e-10, 1e-13]
+    for ours, small, right, bound in zip(double, single, truth, bounds, strict=True):
+        scale = 1 + np.linalg.norm(right)
+        assert np.linalg.norm(ours - right) < scale * bound
+        assert np.linalg.norm(small - ours) < scale * 5e-6
+
+
+# At a tie the derivative is a convention: `jax.jvp`'s, whatever it is.
+TIES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "abs": jnp.abs,
+    "clip": lambda z: jnp.clip(z, -1.0, 1.0),
+    "hardtanh": jax.nn.hard_tanh,
+    "maximum": lambda z: jnp.maximum(z, 0.0) + jnp.minimum(z, -z),
+    "max": lambda z: z.max() - z.min(),
+    "pool": lambda z: lax.reduce_window(z, -jnp.inf, lax.max, (2,), (1,), "SAME"),
+    "prod": lambda z: z.prod(keepdims=True),
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "sign": lambda z: jnp.sign(z) * z + jnp.round(z),
+    "stop_gradient": lambda z: z * lax.stop_gradient(z**2),
+    "where": lambda z: jnp.where(z > 0, z, 0.1 * z),
+}
+
+
+@pytest.mark.parametrize("name", TIES)
+def test_ties_at_zero_are_those_of_jvp(name):
+    z, u = jnp.array([0.0, 0.0, 1.0, 1.0, -1.0, 6.0, 0.5]), jnp.array([1.0, -2.0, 3.0, 0.7, 1.0, -1.0, 0.3])
+    h = TIES[name]
+    right = jax.jvp(h, (z,), (u,))[1]
+    traced = jax.jit(partial(lj.finite_jvp, h))(z, u, 0.0)
+    np.testing.assert_array_equal(traced, right)
+    np.testing.assert_array_equal(lj.finite_jvp(h, z, u, 0), right)
+    np.testing.assert_array_equal(lj.finite_jvp(h, z, u, np.float64(1e-310)), right)
+
+
+def test_known_and_traced_steps_agree():
+    h, w0, u = problem("relu")
+    traced = jax.jit(partial(finite_value_and_jvp, h))
+    for eps in (0.5, -0.25, np.float32(1e-3)):
+        known = lj.finite_jvp(h, w0, u, eps)
+        value, difference = traced(w0, u, jnp.asarray(eps))
+        assert relative_error(known, difference) < 1e-13
+        assert relative_error(known, plain(h, w0, u, float(eps))) < 1e-12
+    np.testing.assert_allclose(value, h(w0), rtol=1e-13, atol=1e-14)
+
+
+@pytest.fixture(params=["gelu_erf", "attention", "cnn"], scope="module")
+def case(request):
+    h, w0, u = problem(request.param)
+    c = jr.normal(jr.key(8), jax.eval_shape(h, w0).shape)
+    scalar = lambda w: jnp.vdot(c, h(w))
+    ours = lambda w, u, eps: jnp.vdot(c, lj.finite_jvp(h, w, u, eps))
+    eps = jnp.array([0.25, 1e-2, 1e-12, 0.0])
+    grads = jax.jit(jax.vmap(jax.grad(ours, (0, 1, 2)), in_axes=(None, None, 0)))(w0, u, eps)
+    return scalar, w0, u, eps, grads
+
+
+class TestGradients:
+    """Of c . [h(w + eps u) - h(w)]/eps, whose derivatives are known in terms of those of h."""
+
+    def test_all_are_finite(self, case):
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves(case[-1]))
+
+    def test_direction(self, case):
+        scalar, w0, u, eps, (_, grads, _) = case
+        moved = jax.vmap(lambda e: jax.tree.map(lambda z, d: z + e * d, w0, u))(eps)
+        assert relative_error(grads, quick(jax.vmap(jax.grad(scalar)))(moved)) < 1e-10
+
+    def test_base_point(self, case):
+        scalar, w0, u, eps, (grads, _, _) = case
+        truth = quick(partial(plain, jax.grad(scalar)))
+        for i in range(2):
+            got = jax.tree.map(lambda g, i=i: g[i], grads)
+            assert relative_error(got, truth(w0, u, eps[i])) < 1e-10
+        limit = quick(lambda w: jax.jvp(jax.grad(scalar), (w,), (u,))[1])(w0)
+        for i in (2, 3):
+            assert relative_error(jax.tree.map(lambda g, i=i: g[i], grads), limit) < 1e-10
+
+    def test_step(self, case):
+        scalar, w0, u, eps, (_, _, grads) = case
+
+        def truth(e):
+            slope = jax.jvp(lambda e: scalar(jax.tree.map(lambda z, d: z + e * d, w0, u)), (e,), (1.0,))[1]
+            return (slope - plain(scalar, w0, u, e)) / e
+
+        np.testing.assert_allclose(grads[:2], quick(jax.vmap(truth))(eps[:2]), rtol=1e-9, atol=1e-10)
+        slope = lambda w: jax.jvp(scalar, (w,), (u,))[1]
+        half = quick(lambda w: jax.jvp(slope, (w,), (u,))[1])(w0) / 2
+        np.testing.assert_allclose(grads[2:], [half, half], rtol=1e-9, atol=1e-10)
+
+
+def cross_entropy(w: list[jax.Array]) -> jax.Array:
+    return -jax.nn.log_softmax(mlp(jnp.tanh, w))[:, 0].mean()
+
+
+DERIVATIVES: dict[str, tuple[Callable[[Any], Any], tuple[tuple[int, ...], ...]]] = {
+    "gradient": (jax.grad(cross_entropy), MLP),
+    "jacobian": (jax.jacrev(partial(mlp, jax.nn.relu)), ((5, 4), (4,), (4, 4), (4, 2))),
+    # The derivative of a maximum compares it with its arguments, which the new winner must equal.
+    "jacobian_of_maxima": (
+        jax.jacrev(lambda w: mlp(lambda z: jnp.maximum(z, 0.0), w).max(1)),
+        ((5, 4), (4,), (4, 4), (4, 3)),
+    ),
+    "pooling_reverse": (jax.grad(lambda w: (cnn(w) ** 2).sum()), CNN),
+    "pooling_forward": (
+        lambda w: jax.jvp(lambda z: pooled(data(z, IMAGES) * z, 3, "SAME"), (w[0],), (jnp.sin(w[0]),))[1],
+        ((2, 6, 6, 2),),
+    ),
+    "attention": (jax.grad(lambda w: (attention(w) ** 2).sum()), ((5, 3), (3, 3), (3, 1))),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_of_a_model_may_be_differenced(name):
+    h, shapes = DERIVATIVES[name]
+    w0 = weights(*shapes)
+    u = normal_like(jr.key(1), w0)
+    eps = EPS[[0, 1, 3, 9, 12, 13]]
+    run = jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0))
+    double = quick(run)(w0, u, eps)
+    single = jax.jit(run)(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32))
+    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
+    truth = over_eps(plain, h, w0, u, eps[:3])
+    # At alpha = 1 the attention scores move by 80 and saturate the softmax: the new end of the step, old plus
+    # delta, is rounded in proportion to that move, where the plain difference would have exact zeros and ones.
+    bound = 3e-5 if name == "attention" else 5e-6
+    for i, e in enumerate(eps):
+        ours, small = (jax.tree.map(lambda z, i=i: z[i], t) for t in (double, single))
+        assert relative_error(small, ours) < bound
+        if i < 3:
+            assert relative_error(ours, jax.tree.map(lambda z, i=i: z[i], truth)) < 1e-14 / e + 1e-13
+        else:
+            # The remainder of the first order, a few times eps.
+            assert relative_error(ours, limit) < 1e-12 + 50 * e
+
+
+class EquinoxNet(eqx.Module):
+    convolution: eqx.nn.Conv2d
+    norm: eqx.nn.LayerNorm
+    attention: eqx.nn.MultiheadAttention
+    head: eqx.nn.Linear
+    steps: jax.Array
+    name: str = eqx.field(static=True)
+    activation: Callable[[jax.Array], jax.Array]
+
+    def __init__(self, key):
+        keys = jr.split(key, 3)
+        self.convolution = eqx.nn.Conv2d(2, 4, 3, key=keys[0])
+        self.norm = eqx.nn.LayerNorm(4)
+        self.attention = eqx.nn.MultiheadAttention(2, 4, key=keys[1])
+        self.head = eqx.nn.Linear(4, 2, key=keys[2])
+        self.steps = jnp.arange(2)
+        self.name = "net"
+        self.activation = jax.nn.gelu
+
+    def __call__(self, image):
+        z = eqx.nn.MaxPool2d(2, 1)(self.activation(self.convolution(jnp.moveaxis(image, -1, 0))))
+        z = eqx.nn.AvgPool2d(2, 1)(z).reshape(4, -1).T
+        z = jax.vmap(self.norm)(z)
+        return self.head(self.attention(z, z, z).mean(0)) * self.steps.astype(z.dtype)
+
+
+class FlaxNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3), param_dtype=x.dtype)(x)), (2, 2), (2, 2))
+        x = nn.GroupNorm(2, param_dtype=x.dtype)(nn.avg_pool(x, (2, 2), (1, 1))).reshape(len(x), -1, 4)
+        x = nn.RMSNorm(param_dtype=x.dtype)(nn.LayerNorm(param_dtype=x.dtype)(x))
+        x = nn.MultiHeadDotProductAttention(2, param_dtype=x.dtype)(x)
+        return nn.Dense(2, param_dtype=x.dtype)(nn.silu(x).mean(1))
+
+
+def check_module(h: Callable[[Any], Any], w0: Any) -> None:
+    params, rest = eqx.partition(w0, eqx.is_inexact_array)
+    u = jax.tree.map(lambda z: jr.normal(jr.key(z.size), z.shape, z.dtype), params)
+
+    # The direction is an argument: with all operands constant, XLA of JAX 0.7 folds convolutions wrongly.
+    @quick
+    def run(p, u, eps):
+        return lj.finite_jvp(h, eqx.combine(p, rest), u, eps)
+
+    @quick
+    def truth(p, u, eps):
+        of_params = lambda p: h(eqx.combine(p, rest))
+        return plain(of_params, p, u, eps), jax.jvp(of_params, (p,), (u,))[1]
+
+    difference, limit = truth(params, u, 1e-2)
+    assert relative_error(run(params, u, 1e-2), difference) < 1e-11
+    assert relative_error(run(params, u, 0.0), limit) < 1e-13
+
+
+def test_equinox_modules_integer_and_static_leaves():
+    check_module(lambda net: jax.vmap(net)(IMAGES), EquinoxNet(jr.key(0)))
+
+
+@pytest.mark.standard_promotion
+def test_flax_modules():
+    net = FlaxNet()
+    with jax.numpy_rank_promotion("allow"):
+        check_module(lambda w: net.apply(w, IMAGES), quick(net.init)(jr.key(0), IMAGES))
+
+
+def loop(w: dict[str, jax.Array], kind: str) -> jax.Array:
+    """A recurrence whose carry holds a moving state, a fixed counter and a switching flag."""
+
+    def body(carry, x):
+        z, count, flag = carry
+        z = jnp.tanh(w["a"] @ z + x * w["b"][count % 3])
+        flag = flag | (z[0] > 0.2)
+        return (z, count + 1, flag), jnp.where(flag, z, -z)
+
+    start = (jnp.ones(3), 0, False)
+    if kind == "scan":
+        (z, _, flag), ys = lax.scan(body, start, X[:, 0], reverse=True)
+        return jnp.concatenate([z, ys.ravel(), flag[None].astype(z.dtype)])
+    return lax.fori_loop(0, jnp.asarray(4), lambda i, c: body(c, X[i, 1])[0], start)[0]
+
+
+CONTROL: dict[str, Callable[[dict[str, jax.Array]], jax.Array]] = {
+    "scan": partial(loop, kind="scan"),
+    "while": partial(loop, kind="while"),
+    "cond": lambda w: lax.cond(w["b"].sum() > 0, lambda a: (a, 1), lambda a: (jnp.sin(a), 0), w["a"])[0],
+    "cond_fixed": lambda w: lax.cond(X[0, 0] > 0, jnp.sin, lambda a: jnp.ones_like(a), w["a"]),
+    "switch": lambda w: lax.switch(jnp.argmax(w["b"]), [lambda a: 2 * a, jnp.cos, lambda a: jnp.zeros_like(a)], w["a"]),
+    "checkpoint": jax.checkpoint(lambda w: jnp.tanh(w["a"] @ w["b"])),
+    "vmap": lambda w: jax.vmap(lambda a: jax.jit(jnp.vdot)(a, jnp.sin(w["b"])))(w["a"]),
+    "mean_over_axis": lambda w: jax.vmap(lambda z: z * lax.pmean(z, "i"), axis_name="i")(w["a"]),
+    "barrier": lambda w: lax.optimization_barrier((w["a"], 1.0))[0] ** 2,
+    "constant": lambda w: jnp.ones(2) + 0 * jax.lax.stop_gradient(3.0),
+    "callback": lambda w: jax.debug.callback(lambda z: None, w["a"]) or w["a"] ** 2,
+}
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_calls_and_control_flow_are_entered(name):
+    h = CONTROL[name]
+    w0 = {"a": weights((3, 3), seed=2)[0], "b": jnp.array([-0.3, 0.1, 0.2])}
+    u = {"a": jnp.eye(3) - 0.5, "b": jnp.array([1.0, 0.3, -0.5])}
+    run, truth = jax.jit(partial(lj.finite_jvp, h)), jax.jit(partial(plain, h))
+    for eps in (1.0, 0.01):
+        np.testing.assert_allclose(run(w0, u, eps), truth(w0, u, eps), rtol=1e-12, atol=1e-12)
+    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
+    np.testing.assert_allclose(run(w0, u, 0.0), limit, rtol=1e-13, atol=1e-14)
+
+
+def test_a_custom_jvp_rule_holds_in_the_limit_only():
+    @jax.custom_jvp
+    def straight_through(z):
+        return jnp.round(z)
+
+    straight_through.defjvps(lambda dz, out, z: dz)
+    run = jax.jit(partial(lj.finite_jvp, straight_through))
+    np.testing.assert_array_equal(run(jnp.array([0.4]), jnp.array([1.0]), jnp.array([0.5, 0.0])[0]), [2.0])
+    np.testing.assert_array_equal(run(jnp.array([0.4]), jnp.array([1.0]), 0.0), [1.0])
+
+
+def test_a_custom_vjp_function_is_differenced_itself():
+    square = jax.custom_vjp(lambda z: z**2)
+    square.defvjp(lambda z: (z**2, z), lambda z, g: (g * 100.0,))
+    got = jax.jit(partial(lj.finite_jvp, square))(jnp.array([3.0]), jnp.array([1.0]), 0.5)
+    np.testing.assert_allclose(got, [6.5])
+
+
+def test_embedding_rows_move_only_where_looked_up():
+    tokens = jnp.array([[0, 2], [2, 5]])
+    h = lambda w: jnp.take(w["table"], tokens, axis=0, mode="fill")
+    w0 = {"table": jnp.ones((4, 3)), "tokens": tokens}
+    out = lj.finite_jvp(h, w0, {"table": jnp.arange(12.0).reshape(4, 3), "tokens": None}, 1e-9)
+    np.testing.assert_array_equal(out[0, 1], [6.0, 7.0, 8.0])
+    # Out of bounds the table answers NaN, a constant.
+    np.testing.assert_array_equal(out[1, 1], np.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_dtypes_are_kept(dtype):
+    h, w0, u = problem("gelu_erf")
+    w0, u = cast(w0, dtype), cast(u, dtype)
+    w0[2] = w0[2].astype(jnp.float32).astype(dtype)
+    out = jax.jit(partial(lj.finite_jvp, h))(w0, u, jnp.asarray(1e-9))
+    assert out.dtype == dtype
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    assert relative_error(out, differences("gelu_erf", "float64")[9]) < tolerance
+
+
+def test_leaves_that_are_no_coordinates_are_ignored_in_directions():
+    h = lambda w: w["a"] * w["n"] * w["scale"]
+    w0 = {"a": jnp.ones(2), "n": np.array([1, 2]), "scale": 3.0, "f": jnp.tanh, "none": None}
+    full = {"a": jnp.array([1.0, 2.0]), "n": jnp.ones(5), "scale": jnp.tanh, "f": 1, "none": None}
+    with jax.numpy_dtype_promotion("standard"):
+        for u in (full, full | {"n": None, "scale": None, "f": None}):
+            np.testing.assert_allclose(lj.finite_jvp(h, w0, u, 1e-9), [3.0, 12.0], rtol=1e-15)
+
+
+def test_outputs_are_any_pytree_and_directions_are_cast():
+    h = lambda w: {"twice": 2 * w, "none": None, "fixed": jnp.ones(2)}
+    out = lj.finite_jvp(h, jnp.ones(2, jnp.float32), np.array([1.0, 3.0]), 1e-7)
+    right = {"twice": jnp.array([2.0, 6.0], jnp.float32), "none": None, "fixed": jnp.zeros(2)}
+    assert tree_allclose(out, right, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("eps", [0.5, 0.0])
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_plain_difference_serves_any_model(eps, jit):
+    h, w0, u = jnp.sort, jnp.array([1.0, 0.8, 3.0]), jnp.array([1.0, 2.0, -1.0])
+    run = partial(lj.finite_jvp, h, difference="plain")
+    out = (jax.jit(run) if jit else run)(w0, u, eps)
+    np.testing.assert_allclose(out, [1.4, 1.6, -1.0] if eps else [2.0, 1.0, -1.0], rtol=1e-14)
+
+
+class TestErrors:
+    z = np.ones(3)
+
+    def test_a_primitive_without_a_rule(self):
+        with pytest.raises(ValueError, match=r"h applies the primitive 'sort'.*difference='plain'"):
+            lj.finite_jvp(jnp.sort, self.z, self.z, 0.1)
+
+    def test_the_bits_of_a_number(self):
+        with pytest.raises(ValueError, match="h applies the primitive 'bitcast_convert_type'"):
+            lj.finite_jvp(lambda w: w * (w.view(jnp.int64) > 0).astype(w.dtype), self.z, self.z, 0.1)
+
+    def test_complex_values(self):
+        with pytest.raises(ValueError, match="h must be real throughout"):
+            lj.finite_jvp(lambda w: jnp.abs(lax.complex(w, w)), self.z, self.z, 0.1)
+        with pytest.raises(TypeError, match="w0 must have real floating leaves"):
+            lj.finite_jvp(jnp.abs, 1j * self.z, 1j * self.z, 0.1)
+
+    def test_a_loop_of_unknown_length(self):
+        grow = lambda w: lax.while_loop(lambda z: z.sum() < 100, lambda z: 2 * z, w)
+        with pytest.raises(ValueError, match=r"while loop whose number of turns.*jax.lax.scan"):
+            lj.finite_jvp(grow, self.z, self.z, 0.1)
+
+    @pytest.mark.parametrize("h", [jnp.argmax, lambda w: (w, w > 0), lambda w: lax.complex(w, w)])
+    def test_outputs(self, h):
+        with pytest.raises(ValueError, match="h must return real floating arrays"):
+            lj.finite_jvp(h, self.z, self.z, 0.1)
+
+    @pytest.mark.parametrize("u", [np.ones(4), np.ones(3, int), None, 1.0])
+    def test_direction(self, u):
+        with pytest.raises(ValueError, match=r"u must have a floating array.*shape \(3,\)"):
+            lj.finite_jvp(jnp.sin, self.z, u, 0.1)
+
+    def test_structure(self):
+        with pytest.raises(ValueError, match="u must have the structure of w0"):
+            lj.finite_jvp(jnp.sin, self.z, [self.z], 0.1)
+
+    @pytest.mark.parametrize("eps", [np.ones(2), 1j])
+    def test_step(self, eps):
+        with pytest.raises(ValueError, match="eps must be a real scalar"):
+            lj.finite_jvp(jnp.sin, self.z, self.z, eps)
+
+    def test_parameters(self):
+        with pytest.raises(TypeError, match="w0 must hold at least one real floating array"):
+            lj.finite_jvp(lambda w: jnp.ones(2), {"n": 3}, {"n": 3}, 0.1)
+
+    def test_kind(self):
+        with pytest.raises(ValueError, match="difference must be 'exact' or 'plain', got 'fast'"):
+            lj.finite_jvp(jnp.sin, self.z, self.z, 0.1, difference="fast")

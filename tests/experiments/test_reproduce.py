@@ -1,0 +1,155 @@
+"""`lazyjax reproduce`: the files of a figure, going on after an interruption, and every bad request."""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import xarray
+
+from lazyjax.cli import main as cli
+from lazyjax.cli.reproduce import describe_run
+from lazyjax.experiments import catalogue
+
+ROOT = Path(__file__).parents[2]
+
+TINY = ["n=10", "d=5", "width=4", "taus=0.2,2", "seeds=3", "steps=20", "frames=3", "lazy_from=100"]
+ARGUMENTS = ["reproduce", "fig1c", "--size", "small", "--no-cache", "--set", *TINY]
+
+
+@pytest.mark.standard_promotion  # as the command line runs
+class TestFigure:
+    def test_an_interrupted_figure_goes_on_and_writes_its_files(self, tmp_path, monkeypatch, capsys):
+        folder, swept = tmp_path / "out", sys.modules["lazyjax.report.sweep"]
+        program, calls = swept._call, []
+
+        def killed(*arguments):
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(None)
+            return program(*arguments)
+
+        monkeypatch.setattr(swept, "_call", killed)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*ARGUMENTS, "--out", str(folder)])
+        assert stopped.value.code == 130
+        assert "interrupted, the same command goes on where it stopped" in capsys.readouterr().err
+        assert not (folder / "fig1c.nc").exists()
+        with pytest.raises(SystemExit):
+            cli.main([*ARGUMENTS, "seeds=2", "--out", str(folder)])
+        message = capsys.readouterr().err
+        assert ".fig1c-partial holds the parts of an interrupted run of another configuration" in message
+        calls.clear()
+        monkeypatch.setattr(swept, "_call", lambda *arguments: calls.append(None) or program(*arguments))
+        cli.main([*ARGUMENTS, "--out", str(folder)])
+        assert len(calls) == 1  # the third seed
+        assert {path.name for path in folder.iterdir()} == {"fig1c.png", "fig1c.svg", "fig1c.nc"}
+        printed = capsys.readouterr()
+        assert "final loss x 1000, tangent model" in printed.out
+        assert "reference" in printed.out
+        assert "3/3" in printed.err
+        with xarray.open_dataset(folder / "fig1c.nc") as data:
+            assert data.attrs["size"] == "small"
+            assert data.attrs["figure"] == "fig1c"
+            assert data.attrs["setting_width"] == 4
+            assert data.sizes["seed"] == 3
+        before = (folder / "fig1c.nc").read_bytes()
+        with pytest.raises(SystemExit):
+            cli.main([*ARGUMENTS, "seeds=2", "--out", str(folder)])
+        assert "fig1c.nc is of another configuration, nothing was overwritten" in capsys.readouterr().err
+        assert (folder / "fig1c.nc").read_bytes() == before
+
+    def test_list_names_every_figure(self, capsys):
+        cli.main(["reproduce", "list"])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == list(catalogue.FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig1"], "there is no figure 'fig1' among fig1a"),
+        (["woodwort"], "did you mean woodworth?"),
+        (["fig1c", "--set", "taus=0,1"], "taus must be different positive finite numbers, got (0.0, 1.0)"),
+        (["fig1c", "--set", "width=3"], "width must be even for a symmetrized init"),
+        (["fig1a", "--set", "tau=-1"], "tau must be a positive finite number, got -1.0"),
+        (["fig1c", "--set", "taus"], "--set takes NAME=VALUE"),
+        (["fig1c", "--set", "colour=red"], "fig1c has no setting 'colour'"),
+        (["fig1c", "--seed", "-1"], "--seed must lie in 0..2^31 - 1, got -1"),
+    ],
+)
+def test_bad_requests_get_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["reproduce", *arguments, "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures_of_data_in_different_folders_are_different(tmp_path):
+    settings = catalogue.settings_of("fig3a")
+    here, there, without = (
+        describe_run(cli.Reproduce("fig7a", data_dir=folder), settings, "fig3a")
+        for folder in (tmp_path / "a", tmp_path / "b", None)
+    )
+    assert here != there
+    assert without not in (here, there)
+    assert here == describe_run(cli.Reproduce("fig3a", data_dir=tmp_path / "b" / ".." / "a"), settings)
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "fig1c", "--out", str(tmp_path / "out")])
+    assert "must be a folder, but is a file" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_dataset_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "fig1c.nc").write_text("mine")
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "fig1c", "--out", str(tmp_path)])
+    assert "of another configuration" in capsys.readouterr().err
+    assert jax.config.jax_enable_x64
+
+
+def test_an_attempt_that_left_nothing_does_not_bind_the_next_one(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    too_long = ["reproduce", "fig1a", "--size", "small", "--no-cache", "--out", out, "--set", "steps=40"]
+    with pytest.raises(SystemExit):
+        cli.main([*too_long, "step=50.0", "flow_steps=16"])
+    assert "gradient descent diverged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    options = cli.Reproduce("fig1a", size="small", out=tmp_path / "out", set=("steps=41",))
+    options.kept.mkdir(parents=True)
+    (options.kept / "configuration.json").write_text("that of a run that was killed")
+    assert cli.choose_settings(options).steps == 41
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/figures/*.nc")), ids=lambda path: path.stem)
+def test_committed_figures_are_what_their_command_makes_today(path):
+    """`scripts/readme_figures.sh` has the default sizes."""
+    options = cli.Reproduce(path.stem)
+    with xarray.open_dataset(path) as data:
+        assert data.attrs["configuration"] == describe_run(options, catalogue.settings_of(path.stem))
+
+
+def test_the_accuracies_of_the_readme_are_those_of_its_figure():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    with xarray.open_dataset(ROOT / "docs/figures/fig3a.nc") as data:
+        last = 100 * data["test_accuracy"].isel(epoch=-1)
+        mean, spread = last.mean("seed"), last.std("seed", ddof=1)
+        for alpha, name in ((1.0, "1"), (float("inf"), "∞")):
+            one = f"{float(mean.sel(alpha=alpha)):.1f} ± {float(spread.sel(alpha=alpha)):.1f} % at α = {name}"
+            assert one in text
+
+
+def test_the_notebooks_show_every_figure():
+    shown = {
+        name
+        for path in sorted(ROOT.glob("notebooks/0[45]*.ipynb"))
+        for name in re.findall(r'(?:show|plot_experiment)\(\\"([\w-]+)\\"', path.read_text(encoding="utf-8"))
+    }
+    assert shown == set(catalogue.FIGURES)

@@ -1,0 +1,400 @@
+"""The paper's models against plain NumPy, and the maps between models: exact zeros, doubled kernels."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from flax import linen
+
+import lazyjax as lj
+from lazyjax.models.maps import OnData, declares_zero
+
+
+class ConvNet(eqx.Module):
+    """Two convolutions with max pooling between them, as an Equinox user writes it; one static leaf."""
+
+    first: eqx.nn.Conv2d
+    second: eqx.nn.Conv2d
+    head: eqx.nn.Linear
+    scale: float
+
+    def __init__(self, key, dtype=jnp.float32):
+        keys = jr.split(key, 3)
+        self.first = eqx.nn.Conv2d(1, 3, 3, key=keys[0], dtype=dtype)
+        self.second = eqx.nn.Conv2d(3, 4, 3, key=keys[1], dtype=dtype)
+        self.head = eqx.nn.Linear(4, 2, key=keys[2], dtype=dtype)
+        self.scale = 0.3
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.first(x))
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2), (1, 2, 2), "VALID")
+        return self.scale * self.head(jnp.tanh(self.second(x)).ravel())
+
+
+def conv_net(w, x):
+    return jax.vmap(w)(x)
+
+
+class FlaxNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(2)(jnp.tanh(linen.Dense(7)(x)))
+
+
+def counted(w, x):
+    """Parameters with an integer leaf, which picks a row."""
+    return w["a"][w["row"]] * jnp.tanh(x @ w["b"])
+
+
+def cases():
+    """(name, f(w, x), w, x) in float32, the precision that shows every rounding residue."""
+    key, dtype = jr.key(3), jnp.float32
+    x = jr.normal(key, (7, 5), dtype)
+    images = jr.normal(key, (4, 1, 8, 8), dtype)
+    two = lj.init_two_layer(key, 5, 12, dtype=dtype)
+    flax = FlaxNet()
+    scale = np.float32(np.sqrt(12))
+    counted_w = {"a": jr.normal(key, (3,), dtype), "b": jr.normal(key, (5,), dtype), "row": jnp.array(1)}
+    return [
+        ("two_layer", lj.two_layer(jnp.tanh), two, x),
+        # A product at the end of f is what a compiler likes to contract with the subtraction.
+        ("two_layer over sqrt m", lambda w, x: lj.two_layer(jnp.tanh)(w, x) / scale, two, x),
+        ("mlp", lj.mlp(), lj.init_mlp(key, [5, 9, 9, 2], dtype=dtype), x),
+        ("equinox", conv_net, ConvNet(key), images),
+        ("flax", flax.apply, flax.init(key, x), x),
+        ("integer leaf", counted, counted_w, x),
+    ]
+
+
+CASES = {name: rest for name, *rest in cases()}
+by_name = pytest.mark.parametrize("name", CASES)
+
+
+def flat_jacobian(h, w):
+    """The plain Jacobian in the floating leaves of w, rows over all outputs."""
+    coordinates, rest = eqx.partition(w, eqx.is_inexact_array)
+    flat, unravel = jax.flatten_util.ravel_pytree(coordinates)
+    jacobian = jax.jit(jax.jacrev(lambda v: h(eqx.combine(unravel(v), rest)).ravel()))
+    return np.asarray(jacobian(flat))
+
+
+# ---- the formulas ----
+
+
+def test_two_layer_is_its_formula():
+    w, x = lj.init_two_layer(jr.key(0), 3, 4), jr.normal(jr.key(1), (5, 3))
+    a, b = np.asarray(w["a"]), np.asarray(w["b"])
+    expected = [sum(a[j] * max(b[j] @ row, 0) for j in range(4)) for row in np.asarray(x)]
+    np.testing.assert_allclose(lj.two_layer()(w, x), expected, rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(lj.two_layer(jnp.tanh)(w, x), np.tanh(np.asarray(x) @ b.T) @ a, rtol=1e-13)
+    np.testing.assert_allclose(lj.two_layer().preactivations(w, x)[0], np.asarray(x) @ b.T, rtol=1e-14)
+
+
+def test_mlp_is_its_formula_with_biases():
+    w = lj.init_mlp(jr.key(0), [3, 6, 4, 2])
+    for i, layer in enumerate(w):  # biases start at zero, where they would not be seen
+        layer["bias"] = jr.normal(jr.key(i), layer["bias"].shape)
+    x = np.asarray(jr.normal(jr.key(9), (5, 3)))
+    z1 = x @ np.asarray(w[0]["weight"]).T + np.asarray(w[0]["bias"])
+    z2 = np.maximum(z1, 0) @ np.asarray(w[1]["weight"]).T + np.asarray(w[1]["bias"])
+    out = np.maximum(z2, 0) @ np.asarray(w[2]["weight"]).T + np.asarray(w[2]["bias"])
+    np.testing.assert_allclose(lj.mlp()(w, jnp.asarray(x)), out, rtol=1e-13, atol=1e-14)
+    hidden = lj.mlp().preactivations(w, jnp.asarray(x))
+    for got, expected in zip(hidden, [z1, z2], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-14)
+
+
+def test_diagonal_linear_is_its_formula_and_starts_at_zero():
+    w = {"u": jr.normal(jr.key(0), (3,)), "v": jr.normal(jr.key(1), (3,))}
+    x = jr.normal(jr.key(2), (4, 3))
+    expected = np.asarray(x) @ (np.asarray(w["u"]) ** 2 - np.asarray(w["v"]) ** 2)
+    np.testing.assert_allclose(lj.diagonal_linear(w, x), expected, rtol=1e-13, atol=1e-14)
+    start = lj.init_diagonal_linear(3, tau=0.7, dtype=jnp.float32)
+    assert [leaf.dtype for leaf in jax.tree.leaves(start)] == [jnp.float32] * 2
+    np.testing.assert_array_equal(start["u"], np.full(3, 0.7, np.float32))
+    np.testing.assert_array_equal(lj.diagonal_linear(start, x.astype(jnp.float32)), np.zeros(4))
+
+
+def test_the_relu_two_layer_net_is_2_homogeneous():
+    f, w, x = lj.two_layer(), lj.init_two_layer(jr.key(0), 3, 8), jr.normal(jr.key(1), (5, 3))
+
+    @jax.jit
+    def both(w):
+        return jax.jvp(lambda v: f(v, x), (w,), (w,))
+
+    h, euler = both(w)
+    np.testing.assert_allclose(euler, 2 * h, rtol=1e-13)
+    scaled, _ = both(jax.tree.map(lambda leaf: 3.0 * leaf, w))
+    np.testing.assert_allclose(scaled, 9 * h, rtol=1e-13)
+
+
+# ---- the inits ----
+
+
+def test_two_layer_weights_have_mean_zero_and_standard_deviation_tau():
+    tau, m, d = 0.5, 200, 300
+    w = lj.init_two_layer(jr.key(1), d, m, tau=tau)
+    for leaf in (w["a"], w["b"]):
+        z = np.asarray(leaf).ravel() / tau
+        # Five standard errors of the mean, of the variance, and of the fourth moment, which is 3 of a Gaussian.
+        assert abs(z.mean()) < 5 / np.sqrt(z.size)
+        assert abs((z**2).mean() - 1) < 5 * np.sqrt(2 / z.size)
+        assert abs((z**4).mean() - 3) < 5 * np.sqrt(96 / z.size)
+    # The layers are independent draws.
+    assert abs(np.corrcoef(np.asarray(w["a"]), np.asarray(w["b"])[:, 0])[0, 1]) < 5 / np.sqrt(m)
+
+
+def test_mlp_weights_have_xaviers_variance_times_the_gain_squared():
+    w = lj.init_mlp(jr.key(1), [300, 200, 50], gain=3.0)
+    for layer, (n_in, n_out) in zip(w, [(300, 200), (200, 50)], strict=True):
+        z = np.asarray(layer["weight"]).ravel() / (3 * np.sqrt(2 / (n_in + n_out)))
+        assert layer["weight"].shape == (n_out, n_in)
+        assert abs(z.mean()) < 5 / np.sqrt(z.size)
+        assert abs((z**2).mean() - 1) < 5 * np.sqrt(2 / z.size)
+        np.testing.assert_array_equal(layer["bias"], np.zeros(n_out))
+
+
+def test_a_symmetric_init_mirrors_its_second_half():
+    w = lj.init_two_layer(jr.key(0), 3, 8, symmetric=True)
+    np.testing.assert_array_equal(w["a"][4:], -w["a"][:4])
+    np.testing.assert_array_equal(w["b"][4:], w["b"][:4])
+    assert len(np.unique(np.abs(w["a"]))) == 4
+    x = jr.normal(jr.key(1), (5, 3))
+    np.testing.assert_allclose(lj.two_layer(jnp.tanh)(w, x), 0, atol=1e-14)
+
+
+def test_inits_have_the_dtype_asked_for_or_jaxs_default():
+    key = jr.key(0)
+    for dtype, expected in [(jnp.float32, jnp.float32), (None, jnp.float64)]:
+        trees = [
+            lj.init_two_layer(key, 2, 4, tau=0.5, symmetric=True, dtype=dtype),
+            lj.init_mlp(key, [2, 3], gain=2.0, dtype=dtype),
+            lj.init_diagonal_linear(2, tau=0.1, dtype=dtype),
+        ]
+        assert {leaf.dtype for leaf in jax.tree.leaves(trees)} == {jnp.dtype(expected)}
+
+
+def test_tau_and_gain_may_be_traced_so_that_a_sweep_compiles_once():
+    jax.jit(lambda s: (lj.init_mlp(jr.key(0), [2, 3], gain=s), lj.init_diagonal_linear(2, tau=s)))(2.0)
+    lanes = jax.jit(jax.vmap(lambda tau: lj.init_two_layer(jr.key(0), 2, 3, tau=tau)["b"]))(jnp.array([1.0, 2.0]))
+    np.testing.assert_array_equal(lanes[1], 2 * lanes[0])
+    np.testing.assert_array_equal(lanes[0], lj.init_two_layer(jr.key(0), 2, 3)["b"])
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: lj.init_two_layer(jr.key(0), 0, 3), "d and width must be at least 1, got d=0, width=3"),
+        (lambda: lj.init_two_layer(jr.key(0), 3, 0), "got d=3, width=0"),
+        (lambda: lj.init_two_layer(jr.key(0), 3, 4, tau=0.0), "tau must be a positive standard deviation, got 0.0"),
+        (lambda: lj.init_two_layer(jr.key(0), 3, 4, tau=jnp.nan), "tau must be a positive"),
+        (lambda: lj.init_two_layer(jr.key(0), 3, 5, symmetric=True), "width must be even .* got 5; use 6"),
+        (lambda: lj.init_mlp(jr.key(0), [3]), r"at least two positive widths .* got \(3,\)"),
+        (lambda: lj.init_mlp(jr.key(0), [3, 0, 1]), r"got \(3, 0, 1\)"),
+        (lambda: lj.init_mlp(jr.key(0), [3, 1], gain=0.0), "gain must be a positive factor, got 0.0"),
+        (lambda: lj.init_mlp(jr.key(0), [3, 1], gain=jnp.nan), "gain must be a positive"),
+        (lambda: lj.init_diagonal_linear(0), "d must be at least 1, got 0"),
+        (lambda: lj.init_diagonal_linear(2, tau=-1.0), "tau must be a positive scale, got -1.0"),
+        (lambda: lj.init_diagonal_linear(2, tau=jnp.nan), "tau must be a positive"),
+        (lambda: lj.rescale(lj.diagonal_linear, jnp.inf), "factor must be a finite number, got inf"),
+        (lambda: lj.rescale(lj.diagonal_linear, jnp.nan), "factor must be a finite number, got nan"),
+        (lambda: lj.center(jnp.sin, jnp.array([1.0, jnp.nan])), "w0 must be finite, but 1 of its 2"),
+        (lambda: lj.symmetrize(jnp.sin, {"a": jnp.array([jnp.inf])}), r"w0\['a'\] must be finite"),
+    ],
+)
+def test_unfit_arguments_are_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+# ---- center, symmetrize, rescale ----
+
+
+@by_name
+def test_a_centred_model_is_exactly_zero_at_w0_in_float32_eager_and_compiled(name):
+    f, w0, x = CASES[name]
+    g = lj.center(f, w0)
+    coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
+    # w0 inside g is an argument of the first program, a constant beside a traced w in the second,
+    # and all is constant but the data in the third.
+    results = [
+        g(w0, x),
+        eqx.filter_jit(g)(w0, x),
+        jax.jit(lambda c: g(eqx.combine(c, rest), x))(coordinates),
+        jax.jit(lambda x: g(w0, x))(x),
+        jax.jit(lambda c: jax.linearize(lambda c: g(eqx.combine(c, rest), x), c)[0])(coordinates),
+    ]
+    assert all(out.dtype == jnp.float32 for out in results)
+    assert [float(jnp.max(jnp.abs(out))) for out in results] == [0.0] * len(results)
+
+
+@by_name
+def test_a_symmetrized_model_is_exactly_zero_at_its_start_in_float32_eager_and_compiled(name):
+    f, w0, x = CASES[name]
+    f2, w2 = lj.symmetrize(f, w0)
+    coordinates, rest = eqx.partition(w2, eqx.is_inexact_array)
+    results = [
+        f2(w2, x),
+        eqx.filter_jit(f2)(w2, x),
+        jax.jit(lambda c: f2(eqx.combine(c, rest), x))(coordinates),
+        jax.jit(lambda c: jax.linearize(lambda c: f2(eqx.combine(c, rest), x), c)[0])(coordinates),
+    ]
+    assert [float(jnp.max(jnp.abs(out))) for out in results] == [0.0] * len(results)
+
+
+@by_name
+def test_centring_leaves_the_derivative_and_moves_the_outputs_by_a_constant(name):
+    f, w0, x = CASES[name]
+    g = lj.center(f, w0)
+    w = jax.tree.map(lambda leaf: leaf + 1 if eqx.is_inexact_array(leaf) else leaf, w0)
+    start = np.asarray(f(w0, x))
+    np.testing.assert_allclose(np.asarray(g(w, x)) + start, f(w, x), rtol=1e-5, atol=1e-5)
+    assert np.max(np.abs(start)) > 1e-3, "the test needs a model that does not vanish"
+    np.testing.assert_allclose(
+        flat_jacobian(partial(g, x=x) if name != "flax" else lambda w: g(w, x), w0),
+        flat_jacobian(lambda w: f(w, x), w0),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", ["two_layer", "equinox", "flax", "integer leaf"])
+def test_symmetrizing_doubles_the_tangent_kernel(name):
+    f, w0, x = CASES[name]
+    f2, w2 = lj.symmetrize(f, w0)
+    jacobian = flat_jacobian(lambda w: f(w, x), w0)
+    # [J, -J], so twice the kernel.
+    np.testing.assert_allclose(flat_jacobian(lambda w: f2(w, x), w2), np.hstack([jacobian, -jacobian]), atol=1e-6)
+
+
+def test_second_derivatives_of_a_symmetrized_model_vanish_along_kernel_directions():
+    f, w0 = lj.two_layer(jnp.tanh), lj.init_two_layer(jr.key(0), 3, 6)
+    x, r = jr.normal(jr.key(1), (5, 3)), jr.normal(jr.key(2), (5,))
+    f2, w2 = lj.symmetrize(f, w0)
+
+    @partial(jax.jit, static_argnums=0)
+    def second(f, w):
+        h = lambda w: f(w, x)
+        (u,) = jax.vjp(h, w)[1](r)  # a direction in the range of Dh^T: the only ones the tangent flow takes
+        return jax.jvp(lambda v: jax.jvp(h, (v,), (u,))[1], (w,), (u,))[1]
+
+    generic = second(f, w0)
+    assert float(jnp.min(jnp.abs(generic))) > 1e-3
+    np.testing.assert_allclose(second(f2, w2), 0, atol=1e-13 * float(jnp.max(jnp.abs(generic))))
+
+
+def test_center_and_symmetrize_take_models_of_the_parameters_alone():
+    h = lambda w: jnp.exp(w["a"]) * w["b"]
+    w0 = {"a": jnp.array([0.3, 1.0]), "b": jnp.array(2.0)[None].repeat(2)}
+    w = {"a": jnp.array([0.0, -1.0]), "b": jnp.array([1.0, 3.0])}
+    np.testing.assert_allclose(lj.center(h, w0)(w), np.asarray(h(w)) - np.asarray(h(w0)), rtol=1e-15)
+    h2, (wa, wb) = lj.symmetrize(h, w0)
+    assert wa is w0
+    assert wb is w0
+    np.testing.assert_allclose(h2((w, w0)), np.asarray(h(w)) - np.asarray(h(w0)), rtol=1e-15)
+
+
+def test_a_difference_of_outputs_that_are_not_finite_is_not_finite():
+    # The guard of the exact zero must not turn an overflow into a number.
+    for bad in (jnp.inf, jnp.nan):
+        out = lj.center(lambda w, c: w * c, jnp.ones(2))(jnp.array([2.0, 2.0]), jnp.array([1.0, bad]))
+        assert float(out[0]) == 1
+        assert not bool(jnp.isfinite(out[1]))
+
+
+def test_preactivations_pass_through_the_maps():
+    f, w0, x = lj.two_layer(), lj.init_two_layer(jr.key(0), 3, 6), jr.normal(jr.key(1), (5, 3))
+    (expected,) = f.preactivations(w0, x)
+    f2, w2 = lj.symmetrize(f, w0)
+    np.testing.assert_array_equal(lj.center(f, w0).preactivations(w0, x)[0], expected)
+    np.testing.assert_array_equal(lj.rescale(f, 2.0).preactivations(w0, x)[0], expected)
+    assert [bool(jnp.all(z == expected)) for z in f2.preactivations(w2, x)] == [True, True]
+
+
+def test_maps_have_preactivations_only_where_their_model_has_them():
+    f, plain, w0 = lj.two_layer(), lambda w, x: x @ w["b"].T @ w["a"], lj.init_two_layer(jr.key(0), 3, 6)
+    for wrap in (lambda g: lj.center(g, w0), lambda g: lj.symmetrize(g, w0)[0], lambda g: lj.rescale(g, 2.0)):
+        assert hasattr(wrap(wrap(f)), "preactivations")
+        assert not hasattr(wrap(wrap(plain)), "preactivations")
+    x = jr.normal(jr.key(1), (5, 3))
+    report = lj.diagnose(*lj.symmetrize(plain, w0), x, jnp.sin(x[:, 0]), alphas=(1.0, 10.0))
+    assert "stability" not in report.dataset
+
+
+def test_rescaling_multiplies_the_outputs_in_their_dtype():
+    f, w0, x = CASES["two_layer"]
+    out = lj.rescale(f, 2.5)(w0, x)
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, np.float32(2.5) * np.asarray(f(w0, x)))
+    # The factor may be traced: a sweep over output scales is one program.
+    traced = jax.jit(lambda c: lj.rescale(f, c)(w0, x))(jnp.array(2.5))
+    np.testing.assert_allclose(traced, out, rtol=1e-6)
+
+
+# ---- declared zeros ----
+
+
+def test_zero_is_declared_at_w0_through_every_wrapper_and_nowhere_else():
+    f, w0, x = lj.two_layer(), lj.init_two_layer(jr.key(0), 3, 4), jr.normal(jr.key(1), (5, 3))
+    f2, w2 = lj.symmetrize(f, w0)
+    other = {"a": w0["a"].at[0].add(1e-15), "b": w0["b"]}
+    copy = jax.tree.map(jnp.copy, w0)
+    wrappers = [
+        lambda g: g,
+        lambda g: partial(g, x=x),
+        lambda g: OnData(g, x),
+        lambda g: lj.rescale(g, 3.0),
+        lambda g: OnData(lj.rescale(partial(g), 3.0), x),
+        lambda g: partial(partial(lj.rescale(g, 2.0)), x=x),
+    ]
+    for wrap in wrappers:
+        centred, mirrored, plain = wrap(lj.center(f, w0)), wrap(f2), wrap(f)
+        assert declares_zero(centred, w0)
+        assert declares_zero(centred, copy)
+        assert not declares_zero(centred, other)
+        assert not declares_zero(centred, {"a": w0["a"]})
+        assert declares_zero(mirrored, w2)
+        assert declares_zero(mirrored, (w0, copy))
+        assert not declares_zero(mirrored, (w0, other))
+        assert not declares_zero(plain, w0)
+
+
+def test_zero_is_declared_for_every_kind_of_parameters():
+    for f, w0, _ in CASES.values():
+        f2, w2 = lj.symmetrize(f, w0)
+        assert declares_zero(lj.center(f, w0), w0)
+        assert declares_zero(f2, w2)
+    keyed = {"a": jnp.ones(2), "key": jr.key(0)}
+    assert declares_zero(lj.center(lambda w: w["a"], keyed), {"a": jnp.ones(2), "key": jr.key(0)})
+    assert not declares_zero(lj.center(lambda w: w["a"], keyed), {"a": jnp.ones(2), "key": jr.key(1)})
+
+
+def test_another_integer_or_static_leaf_is_another_model():
+    w0 = {"a": jnp.ones(2), "row": jnp.array(1), "scale": 2.0}
+    g = lj.center(lambda w: w["scale"] * w["a"][w["row"]] * jnp.ones(2), w0)
+    assert declares_zero(g, {"a": jnp.ones(2), "row": jnp.array(1), "scale": 2.0})
+    assert not declares_zero(g, w0 | {"row": jnp.array(0)})
+    assert not declares_zero(g, w0 | {"scale": 3.0})
+    assert not declares_zero(g, w0 | {"scale": jnp.array(2.0)})
+    assert not declares_zero(g, w0 | {"a": jnp.ones(2, jnp.float32)})
+
+
+def test_a_partial_that_fixes_the_parameters_declares_nothing():
+    w0 = jnp.ones(2)
+    f = lambda w, x: w * x
+    assert not declares_zero(partial(lj.center(f, w0), w0), w0)
+
+
+def test_zero_is_declared_of_traced_parameters_only_when_they_are_the_same_object():
+    def inside(w, v):
+        g = lj.center(jnp.sin, w)
+        assert declares_zero(g, w)
+        assert not declares_zero(g, v)
+        return g(w)
+
+    np.testing.assert_array_equal(jax.jit(inside)(jnp.ones(3), jnp.ones(3)), np.zeros(3))

@@ -1,0 +1,222 @@
+"""An interrupted training goes on to the same bits; a folder that holds something else is refused and left alone."""
+
+import functools
+import shutil
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+import lazyjax as lj
+
+F = lj.two_layer(jnp.tanh)
+W0 = lj.init_two_layer(jr.key(0), 3, 4)
+X = jr.normal(jr.key(1), (11, 3))
+Y = jnp.sin(X[:, 0])
+RATE = lj.inverse_time_decay(0.1, 0.5, steps_per_epoch=2)
+SGD = optax.sgd(RATE, momentum=0.9)
+ALPHAS = jnp.array([1.0, 100.0, jnp.inf])
+
+
+def jitter(key, x):
+    return x + 0.1 * jr.normal(key, x.shape, x.dtype)
+
+
+def train(epochs, folder=None, **options):
+    given = {"alpha": ALPHAS, "batch_size": 4, "key": jr.key(2), "augment": jitter, "test": (X[:5], Y[:5]), "chunk": 2}
+    given |= options
+    w0, x, y, optimiser = (given.pop(k, v) for k, v in {"w0": W0, "x": X, "y": Y, "optimiser": SGD}.items())
+    return lj.train(given.pop("f", F), w0, x, y, optimiser, epochs=epochs, folder=folder, **given)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder with two of five epochs."""
+    folder = tmp_path_factory.mktemp("training") / "kept"
+    train(2, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(kept, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(kept, tmp_path / "kept")
+
+
+@functools.cache
+def uninterrupted(epochs):
+    return train(epochs)
+
+
+def same_bits(a, b):
+    """Every array of two results, NaN included."""
+    pairs = zip(jtu.tree_leaves(a), jtu.tree_leaves(b), strict=True)
+    return all(np.array_equal(x, y, equal_nan=jnp.issubdtype(x.dtype, jnp.floating)) for x, y in pairs)
+
+
+def files(folder):
+    return {p.relative_to(folder): (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*"))}
+
+
+class Frozen(eqx.Module):
+    """Something with an array of its own, which a compiled program takes as an argument."""
+
+    size: jax.Array
+    part: str = eqx.field(static=True)
+
+    def __call__(self, *args):
+        if self.part == "f":
+            w, x = args
+            return self.size * F(w, x)
+        if self.part == "augment":
+            return self.size * args[1]
+        return lj.square_loss(self.size * args[0])
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(folder):
+    jax.clear_caches()  # as in another process
+    resumed = train(5, folder)
+    assert same_bits(resumed, uninterrupted(5))
+    assert resumed.train_loss.shape == (3, 5)
+    # What is finished is read, not run again.
+    before = files(folder)
+    assert same_bits(train(5, folder), uninterrupted(5))
+    assert files(folder) == before
+
+
+def test_an_interruption_in_the_midst_of_an_epoch_or_a_write_loses_that_epoch_only(folder, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_epoch(*args, **kwargs)
+
+    run_epoch = lj.training.epochs.run_epoch
+    monkeypatch.setattr(lj.training.epochs, "run_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(5, folder)
+    monkeypatch.undo()
+    # What a write that was broken off leaves behind.
+    (folder / "3.orbax-checkpoint-tmp-0").mkdir()
+    assert same_bits(train(5, folder), uninterrupted(5))
+
+
+def test_lanes_go_on_in_the_groups_that_they_began_in(folder):
+    """However much memory is free by then: here one lane at a time would be chosen, where there were two."""
+    (folder / ".DS_Store").write_bytes(b"a file manager was here")
+    assert same_bits(train(5, folder, chunk=None), uninterrupted(5))
+
+
+@pytest.mark.standard_promotion  # optax.add_noise
+def test_an_optimiser_with_random_keys_of_its_own_is_resumed(tmp_path):
+    noisy = optax.chain(optax.add_noise(0.1, 0.5, jr.key(3)), optax.sgd(0.1))
+    options = {"optimiser": noisy, "alpha": 10.0}
+    train(1, tmp_path / "kept", **options)
+    assert same_bits(train(3, tmp_path / "kept", **options), train(3, **options))
+
+
+def explosive(w, x):
+    """NaN once the first unit has moved."""
+    return jnp.where(jnp.abs(w["a"][0] - W0["a"][0]) < 0.03, 1.0, jnp.nan) * F(w, x)
+
+
+def test_a_diverged_lane_stays_so_after_a_resumption(tmp_path):
+    options = {"f": explosive, "throw": False, "augment": None}
+    whole = train(6, **options)
+    assert (whole.result == lj.RESULTS.nonfinite).tolist() == [True, False, False]
+    train(3, tmp_path / "kept", **options)
+    assert same_bits(train(6, tmp_path / "kept", **options), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"alpha": jnp.array([1.0, 2.0, 3.0])}, r"alpha \[1.0, 100.0, inf\] there and \[1.0, 2.0, 3.0\] here"),
+        ({"batch_size": 5}, "batch_size 4 there and 5 here"),
+        ({"key": jr.key(5)}, "key .* there and"),
+        ({"x": X + 1e-9}, "data .* there and"),
+        ({"y": 2 * Y}, "data .* there and"),
+        ({"w0": jax.tree.map(lambda leaf: 2 * leaf, W0)}, "w0 .* there and"),
+        ({"test": None}, "test .* there and None here"),
+        ({"chunk": 3}, "chunk 2 there and 3 here"),
+        ({"optimiser": optax.sgd(RATE, momentum=0.8)}, "program .* there and"),
+        ({"optimiser": optax.adam(RATE), "alpha": ALPHAS.at[2].set(7.0)}, "program .* there and"),
+        ({"f": lj.two_layer(jnp.sin)}, "program .* there and"),
+        ({"augment": None}, "program .* there and"),
+        ({"loss": lambda y: lj.square_loss(y, mean=False)}, "loss square there and a function here"),
+    ],
+)
+@pytest.mark.standard_promotion  # optax.adam
+def test_another_training_in_the_folder_is_refused_and_left_alone(folder, options, match):
+    before = files(folder)
+    with pytest.raises(ValueError, match=rf"holds another training \(.*{match}.*choose another folder, or delete it"):
+        train(5, folder, **options)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("part", ["f", "augment", "loss"])
+def test_a_training_with_other_arrays_inside_its_functions_is_refused(part, tmp_path):
+    def options(size):
+        return {part: Frozen(jnp.asarray(size), part), "alpha": 10.0, "chunk": 1, "test": None}
+
+    train(1, tmp_path / "kept", **options(1.0))
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"holds another training \(arrays of f, augment, optimiser or loss .* there"):
+        train(2, tmp_path / "kept", **options(1.5))
+    assert files(tmp_path) == before
+
+
+def test_fewer_epochs_than_there_are_is_refused(folder):
+    before = files(folder)
+    with pytest.raises(ValueError, match="epochs must be at least the 2 that the checkpoint in folder has, got 1"):
+        train(1, folder)
+    assert files(folder) == before
+
+
+def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"folder must be empty or hold checkpoints .* holds \['thesis.tex'\]"):
+        train(1, tmp_path)
+    assert files(tmp_path) == before
+    with pytest.raises(ValueError, match=r"folder must be a folder for checkpoints, got the file .*thesis.tex"):
+        train(1, tmp_path / "thesis.tex")
+
+
+def test_folders_of_photographs_by_year_are_no_checkpoints(tmp_path):
+    (tmp_path / "2019").mkdir()
+    (tmp_path / "2019" / "sea.jpg").write_bytes(b"a long summer")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"folder must hold whole checkpoints .* configuration in .*2019 cannot be re"):
+        train(1, tmp_path)
+    assert files(tmp_path) == before
+    (tmp_path / "2019" / "sea.jpg").unlink()
+    (tmp_path / "2019").rmdir()
+    (tmp_path / "2019").write_text("a file by that name", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"folder must be empty or hold checkpoints .* holds \['2019'\]"):
+        train(1, tmp_path)
+
+
+@pytest.mark.parametrize("item", ["configuration", "state"])
+def test_a_checkpoint_that_was_cut_off_is_refused_and_left_alone(folder, item):
+    """By a full disk, say."""
+    for path in (folder / "2" / item).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    before = files(folder)
+    with pytest.raises(ValueError, match=rf"folder must hold whole checkpoints .* the {item} in .*2 cannot be read"):
+        train(5, folder)
+    assert files(folder) == before
+
+
+def test_bad_arguments_leave_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="batch_size must be"):
+        train(1, tmp_path / "new", batch_size=100)
+    assert not (tmp_path / "new").exists()
