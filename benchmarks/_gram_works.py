@@ -109,7 +109,7 @@ def vgg(w: list[Any], x: jax.Array, *, plan: tuple[Any, ...]) -> jax.Array:
 
 
 def resnet(w: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Residual blocks without normalisation; a block with a shortcut of 1 x 1 halves the image."""
+    """Residual blocks without normalization; a block with a shortcut of 1 x 1 halves the image."""
     h = convolve(w["stem"], x, 1.0)
     for block in w["blocks"]:
         stride = 2 if "shortcut" in block else 1
@@ -121,11 +121,11 @@ def resnet(w: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def transformer(w: dict[str, Any], x: jax.Array, *, heads: int) -> jax.Array:
-    """One block of attention and MLP over embedded tokens, each behind a normalisation; the mean over tokens."""
+    """One block of attention and MLP over embedded tokens, each behind a normalization; the mean over tokens."""
     h = w["tokens"][x] + w["positions"][None]
-    h = h + attention(w, normalised(w["norms"][0], h), heads)
-    h = h + dense(w["down"], jax.nn.gelu(dense(w["up"], normalised(w["norms"][1], h))))
-    return dense(w["head"], jnp.mean(normalised(w["norms"][2], h), axis=1))
+    h = h + attention(w, normalized(w["norms"][0], h), heads)
+    h = h + dense(w["down"], jax.nn.gelu(dense(w["up"], normalized(w["norms"][1], h))))
+    return dense(w["head"], jnp.mean(normalized(w["norms"][2], h), axis=1))
 
 
 def attention(w: dict[str, Any], h: jax.Array, heads: int) -> jax.Array:
@@ -136,7 +136,7 @@ def attention(w: dict[str, Any], h: jax.Array, heads: int) -> jax.Array:
     return dense(w["o"], mixed.reshape(n, length, width))
 
 
-def normalised(norm: dict[str, Any], h: jax.Array) -> jax.Array:
+def normalized(norm: dict[str, Any], h: jax.Array) -> jax.Array:
     h = h - jnp.mean(h, axis=-1, keepdims=True)
     h = h * lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + 1e-5)
     return h * (1.0 + 0.1 * norm["scale"][None, None]) + 0.1 * norm["shift"][None, None]

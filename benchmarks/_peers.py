@@ -213,7 +213,7 @@ def explicit(
 def implicit(case: Case) -> dict[str, Any]:
     """Kvaerno5: its steps on the tangent flow of the outputs, each charged one Newton matrix of size p and its LU.
 
-    That favours it: stages, iterations and rejected steps are free, and so is whatever the model's flow has that its
+    That favors it: stages, iterations and rejected steps are free, and so is whatever the model's flow has that its
     tangent's has not.
     """
     problem = case.problem

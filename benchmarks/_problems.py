@@ -1,6 +1,6 @@
 """The flows that `flows.py` times: two-layer nets that learn a teacher, and a small net on digits; who runs what.
 
-Every model is centred at its start, every array float64, the key of every case fixed.
+Every model is centered at its start, every array float64, the key of every case fixed.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 
 import lazyjax as lj
 from lazyjax.data.datasets import digits
-from lazyjax.models.maps import OnData
+from lazyjax.models.maps import OnData, on_data
 
 TAU = 2.0
 """Initial scale of W1, W2, W3: with it Tsit5 takes the 8 to 9 thousand steps of the design to T = 1e4 at alpha = 1 on
@@ -48,7 +48,7 @@ TARGETS = {
 
 
 class Problem(eqx.Module):
-    """A network f(w, x), its start, inputs and loss; the model that is followed is f centred at the start."""
+    """A network f(w, x), its start, inputs and loss; the model that is followed is f centered at the start."""
 
     f: Callable[..., jax.Array]
     w0: Any
@@ -58,8 +58,8 @@ class Problem(eqx.Module):
 
     @property
     def h(self) -> OnData:
-        """The centred model as a function of the parameters alone."""
-        return OnData(lj.center(self.f, self.w0), self.x)
+        """The centered model as a function of the parameters alone."""
+        return on_data(lj.center(self.f, self.w0), self.x)
 
     @property
     def num_params(self) -> int:
@@ -106,9 +106,9 @@ def two_layer(
     """
     key_x, key_teacher = jr.split(jr.key(0))
     x, b = unit_rows(key_x, n, d), unit_rows(key_teacher, 3, d)
-    f = lj.two_layer(activation)
+    f = lj.models.two_layer(activation)
     loss = lj.square_loss(f({"a": jnp.array([1.0, -1.0, 1.0]), "b": b}, x))
-    w0 = lj.init_two_layer(jr.key(seed + 1), d, width, tau=tau)
+    w0 = lj.models.two_layer().init(jr.key(seed + 1), d=d, width=width, tau=tau)
     return Problem(f, w0, x, loss, smooth=activation is not jax.nn.relu)
 
 
@@ -121,14 +121,14 @@ def digits_net(n: int, hidden: tuple[int, ...], *, classify: bool) -> Problem:
     """The network that `lazyjax report` trains by default, on digits: cross-entropy, or squares of one-hot rows."""
     data = digits(n)
     loss = lj.softmax_cross_entropy(data.y) if classify else lj.square_loss(jnp.eye(10)[data.y])
-    return Problem(lj.mlp(jnp.tanh), lj.init_mlp(jr.key(0), (64, *hidden, 10), gain=0.5), data.x, loss)
+    return Problem(lj.models.mlp(jnp.tanh), lj.models.mlp().init(jr.key(0), (64, *hidden, 10), gain=0.5), data.x, loss)
 
 
 def wide_net(n: int, width: int) -> Problem:
     """Two hidden layers on random inputs with ten outputs: too many outputs for a matrix of them squared."""
     key_w, key_x, key_y = jr.split(jr.key(0), 3)
-    w0 = lj.init_mlp(key_w, (64, width, width, 10), gain=0.5)
-    return Problem(lj.mlp(jnp.tanh), w0, jr.normal(key_x, (n, 64)), lj.square_loss(jr.normal(key_y, (n, 10))))
+    w0 = lj.models.mlp().init(key_w, (64, width, width, 10), gain=0.5)
+    return Problem(lj.models.mlp(jnp.tanh), w0, jr.normal(key_x, (n, 64)), lj.square_loss(jr.normal(key_y, (n, 10))))
 
 
 def cases(work: str, size: Size) -> list[Case]:

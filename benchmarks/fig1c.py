@@ -36,7 +36,7 @@ def flops(taus: int, steps: int) -> float:
 def make_ours(x: Any, y: Any, etas: Any, steps: int) -> Callable[[Any, Any], Any]:
     """The figure's engine: all nets in one program; its state, and so its result, is the displacement."""
     x, y = jnp.asarray(x), jnp.asarray(y)
-    loss, f = lj.square_loss(y), lj.two_layer()
+    loss, f = lj.square_loss(y), lj.models.two_layer()
     gradient = jax.grad(lambda w: loss(f(w, x)))
 
     def lane(a: Any, b: Any, eta: Any) -> Any:

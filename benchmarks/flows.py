@@ -77,7 +77,7 @@ def reference(case: Case, settings: Settings) -> tuple[Any, str | None]:
     if not settings.peers_only and case.problem.smooth and predicted_s > (5 if lazy else min(120, settings.limit_s)):
         rtol = 1e-10 if lazy else 1e-8
         flow = follow(case, None, rtol)
-        name, u = lj.SOLVERS[flow.stats["solver"]], states(flow)
+        name, u = lj.flow.SOLVERS[flow.stats["solver"]], states(flow)
     else:
         u = solve(case.horizon, rtol)["u"]
     return eqx.error_if(u, ~jnp.isfinite(peers.outputs(case, u)).all(), "the reference failed."), f"{name}, {rtol:.0e}"
@@ -117,7 +117,7 @@ def run_followed(
     first_s = 0.0
     for rtol in peers.RTOLS:
         first_s, found = peers.timed(follow, case, solver, rtol)
-        row |= {"rtol": rtol, "solver": lj.SOLVERS[found.stats["solver"]], **errors(states(found))}
+        row |= {"rtol": rtol, "solver": lj.flow.SOLVERS[found.stats["solver"]], **errors(states(found))}
         row |= {name: int(found.stats[f"num_{name}_steps"]) for name in ("accepted", "rejected")}
         row["reached"] = row["error"] <= peers.LEVEL
         if row["reached"]:

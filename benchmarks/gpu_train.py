@@ -52,12 +52,12 @@ def forward_flops(settings: deep_scale.Settings, data: _deep.Images) -> float:
 def epoch_seconds(settings: deep_scale.Settings, data: _deep.Images) -> float:
     """Seconds of an epoch of all lanes, with its test: the difference of three epochs and one of compiled programs."""
     f, w0 = _deep.start(settings.network, 0, data, width=settings.width, gain=settings.gain)
-    optimiser = _deep.sgd(settings, settings.step, data.x.shape[0])
+    optimizer = _deep.sgd(settings, settings.step, data.x.shape[0])
     times = {}
     for epochs in (1, 1, 3):
         start = time.perf_counter()
         training = train(
-            f, w0, data.x, data.y, optimiser, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=epochs,
+            f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=epochs,
             batch_size=settings.batch, key=_deep.order_key(0), test=data.test, throw=False,
         )  # fmt: skip
         jax.block_until_ready(training.params)

@@ -1,7 +1,7 @@
 """How long does the exact tangent-kernel Gram take with `lj.gram`, beside neural-tangents and Jacobian contraction?
 
 Five networks (`_gram_works.py`), all the same arrays: a, two-layer ReLU; b, dense, 784-512-512-512-10; c, a CNN like
-VGG-11; d, one like ResNet without normalisation; e, a transformer block. Every contender lives in a process of its
+VGG-11; d, one like ResNet without normalization; e, a transformer block. Every contender lives in a process of its
 own: compilation, the first run with its peak of memory, then runs taken in turn. `eager` is `lj.gram` as a user calls
 it, its first run with tracing and compilation in it. The error is that of some rows against `jacrev` in float64.
 
@@ -177,7 +177,7 @@ def race(case: Case) -> dict[str, Any]:
 def in_turn(rows: dict[str, dict[str, Any]], workers: dict[str, Worker]) -> None:
     """Medians of runs in turn, so that a busy machine slows all alike; of a long one its first run stands.
 
-    Of quick ones a turn is several runs, whose median counts: one alone would pay for what its neighbours left in the
+    Of quick ones a turn is several runs, whose median counts: one alone would pay for what its neighbors left in the
     caches, which is no cost of its own.
     """
     counts = {kind: min(25, int(40 / rows[kind]["run_s"])) for kind in workers}
@@ -186,7 +186,7 @@ def in_turn(rows: dict[str, dict[str, Any]], workers: dict[str, Worker]) -> None
     runs: dict[str, list[float]] = {kind: [] for kind in counts}
     kinds = list(counts)
     for turn in range(max(counts.values(), default=0)):
-        # Each round starts with another one: none always runs in the wake of the same neighbour.
+        # Each round starts with another one: none always runs in the wake of the same neighbor.
         for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
             if turn < counts[kind]:
                 repeats = max(1, min(9, int(TURN_S / rows[kind]["run_s"])))

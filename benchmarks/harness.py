@@ -82,7 +82,7 @@ def compare(
         times = {name: sum(results[name]["runs"]) for name in names}
         if turn >= repeats and min(times.values()) >= min_time:
             break
-        # Each round starts with another function: none always runs in the wake of the same neighbour.
+        # Each round starts with another function: none always runs in the wake of the same neighbor.
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             results[name]["runs"].append(_seconds(ready[name], args)[0])
     for name, result in results.items():

@@ -1,7 +1,7 @@
 """What does a training step at a finite alpha cost beside the plain step of the same network, in time and memory?
 
 A VGG-like convolutional network in float32, SGD with momentum, one step on a batch drawn by its rows. The plain step
-is what one writes in JAX and optax for alpha = 1 without centring. Ours are those of `lazyjax.train`: with
+is what one writes in JAX and optax for alpha = 1 without centering. Ours are those of `lazyjax.train`: with
 `finite_jvp` at a finite alpha and at infinity (the tangent model, by the same program), and with the plain difference,
 as the paper trained. (On a CPU `train` runs its steps one by one for such a network, elsewhere in a scan.)
 
@@ -80,8 +80,8 @@ def question(*, image: int, channels: tuple[int, ...], hidden: int, batch_size: 
     rows = jr.permutation(keys[3], 4 * batch_size)[:batch_size]
     steps = {
         "plain": plain_step(w, x, y, rows),
-        "finite": our_step(w, x, y, rows, "finite", 1e3),
-        "tangent": our_step(w, x, y, rows, "finite", jnp.inf),
+        "finite": our_step(w, x, y, rows, "exact", 1e3),
+        "tangent": our_step(w, x, y, rows, "exact", jnp.inf),
         "subtracted": our_step(w, x, y, rows, "plain", 1e3),
     }
     memory = {name: peak_bytes(step, *given) for name, (step, given) in steps.items()}

@@ -25,15 +25,15 @@ def cross_entropy(logits, labels):
 
 def with_optax(x, labels, probe, steps):
     """Parameters in a plain pytree, a model that shows its pre-activations: their stability is tracked too."""
-    f, params = lj.mlp(jax.nn.relu), lj.init_mlp(jax.random.key(0), (x.shape[1], 64, 64, 10))
+    f, params = lj.models.mlp(jax.nn.relu), lj.models.mlp().init(jax.random.key(0), (x.shape[1], 64, 64, 10))
     tracker = lj.track(f, params, probe)
-    optimiser = optax.sgd(0.1, momentum=0.9)
-    state = optimiser.init(params)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    state = optimizer.init(params)
 
     @jax.jit
     def step(params, state):
         gradient = jax.grad(lambda w: cross_entropy(f(w, x), labels))(params)
-        updates, state = optimiser.update(gradient, state, params)
+        updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
     for _ in range(steps):
@@ -69,13 +69,13 @@ def with_equinox(x, labels, probe, steps):
 
     model = equinox_cnn.CNN(jax.random.key(0))
     tracker = lj.track(f, model, probe)
-    optimiser = optax.sgd(0.05, momentum=0.9)
-    state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    optimizer = optax.sgd(0.05, momentum=0.9)
+    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
     def step(model, state):
         gradient = eqx.filter_grad(lambda m: cross_entropy(f(m, x), labels))(model)
-        updates, state = optimiser.update(gradient, state, eqx.filter(model, eqx.is_inexact_array))
+        updates, state = optimizer.update(gradient, state, eqx.filter(model, eqx.is_inexact_array))
         return eqx.apply_updates(model, updates), state
 
     for _ in range(steps):

@@ -84,7 +84,7 @@ WORKS = {
     "W3": "two-layer tanh, n = 1000, T = 10⁴",
     "W4": "MLP on 256 digits, squares, nk = 2560, T = 10⁴",
     "W4b": "MLP on 256 digits, cross-entropy to a loss of 10⁻³",
-    "W6": "W1 and W2 with learnt features, τ = 0.1",
+    "W6": "W1 and W2 with learned features, τ = 0.1",
     "explicit_wins": "two-layer tanh, n = 200",
 }
 SHORT = ("W4b", "W6", "explicit_wins")

@@ -58,7 +58,7 @@ def run(path: Path, *, timeout: int = 300, write: bool = False) -> None:
     try:
         execute(nb, timeout)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        raise SystemExit(f"{path}: " + re.sub(r"\x1b\[[\d;]*m", "", str(error))) from None  # without its colours
+        raise SystemExit(f"{path}: " + re.sub(r"\x1b\[[\d;]*m", "", str(error))) from None  # without its colors
     if write:
         clean(nb)
         nbformat.write(nb, path)

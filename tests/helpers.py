@@ -76,14 +76,14 @@ def linear_problem(key: Any, *, n: int = 5, d: int = 8, dtype: Any = None) -> Pr
     return Problem(partial(_linear, x=x), w0, lj.square_loss(target), target, _linear, x)
 
 
-def centred_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype: Any = None) -> Problem:
-    """A centred two-layer tanh net: the gap of the two flows falls like 1/alpha."""
+def centered_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype: Any = None) -> Problem:
+    """A centered two-layer tanh net: the gap of the two flows falls like 1/alpha."""
     f, w0, x, target = _two_layer(key, n, d, width, dtype)
     f = lj.center(f, w0)
     return Problem(partial(f, x=x), w0, lj.square_loss(target), target, f, x)
 
 
-def mirrored_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype: Any = None) -> Problem:
+def symmetrized_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype: Any = None) -> Problem:
     """A symmetrized two-layer tanh net: the second order cancels, the gap falls like 1/alpha^2."""
     f, w0, x, target = _two_layer(key, n, d, width, dtype)
     f, w0 = lj.symmetrize(f, w0)
@@ -92,6 +92,6 @@ def mirrored_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype
 
 def _two_layer(key: Any, n: int, d: int, width: int, dtype: Any) -> tuple[Any, Any, jax.Array, jax.Array]:
     key_w, key_x, key_target = jr.split(key, 3)
-    w0 = lj.init_two_layer(key_w, d, width, dtype=dtype)
+    w0 = lj.models.two_layer().init(key_w, d=d, width=width, dtype=dtype)
     x = jr.normal(key_x, (n, d), w0["b"].dtype)
-    return lj.two_layer(jnp.tanh), w0, x, jr.normal(key_target, (n,), x.dtype)
+    return lj.models.two_layer(jnp.tanh), w0, x, jr.normal(key_target, (n,), x.dtype)

@@ -33,7 +33,7 @@ def conv_net(w, x):
 def cases():
     key = jr.key(0)
     x = jr.normal(key, (6, 5))
-    two, layers = lj.init_two_layer(key, 5, 8), lj.init_mlp(key, [5, 7, 6, 3])
+    two, layers = lj.models.two_layer().init(key, d=5, width=8), lj.models.mlp().init(key, [5, 7, 6, 3])
     keys = jr.split(key, 4)
     filters = {
         "first": 0.5 * jr.normal(keys[0], (3, 3, 1, 4)),
@@ -42,16 +42,16 @@ def cases():
     }
     diagonal = {"u": jr.normal(keys[0], (5,)), "v": jr.normal(keys[1], (5,))}
     moved = jtu.tree_map(lambda leaf: leaf + 0.1, two)
-    f2, w2 = lj.symmetrize(lj.two_layer(), two)
+    f2, w2 = lj.symmetrize(lj.models.two_layer(), two)
     return {
-        "two_layer relu": (lj.two_layer(), two, x),
-        "two_layer tanh": (lj.two_layer(jnp.tanh), two, x),
-        "mlp relu": (lj.mlp(), layers, x),
-        "mlp tanh": (lj.mlp(jnp.tanh), layers, x),
-        "diagonal_linear": (lj.diagonal_linear, diagonal, x),
-        "centred": (lj.center(lj.two_layer(jnp.tanh), two), moved, x),
+        "two_layer relu": (lj.models.two_layer(), two, x),
+        "two_layer tanh": (lj.models.two_layer(jnp.tanh), two, x),
+        "mlp relu": (lj.models.mlp(), layers, x),
+        "mlp tanh": (lj.models.mlp(jnp.tanh), layers, x),
+        "diagonal_linear": (lj.models.diagonal_linear(), diagonal, x),
+        "centered": (lj.center(lj.models.two_layer(jnp.tanh), two), moved, x),
         "symmetrized": (f2, (w2[0], moved), x),
-        "rescaled": (lj.rescale(lj.two_layer(jnp.tanh), 3.0), two, x),
+        "rescaled": (lj.rescale(lj.models.two_layer(jnp.tanh), 3.0), two, x),
         "convolutions": (conv_net, filters, jr.normal(keys[3], (5, 8, 8, 1))),
     }
 
@@ -170,8 +170,8 @@ def test_compiled_losses_agree_with_eager_ones(name):
 
 def small(n=3):
     """h(w) of n outputs with a loss and a start, as small as may be."""
-    x, w = jr.normal(jr.key(7), (n, 2)), lj.init_two_layer(jr.key(8), 2, 3)
-    return partial(_on, lj.two_layer(jnp.tanh), x), lj.square_loss(jnp.arange(1.0, n + 1)), w
+    x, w = jr.normal(jr.key(7), (n, 2)), lj.models.two_layer().init(jr.key(8), d=2, width=3)
+    return partial(_on, lj.models.two_layer(jnp.tanh), x), lj.square_loss(jnp.arange(1.0, n + 1)), w
 
 
 def test_compiled_singular_values_and_closed_form_agree_with_eager_ones():
@@ -194,9 +194,9 @@ def test_compiled_measures_of_laziness_agree_with_eager_ones():
     h, loss, w = small(2)
     alpha = 1e4
     u = jtu.tree_map(jnp.cos, w)
-    agree(lambda w, u: lj.measure_kernel_drift(h, w, u, 1 / alpha), w, u)
+    agree(lambda w, u: lj.laziness.measure_kernel_drift(h, w, u, 1 / alpha), w, u)
     model = lj.center(h, w)
-    agree(lambda w: lj.step_criterion(model, loss, w, alpha=alpha).jacobian_change, w, rtol=1e-9)
+    agree(lambda w: lj.laziness.step_criterion(model, loss, w, alpha=alpha).jacobian_change, w, rtol=1e-9)
 
 
 def test_a_compiled_flow_agrees_with_the_eager_one_and_with_descent():

@@ -315,9 +315,9 @@ class TestModelFile:
         fails(argv, match, early=False)
         assert not (tmp_path / "out").exists()
 
-    def test_may_import_its_neighbours(self, write):
-        write("SIZE = 7", "lazyjax_test_neighbour.py")
-        path = write("import lazyjax_test_neighbour as n\ndef build(key): return (lambda w, x: x), n.SIZE")
+    def test_may_import_its_neighbors(self, write):
+        write("SIZE = 7", "lazyjax_test_neighbor.py")
+        path = write("import lazyjax_test_neighbor as n\ndef build(key): return (lambda w, x: x), n.SIZE")
         before = list(sys.path)
         assert load_model(path + ":build", jr.key(0))[1] == 7
         assert sys.path == before

@@ -19,7 +19,7 @@ class TestTeacher:
     def test_units_have_norm_one_up_to_the_scale(self, getkey):
         teacher = draw_teacher(getkey(), 7, scale=100.0)
         np.testing.assert_allclose(jnp.abs(teacher["a"]) * jnp.linalg.norm(teacher["b"], axis=1), 100, rtol=1e-14)
-        assert lj.two_layer()(teacher, sphere(getkey(), 5, 7)).shape == (5,)
+        assert lj.models.two_layer()(teacher, sphere(getkey(), 5, 7)).shape == (5,)
 
     def test_both_signs_occur(self):
         signs = {float(sign) for seed in range(8) for sign in draw_teacher(jr.key(seed), 3)["a"]}

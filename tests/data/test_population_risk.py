@@ -14,7 +14,7 @@ from lazyjax.data.population_risk import population_inner, population_risk, tang
 
 D = 6
 TEACHER = draw_teacher(jr.key(1), D)
-STUDENT = lj.init_two_layer(jr.key(2), D, 8, tau=0.7)
+STUDENT = lj.models.two_layer().init(jr.key(2), d=D, width=8, tau=0.7)
 
 
 def sampled(gap, getkey, num=200_000):
@@ -24,7 +24,7 @@ def sampled(gap, getkey, num=200_000):
 
 
 def test_it_is_the_mean_over_the_sphere(getkey):
-    f = lj.two_layer()
+    f = lj.models.two_layer()
     mean, error = sampled(lambda x: f(STUDENT, x) - f(TEACHER, x), getkey)
     assert abs(mean - float(population_risk(STUDENT, TEACHER))) < 4 * error
     mean, error = sampled(lambda x: f(TEACHER, x), getkey)
@@ -34,9 +34,9 @@ def test_it_is_the_mean_over_the_sphere(getkey):
 
 
 def test_the_tangent_models_risk_is_the_mean_over_the_sphere(getkey):
-    w0 = lj.init_two_layer(jr.key(2), D, 8, tau=0.7, symmetric=True)
+    w0 = lj.models.two_layer().init(jr.key(2), d=D, width=8, tau=0.7, symmetric=True)
     v = jtu.tree_map(lambda leaf: 0.1 * jr.normal(jr.key(9), leaf.shape), w0)
-    f = lj.two_layer()
+    f = lj.models.two_layer()
 
     def gap(x):
         return lj.linearize(lambda w: f(w, x), w0).jvp(v) - f(TEACHER, x)
@@ -46,7 +46,7 @@ def test_the_tangent_models_risk_is_the_mean_over_the_sphere(getkey):
 
 
 def test_the_tangent_models_risk_is_the_limit_of_the_models():
-    w0 = lj.init_two_layer(jr.key(2), D, 8, symmetric=True)
+    w0 = lj.models.two_layer().init(jr.key(2), d=D, width=8, symmetric=True)
     v = jtu.tree_map(lambda leaf: jr.normal(jr.key(9), leaf.shape), w0)
     limit = float(tangent_population_risk(w0, v, TEACHER))
 

@@ -60,8 +60,8 @@ MLP = ((5, 9), (9,), (9, 9), (9, 3))
 
 def normed(w: list[jax.Array]) -> jax.Array:
     z = data(w[0]) @ w[0]
-    centred = z - z.mean(1, keepdims=True)
-    z = w[1][None] * centred * lax.rsqrt(jnp.var(z, 1, keepdims=True) + 1e-5)
+    centered = z - z.mean(1, keepdims=True)
+    z = w[1][None] * centered * lax.rsqrt(jnp.var(z, 1, keepdims=True) + 1e-5)
     return jnp.tanh(z @ w[2]) @ w[3]
 
 

@@ -71,7 +71,7 @@ def start_of(settings, seed=3):
 # ---- figures 3(a) and 7(a) ----
 
 
-def test_every_measure_is_labelled_and_finite(scale):
+def test_every_measure_is_labeled_and_finite(scale):
     assert dict(scale.sizes) == {"seed": 2, "alpha": 3, "epoch": 2}
     assert list(scale["seed"]) == [3, 4]
     assert not scale["failed"].any()
@@ -158,8 +158,8 @@ def test_nothing_is_measured_of_a_training_that_diverged(scale, settings):
     """One image beyond all bounds in the last batch of the file; an answer of NaN is class 0, and right by chance."""
     data = _deep.load(settings, None)
     data = data._replace(x=data.x.at[-1].set(1e30))
-    optimiser = _deep.sgd(settings, settings.step, data.x.shape[0])
-    measured = deep_scale.run_seed(settings, data, optimiser, 3, None, progress=False)
+    optimizer = _deep.sgd(settings, settings.step, data.x.shape[0])
+    measured = deep_scale.run_seed(settings, data, optimizer, 3, None, progress=False)
     assert measured.pop("failed").all()
     assert len(measured) == 5
     assert all(np.isnan(values).all() for values in measured.values()), measured
@@ -207,7 +207,7 @@ def test_stability_is_that_of_all_images_at_once(settings):
     lanes = jtu.tree_map(lambda a, b: jnp.stack([a, b]), w0, w)
     found = _deep.stability(f, w0, lanes, data.x_test, batch=7)
     assert float(found[0]) == 1
-    np.testing.assert_allclose(found[1], lj.activation_stability(f, w0, w, data.x_test), rtol=1e-6)
+    np.testing.assert_allclose(found[1], lj.laziness.activation_stability(f, w0, w, data.x_test), rtol=1e-6)
 
 
 # ---- figure 7(b) ----
@@ -277,11 +277,11 @@ def test_the_plain_difference_loses_what_finite_jvp_keeps():
     settings = deep_precision.Settings(**TINY, network="tiny", probe=8, alphas=(1e3, 1e7), epochs=2, step=0.02)
     data = deep_precision.run(settings)
     error = data["output_error"]
-    assert (error.sel(way="finite") < 1e-4).all()
+    assert (error.sel(way="exact") < 1e-4).all()
     assert (error.sel(way="plain", alpha=1e7) > 0.1).all()
     # The rounding of w over its displacement, which falls with alpha.
     assert (error.sel(way="plain", alpha=1e3) < 0.05).all()
-    assert (error.sel(way="plain", alpha=1e3) > error.sel(way="finite", alpha=1e3)).all()
+    assert (error.sel(way="plain", alpha=1e3) > error.sel(way="exact", alpha=1e3)).all()
     rows = {row.label: row.value for row in deep_precision.numbers(data)}
     assert rows["relative error of the outputs: plain difference, alpha = 1e+07"] > 0.1
     assert plot.plot_experiment("precision", data).axes

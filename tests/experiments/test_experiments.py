@@ -30,7 +30,7 @@ from lazyjax.experiments._figure import plain, record
 from lazyjax.experiments._student import draw, risk_at
 from lazyjax.plot import report as plot
 
-# In few dimensions the paper's largest step of 10 is beyond the stability of learnt features, and runs are chaotic.
+# In few dimensions the paper's largest step of 10 is beyond the stability of learned features, and runs are chaotic.
 SCALE = student_scale.Settings(
     largest_step=1.0,
     d=8,
@@ -66,7 +66,7 @@ def test_descents_weights_are_those_of_numpy(tau):
     x, y, _, start = draw(3, 50, 10, 8)
     w0 = jtu.tree_map(lambda leaf: tau * leaf, start)
     step = min(1.0, 0.1 / tau**2)
-    loss, f = lj.square_loss(y), lj.two_layer()
+    loss, f = lj.square_loss(y), lj.models.two_layer()
     gradient = jax.grad(lambda w: loss(f(w, x)))
     v, seen = descend(lambda w, _: gradient(w), w0, optax.sgd(step), np.array([0, 5, 1000]), optax.tree.norm)
     truth = numpy_descent(w0, np.asarray(x), np.asarray(y), 1000, step)
@@ -124,7 +124,7 @@ def test_the_losses_are_those_of_numpy(scale):
 
 def test_the_tangent_models_closed_form_is_its_descent_step_by_step(scale):
     x, y, teacher, start = student_scale._draw(SCALE, 5)
-    tangent = lj.linearize(functools.partial(lj.two_layer(), x=x), start)
+    tangent = lj.linearize(functools.partial(lj.models.two_layer(), x=x), start)
     v = jtu.tree_map(jnp.zeros_like, start)
     for _ in range(20):
         residual = (tangent.jvp(v) - y) / y.size
@@ -238,8 +238,8 @@ def test_sgd_descends_the_risk_that_the_exact_flow_descends():
     assert plot.plot_experiment("fig2b", data).axes
 
 
-def test_a_descent_that_diverges_leaves_its_neighbours_alone():
-    """From a start of 0.001 features of size 1 are learnt, for which a step of 10^4 is far too long."""
+def test_a_descent_that_diverges_leaves_its_neighbors_alone():
+    """From a start of 0.001 features of size 1 are learned, for which a step of 10^4 is far too long."""
     settings = dataclasses.replace(SCALE, taus=(0.001, 1.0), largest_step=1e4, lazy_from=100.0)
     data = student_scale.run(settings, seed=5)
     assert data["descent_failed"].sel(tau=0.001).all()
@@ -454,5 +454,5 @@ def test_keys_of_an_experiment_are_its_own():
     first, second = draw(0, 3, 4, 2), draw(1, 3, 4, 2)
     assert not np.allclose(first.x, second.x)
     assert np.allclose(first.x, draw(0, 3, 4, 2).x)
-    np.testing.assert_allclose(first.y, lj.two_layer()(first.teacher, first.x))
+    np.testing.assert_allclose(first.y, lj.models.two_layer()(first.teacher, first.x))
     assert not np.allclose(first.start["b"][0], jr.normal(jr.key(0), (4,)))

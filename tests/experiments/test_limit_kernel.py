@@ -32,7 +32,7 @@ def test_realizations_are_the_random_feature_kernels_of_the_first_units(num, tog
     x = jr.normal(getkey(), (3, 4))
     kernels = sample_kernels(jr.key(1), jnp.asarray(7), x[:1], x, units=10, num=num)
     for k, key in zip(kernels, jr.split(jr.key(1), num), strict=True):
-        w = {name: np.asarray(value)[:7] for name, value in lj.init_two_layer(key, 4, 10).items()}
+        w = {name: np.asarray(value)[:7] for name, value in lj.models.two_layer().init(key, d=4, width=10).items()}
         z = np.asarray(x) @ w["b"].T
         on, features = z > 0, np.maximum(z, 0)
         expected = (x[0] @ x.T) * ((on[0] * on) @ w["a"] ** 2) / 7 + features @ features[0] / 7
@@ -121,7 +121,7 @@ def test_the_upper_axes_show_each_net_and_the_limit(axes, result):
     assert len(axes[0].get_lines()) == 2 * 3 + 1
     np.testing.assert_array_equal(shown["limit $K$"].get_ydata(), result.limit)
     np.testing.assert_array_equal(shown["$m=128$"].get_ydata(), result.realizations[1, 0])
-    # No width is told by colour alone.
+    # No width is told by color alone.
     assert len({shown[f"$m={m}$"].get_linestyle() for m in (8, 128)}) == 2
     assert "varphi" in axes[0].get_xlabel()
     assert axes[0].get_ylabel()

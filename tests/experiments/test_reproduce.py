@@ -75,7 +75,7 @@ class TestFigure:
         (["fig1c", "--set", "width=3"], "width must be even for a symmetrized init"),
         (["fig1a", "--set", "tau=-1"], "tau must be a positive finite number, got -1.0"),
         (["fig1c", "--set", "taus"], "--set takes NAME=VALUE"),
-        (["fig1c", "--set", "colour=red"], "fig1c has no setting 'colour'"),
+        (["fig1c", "--set", "color=red"], "fig1c has no setting 'color'"),
         (["fig1c", "--seed", "-1"], "--seed must lie in 0..2^31 - 1, got -1"),
     ],
 )

@@ -11,11 +11,11 @@ import lazyjax as lj
 from helpers import relative_error
 from lazyjax._core.cost import ATTEMPTS, cheapest_rank, dense_cost, method_cost
 from lazyjax.flow.choose_solver import _measure
-from lazyjax.models.maps import OnData
+from lazyjax.models.maps import on_data
 
 KEYS = jr.split(jr.key(0), 3)
-W0 = lj.init_two_layer(KEYS[0], 4, 20)
-H = OnData(lj.center(lj.two_layer(jnp.tanh), W0), jr.normal(KEYS[1], (12, 4)))
+W0 = lj.models.two_layer().init(KEYS[0], d=4, width=20)
+H = on_data(lj.center(lj.models.two_layer(jnp.tanh), W0), jr.normal(KEYS[1], (12, 4)))
 LOSS = lj.square_loss(jr.normal(KEYS[2], (12,)))
 
 
@@ -38,7 +38,7 @@ def test_a_start_that_is_stationary_stays(solver):
 
 
 def test_the_derivative_by_the_start_passes_through_an_output_that_is_zero():
-    """The first output is alpha h(w0): zero for a centred model, but not its derivative by w0."""
+    """The first output is alpha h(w0): zero for a centered model, but not its derivative by w0."""
 
     def first(w):
         return lj.gradient_flow(H, LOSS, w, jnp.array([0.0, 1e-3]), alpha=3.0, solver=diffrax.Tsit5()).outputs[0].sum()
@@ -72,7 +72,7 @@ def test_a_low_rank_is_for_many_outputs_of_which_few_are_stiff():
 def test_the_density_of_the_eigenvalues_is_estimated():
     """Of 300 eigenvalues that fall as 1/j^2, how many are above the j-th: within a factor of 2 for j = 10 to 100."""
     scales = 1.0 / jnp.arange(1.0, 301.0)
-    h = OnData(lambda w, x: x * w, scales)
+    h = on_data(lambda w, x: x * w, scales)
     size, _, values, counts = _measure(
         (h, None), lj.square_loss(jnp.ones(300), mean=False), jnp.ones(300), jnp.array(1.0), False
     )

@@ -19,7 +19,7 @@ import scipy.linalg
 import lazyjax as lj
 from helpers import relative_error
 from lazyjax._core.phi import phi
-from lazyjax.flow.exponential import MOVED, Age
+from lazyjax.flow.exponential import MOVED, RelinearizationCost
 from lazyjax.flow.linear_part import ritz_part
 from lazyjax.flow.scheme import contraction
 from lazyjax.losses.user_loss import as_loss
@@ -282,13 +282,13 @@ def test_the_contraction_of_the_stages_is_that_of_a_scalar_problem():
 
 
 def test_a_new_linear_part_that_changes_little_doubles_its_price():
-    h, start = jnp.array(2.0), Age(0.0, *(jnp.array(number) for number in (0.0, 5.0, jnp.inf)))
+    h, start = jnp.array(2.0), RelinearizationCost(0.0, *(jnp.array(number) for number in (0.0, 5.0, jnp.inf)))
     after = lambda age, *contractions: functools.reduce(
         lambda a, rho: a.after(jnp.array(rho), h, 4.0), contractions, age
     )
     assert float(after(start, 3.0).price) == 5
     np.testing.assert_allclose(after(start, 0.5 * MOVED, 4 * MOVED).lost, 0.75)
-    renewed = Age(0.0, jnp.array(0.0), jnp.array(5.0), jnp.array(0.4))
+    renewed = RelinearizationCost(0.0, jnp.array(0.0), jnp.array(5.0), jnp.array(0.4))
     assert float(after(renewed, 0.5).price) == 10
     assert float(after(renewed, 0.3).price) == 4
     assert float(after(renewed, 0.5, 0.5).price) == 10
@@ -474,7 +474,7 @@ def test_dense_output_save_times_and_an_event_are_restarts(capfd):
 @eqx.filter_jit
 def lane(alpha, tau, key, target):
     """Followed from its own start: its own Gram matrix, step sizes and number of steps."""
-    w0 = lj.init_two_layer(key, D, WIDTH, tau=tau)
+    w0 = lj.models.two_layer().init(key, d=D, width=WIDTH, tau=tau)
     h = lj.center(Net(X, jnp.ones(N)), w0)
     term, solver, u0 = DENSE.prepare(h, lj.square_loss(target), w0, alpha=alpha)
     controller = diffrax.PIDController(1e-6, 1e-9, dtmin=1e-9, force_dtmin=False)

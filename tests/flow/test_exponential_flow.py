@@ -14,7 +14,7 @@ import pytest
 import lazyjax as lj
 from helpers import relative_error
 from lazyjax.flow.result import as_result, is_result
-from lazyjax.models.maps import OnData
+from lazyjax.models.maps import on_data
 
 EXPONENTIAL = lj.TangentExponential()
 MOVING = lj.TangentExponential(relinearize=True)  # what solver=None takes where the flow is long
@@ -23,11 +23,11 @@ BOTH = ("outputs", "displacement")
 
 
 def problem(tau, *, n=20, d=5, width=30, activation=jnp.tanh, seed=0):
-    """(h, loss, w0): a centred two-layer net on random targets; its numbers are no part of the compiled programs."""
+    """(h, loss, w0): a centered two-layer net on random targets; its numbers are no part of the compiled programs."""
     keys = jr.split(jr.key(seed), 3)
-    w0 = lj.init_two_layer(keys[0], d, width, tau=tau)
+    w0 = lj.models.two_layer().init(keys[0], d=d, width=width, tau=tau)
     x, target = jr.normal(keys[1], (n, d)), jr.normal(keys[2], (n,))
-    return OnData(lj.center(lj.two_layer(activation), w0), x), lj.square_loss(target), w0
+    return on_data(lj.center(lj.models.two_layer(activation), w0), x), lj.square_loss(target), w0
 
 
 LAZY, FEATURES = problem(1.0), problem(0.3)
@@ -51,7 +51,7 @@ def test_float32_agrees_with_float64_at_every_scale():
         run = lj.gradient_flow(*single, ts, alpha=alpha, save=BOTH)
         truth = lj.gradient_flow(*cast(single, float), ts, alpha=alpha, save=BOTH, rtol=1e-9, solver=diffrax.Tsit5())
         assert run.outputs.dtype == jnp.float32
-        assert bool(run.stats["solver"] == lj.SOLVERS.tangent_exponential)
+        assert bool(run.stats["solver"] == lj.flow.SOLVERS.tangent_exponential)
         for i in (1, 2, 3):
             found, right = ({name: jtu.tree_map(lambda leaf, i=i: leaf[i], getattr(f, name)) for name in BOTH}
                             for f in (run, truth))  # fmt: skip
@@ -89,7 +89,7 @@ def test_the_error_all_along_a_flow_follows_the_tolerance():
 # ---- re-linearization ----
 
 
-def test_relinearization_saves_steps_where_features_are_learnt():
+def test_relinearization_saves_steps_where_features_are_learned():
     ts = jnp.array([0.0, 1000.0])
     plain, moving = (lj.gradient_flow(*FEATURES, ts, solver=solver, **LOOSE) for solver in (EXPONENTIAL, MOVING))
     assert steps(plain) > 5 * steps(moving)
@@ -113,14 +113,14 @@ def test_the_solver_that_is_chosen_is_recorded():
     h, loss, w0 = LAZY
     short, long = jnp.array([0.0, 0.5]), jnp.array([0.0, 1e4])
     explicit = lj.gradient_flow(h, loss, w0, short)
-    assert bool(explicit.stats["solver"] == lj.SOLVERS.tsit5)
+    assert bool(explicit.stats["solver"] == lj.flow.SOLVERS.tsit5)
     given = lj.gradient_flow(h, loss, w0, short, solver=diffrax.Heun())
-    assert bool(given.stats["solver"] == lj.SOLVERS.given)
+    assert bool(given.stats["solver"] == lj.flow.SOLVERS.given)
     assert relative_error(given.outputs, explicit.outputs) < 1e-5
     tangent = lj.gradient_flow(lj.linearize(h, w0), loss, w0, long)
-    assert bool(tangent.stats["solver"] == lj.SOLVERS.closed_form)
+    assert bool(tangent.stats["solver"] == lj.flow.SOLVERS.closed_form)
     chosen, named = (lj.gradient_flow(h, loss, w0, long, alpha=1e3, solver=s, **LOOSE) for s in (None, MOVING))
-    assert bool(chosen.stats["solver"] == lj.SOLVERS.tangent_exponential)
+    assert bool(chosen.stats["solver"] == lj.flow.SOLVERS.tangent_exponential)
     np.testing.assert_array_equal(chosen.outputs, named.outputs)
 
 
@@ -129,7 +129,7 @@ def test_the_solver_that_is_chosen_is_recorded():
 
 def test_infinite_time_takes_a_bounded_number_of_steps_and_says_whether_it_arrived():
     h, loss, w0 = LAZY
-    near = OnData(h.f, h.x.at[1].set(h.x[0] + 1e-5))  # two inputs almost the same: the smallest eigenvalue is 5e-10
+    near = on_data(h.f, h.x.at[1].set(h.x[0] + 1e-5))  # two inputs almost the same: the smallest eigenvalue is 5e-10
     ts, options = jnp.array([0.0, 1.0, jnp.inf]), {"max_steps": 150, "throw": False, "save": BOTH}
     for model, alpha in [(h, 1e4), (h, jnp.inf), (near, 1e8), (near, jnp.inf)]:
         run = lj.gradient_flow(model, loss, w0, ts, alpha=alpha, **options)
@@ -157,7 +157,7 @@ class Unit(eqx.Module):
 
 
 def test_gradients_of_a_flow_are_finite_differences():
-    """With respect to the scale, the targets and the start, not centred; against differences by Dopri8."""
+    """With respect to the scale, the targets and the start, not centered; against differences by Dopri8."""
     keys = jr.split(jr.key(1), 3)
     x, target, w0 = jr.normal(keys[0], (5, 3)), jr.normal(keys[1], (5,)), jr.normal(keys[2], (3,))
     ts, weights = jnp.array([0.0, 1.0, 4.0]), jnp.arange(10.0).reshape(2, 5)
@@ -233,7 +233,7 @@ def test_results_compare_with_diffrax_both_ways():
         assert lj.RESULTS[getattr(lj.RESULTS, name)] == diffrax.RESULTS[getattr(diffrax.RESULTS, name)]
     assert all(is_result(item) for item in (ours, theirs, collapsed, lj.RESULTS.nonfinite))
     assert not is_result(0)
-    assert not is_result(lj.SOLVERS.tsit5)
+    assert not is_result(lj.flow.SOLVERS.tsit5)
 
 
 def test_results_travel_through_jit_and_vmap_and_name_the_remedy():

@@ -13,24 +13,24 @@ import optax
 import pytest
 
 import lazyjax as lj
-from helpers import centred_problem, relative_error
+from helpers import centered_problem, relative_error
 from lazyjax.flow.gradient_descent import check_proportional
 
-CENTRED = centred_problem(jr.key(2))
-SINGLE = centred_problem(jr.key(2), dtype=jnp.float32)
+CENTERED = centered_problem(jr.key(2))
+SINGLE = centered_problem(jr.key(2), dtype=jnp.float32)
 SGD = optax.sgd(0.05)
 MOMENTUM = optax.sgd(0.05, momentum=0.9)
 
 
-def descend(problem=CENTRED, optimiser=SGD, steps=30, **options):
-    return lj.gradient_descent(problem.h, problem.loss, problem.w0, optimiser, steps, **options)
+def descend(problem=CENTERED, optimizer=SGD, steps=30, **options):
+    return lj.gradient_descent(problem.h, problem.loss, problem.w0, optimizer, steps, **options)
 
 
 def numpy_descent(alpha, steps, rate, momentum=0.0):
-    """w -= rate grad F_alpha(w) for the centred two-layer tanh net, by hand."""
-    x, target = np.asarray(CENTRED.x), np.asarray(CENTRED.target)
+    """w -= rate grad F_alpha(w) for the centered two-layer tanh net, by hand."""
+    x, target = np.asarray(CENTERED.x), np.asarray(CENTERED.target)
     n = target.size
-    a0, b0 = (np.asarray(CENTRED.w0[name]) for name in ("a", "b"))
+    a0, b0 = (np.asarray(CENTERED.w0[name]) for name in ("a", "b"))
     start = np.tanh(x @ b0.T) @ a0
     a, b, va, vb, losses = a0.copy(), b0.copy(), np.zeros_like(a0), np.zeros_like(b0), []
     for _ in range(steps):
@@ -44,23 +44,23 @@ def numpy_descent(alpha, steps, rate, momentum=0.0):
     return {"a": a, "b": b}, np.asarray(losses)
 
 
-@pytest.mark.parametrize(("optimiser", "momentum"), [(SGD, 0.0), (MOMENTUM, 0.9)], ids=["sgd", "momentum"])
+@pytest.mark.parametrize(("optimizer", "momentum"), [(SGD, 0.0), (MOMENTUM, 0.9)], ids=["sgd", "momentum"])
 @pytest.mark.parametrize("alpha", [0.5, 20.0])
-def test_descent_is_what_numpy_computes(optimiser, momentum, alpha):
-    run = descend(optimiser=optimiser, alpha=alpha)
+def test_descent_is_what_numpy_computes(optimizer, momentum, alpha):
+    run = descend(optimizer=optimizer, alpha=alpha)
     params, losses = numpy_descent(alpha, 30, 0.05, momentum)
     assert relative_error(run.params, params) < 1e-12
     assert relative_error(run.losses, losses) < 1e-11
-    moved = jtu.tree_map(lambda w, w0: alpha * (w - np.asarray(w0)), params, dict(CENTRED.w0))
+    moved = jtu.tree_map(lambda w, w0: alpha * (w - np.asarray(w0)), params, dict(CENTERED.w0))
     assert relative_error(run.displacement, moved) < 1e-10
-    np.testing.assert_allclose(run.outputs, alpha * CENTRED.h(run.params), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(run.outputs, alpha * CENTERED.h(run.params), rtol=1e-10, atol=1e-13)
 
 
 def test_halving_the_step_halves_the_distance_to_the_flow():
     """Euler's error is O(step)."""
-    flow = lj.gradient_flow(CENTRED.h, CENTRED.loss, CENTRED.w0, jnp.array([0.0, 1.5]), rtol=1e-10, atol=1e-12)
+    flow = lj.gradient_flow(CENTERED.h, CENTERED.loss, CENTERED.w0, jnp.array([0.0, 1.5]), rtol=1e-10, atol=1e-12)
     errors = [
-        relative_error(descend(optimiser=optax.sgd(1.5 / steps), steps=steps).outputs, flow.outputs[-1])
+        relative_error(descend(optimizer=optax.sgd(1.5 / steps), steps=steps).outputs, flow.outputs[-1])
         for steps in (100, 200)
     ]
     assert 1.9 < errors[0] / errors[1] < 2.1
@@ -69,8 +69,8 @@ def test_halving_the_step_halves_the_distance_to_the_flow():
 @pytest.mark.parametrize("alpha", [1e7, jnp.inf])
 def test_float32_keeps_its_digits_at_large_alpha(alpha):
     run = descend(SINGLE, MOMENTUM, 60, alpha=alpha)
-    double = CENTRED._replace(
-        h=lj.center(functools.partial(lj.two_layer(jnp.tanh), x=SINGLE.x.astype(float)), _widen(SINGLE.w0)),
+    double = CENTERED._replace(
+        h=lj.center(functools.partial(lj.models.two_layer(jnp.tanh), x=SINGLE.x.astype(float)), _widen(SINGLE.w0)),
         w0=_widen(SINGLE.w0),
         loss=lj.square_loss(SINGLE.target.astype(float)),
     )
@@ -85,26 +85,26 @@ def _widen(tree):
 
 
 def test_at_infinity_descent_is_that_of_the_tangent_model():
-    run = descend(optimiser=MOMENTUM, alpha=jnp.inf)
-    tangent = lj.gradient_descent(lj.linearize(CENTRED.h, CENTRED.w0), CENTRED.loss, CENTRED.w0, MOMENTUM, 30)
+    run = descend(optimizer=MOMENTUM, alpha=jnp.inf)
+    tangent = lj.gradient_descent(lj.linearize(CENTERED.h, CENTERED.w0), CENTERED.loss, CENTERED.w0, MOMENTUM, 30)
     assert relative_error(run.outputs, tangent.outputs) < 1e-12
     assert relative_error(run.displacement, tangent.displacement) < 1e-12
 
 
 @pytest.mark.standard_promotion  # optax mixes dtypes inside adam and the line search
 @pytest.mark.parametrize(
-    "optimiser", [optax.adam(0.02), optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.05)), optax.lbfgs()]
+    "optimizer", [optax.adam(0.02), optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.05)), optax.lbfgs()]
 )
-def test_any_optax_optimiser_descends_and_is_refused_at_infinity_without_a_limit(optimiser):
-    run = descend(optimiser=optimiser, alpha=3.0, steps=25)
+def test_any_optax_optimizer_descends_and_is_refused_at_infinity_without_a_limit(optimizer):
+    run = descend(optimizer=optimizer, alpha=3.0, steps=25)
     assert float(run.losses[-1]) < 0.5 * float(run.losses[0])
     with pytest.raises(ValueError, match="updates are proportional to the gradients"):
-        descend(optimiser=optimiser, alpha=jnp.inf)
+        descend(optimizer=optimizer, alpha=jnp.inf)
 
 
 @pytest.mark.standard_promotion  # optax mixes dtypes inside adam
 @pytest.mark.parametrize(
-    ("optimiser", "limit"),
+    ("optimizer", "limit"),
     [
         (SGD, True),
         (MOMENTUM, True),
@@ -119,14 +119,14 @@ def test_any_optax_optimiser_descends_and_is_refused_at_infinity_without_a_limit
     ids=["sgd", "momentum", "nesterov", "warm-up", "gathered", "decay", "warm adam", "clip"],
 )
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float16])
-def test_proportional_updates_are_told_from_others(optimiser, limit, dtype):
+def test_proportional_updates_are_told_from_others(optimizer, limit, dtype):
     """At zero parameters too, where a weight decay has nothing to pull at."""
     coordinates = {"a": jnp.zeros(3, dtype), "b": jnp.full((2, 2), 1e-3, dtype)}
     if limit:
-        check_proportional(optimiser, coordinates)
+        check_proportional(optimizer, coordinates)
         return
     with pytest.raises(ValueError, match="updates are proportional to the gradients"):
-        check_proportional(optimiser, coordinates)
+        check_proportional(optimizer, coordinates)
 
 
 def test_alphas_of_a_vmap_are_single_descents():
@@ -137,10 +137,10 @@ def test_alphas_of_a_vmap_are_single_descents():
 
 
 def test_a_diverging_descent_says_so():
-    run = descend(optimiser=optax.sgd(1e3), steps=200, throw=False)
+    run = descend(optimizer=optax.sgd(1e3), steps=200, throw=False)
     assert bool(run.result == diffrax.RESULTS.nonfinite)
     with pytest.raises(eqx.EquinoxRuntimeError, match="Nonfinite"):
-        descend(optimiser=optax.sgd(1e3), steps=200)
+        descend(optimizer=optax.sgd(1e3), steps=200)
 
 
 def test_progress_is_shown_on_demand(capfd):
@@ -155,8 +155,8 @@ def test_a_bad_number_of_steps_is_refused(steps):
         descend(steps=steps)
 
 
-def test_what_is_no_optimiser_is_refused():
+def test_what_is_no_optimizer_is_refused():
     with pytest.raises(TypeError, match=r"optax.sgd\(0.1\)"):
-        descend(optimiser=0.1)
+        descend(optimizer=0.1)
     with pytest.raises(ValueError, match="alpha must be a scale"):
         descend(alpha=-1.0)

@@ -18,16 +18,21 @@ from lazyjax.flow.kernel_regression import KernelRegression, _distance_on_test, 
 
 def f1(w, x):
     """A two-layer net, outputs (n,), not zero at its start."""
-    return lj.two_layer(jnp.tanh)(w, x)
+    return lj.models.two_layer(jnp.tanh)(w, x)
 
 
-F3 = lj.mlp(jnp.tanh)
+F3 = lj.models.mlp(jnp.tanh)
 X, X_TEST = jr.normal(jr.key(1), (7, 4)), jr.normal(jr.key(2), (5, 4))
 CASES = {
-    "one output": (f1, lj.init_two_layer(jr.key(3), 4, 9), jr.normal(jr.key(4), (7,)), jr.normal(jr.key(5), (5,))),
+    "one output": (
+        f1,
+        lj.models.two_layer().init(jr.key(3), d=4, width=9),
+        jr.normal(jr.key(4), (7,)),
+        jr.normal(jr.key(5), (5,)),
+    ),
     "three outputs": (
         F3,
-        lj.init_mlp(jr.key(6), [4, 8, 3]),
+        lj.models.mlp().init(jr.key(6), [4, 8, 3]),
         jr.normal(jr.key(7), (7, 3)),
         jr.normal(jr.key(8), (5, 3)),
     ),
@@ -79,7 +84,7 @@ def test_the_flow_in_closed_form_is_the_same_to_rounding(case):
 
 
 @cases
-def test_a_centred_model_starts_from_zero_at_every_scale_up_to_inf(case):
+def test_a_centered_model_starts_from_zero_at_every_scale_up_to_inf(case):
     f, w0, target, _ = CASES[case]
     plain = kernel_regression(f, w0, X, lj.square_loss(target), x_test=X_TEST)
     for alpha in (1.0, 1e7, jnp.inf):
@@ -169,10 +174,10 @@ def test_the_spectrum_is_that_of_the_gram_in_the_metric_of_the_loss():
         found = kernel_regression(f, w0, X, lj.square_loss(target, mean=mean))
         np.testing.assert_allclose(found.eigenvalues, weight * values, rtol=1e-9)
         np.testing.assert_allclose(found.condition, values[0] / values[-1], rtol=1e-8)
-        np.testing.assert_allclose(found.effective_rank, lj.effective_rank(values), rtol=1e-10)
+        np.testing.assert_allclose(found.effective_rank, lj.kernels.effective_rank(values), rtol=1e-10)
 
 
-def test_what_is_not_above_rtol_is_never_learnt():
+def test_what_is_not_above_rtol_is_never_learned():
     x = in_modes(jnp.array([1.0, 0.3, 0.1, 0.01]), n=6, key=jr.key(11))
     y = jr.normal(jr.key(12), (6,))
     for rtol, rank in ((None, 4), (1e-3, 3), (0.05, 2)):
@@ -292,7 +297,7 @@ def test_a_test_target_at_the_start_is_best_left_alone():
     assert [float(a) for a in found.best_time(lj.square_loss(found.test_outputs(0.0)))] == [0.0, 0.0]
 
 
-def test_a_target_passed_long_before_anything_is_learnt_is_found():
+def test_a_target_passed_long_before_anything_is_learned_is_found():
     """An optimum far below the first time of the grid: on one mode, the target a 1e-9th of the way."""
     x = jnp.ones((1, 1))
     found = kernel_regression(linear, jnp.zeros(1), x, lj.square_loss(jnp.ones(1)), x_test=x)

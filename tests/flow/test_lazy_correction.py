@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centred_problem, mirrored_problem, relative_error
+from helpers import centered_problem, relative_error, symmetrized_problem
 from lazyjax.flow.lazy_correction import lazy_correction
-from lazyjax.models.maps import OnData
 
 
 def on_data(problem):
     """The numbers as no part of the compiled program."""
-    return problem._replace(h=OnData(problem.f, problem.x))
+    return problem._replace(h=on_data(problem.f, problem.x))
 
 
 def cast(tree, dtype):
@@ -29,8 +28,8 @@ def cast(tree, dtype):
 
 TIMES = jnp.array([0.0, 0.5, 2.0, 8.0])
 TIGHT = {"rtol": 1e-11, "atol": 1e-13, "solver": diffrax.Tsit5(), "max_steps": 2**14}
-CENTRED = on_data(centred_problem(jr.key(2)))
-MIRRORED = on_data(mirrored_problem(jr.key(3)))
+CENTERED = on_data(centered_problem(jr.key(2)))
+MIRRORED = on_data(symmetrized_problem(jr.key(3)))
 LOGISTIC = cast(lj.logistic_loss(jnp.array([0, 1, 1, 0, 1])), float)  # no weak types: one program for what is cast back
 
 
@@ -46,12 +45,12 @@ class Net(eqx.Module):
 
 
 def net(key, activation, *, n=5, d=3, width=8):
-    """A centred net with biases."""
+    """A centered net with biases."""
     keys = jr.split(key, 4)
     w0 = {"a": jr.normal(keys[0], (width,)), "b": jr.normal(keys[1], (d, width)), "c": jr.normal(keys[2], (width,))}
     x = jr.normal(keys[3], (n, d))
     f = lambda w, x: activation(x @ w["b"] + w["c"][None]) @ w["a"]
-    return OnData(lj.center(f, w0), x), w0
+    return on_data(lj.center(f, w0), x), w0
 
 
 def gauss_legendre(begin, end, count=28):
@@ -64,10 +63,10 @@ NODES, WEIGHTS = gauss_legendre(0.0, 3.0)
 SOFTPLUS, RELU = net(jr.key(4), jax.nn.softplus), net(jr.key(6), jax.nn.relu)
 MODULE = Net(jr.normal(jr.key(7), (3, 2)), jnp.array([1, -1]), "net")
 CASES = {
-    "square, relu": (RELU[0], CENTRED.loss, RELU[1], TIMES),
+    "square, relu": (RELU[0], CENTERED.loss, RELU[1], TIMES),
     "logistic, softplus": (SOFTPLUS[0], LOGISTIC, SOFTPLUS[1], jnp.array([0.0, *NODES, 3.0])),
     "softmax, an Equinox module": (
-        OnData(lj.center(lambda w, x: w(x), MODULE), jr.normal(jr.key(8), (4, 3))),
+        on_data(lj.center(lambda w, x: w(x), MODULE), jr.normal(jr.key(8), (4, 3))),
         lj.softmax_cross_entropy(jnp.array([0, 1, 1, 0])),
         MODULE,
         TIMES,
@@ -117,7 +116,7 @@ def test_the_limits_of_parabolas_at_eigenvalues_from_a_hundredth_to_ten_thousand
     # The origin of time is anywhere.
     run = lazy_correction(parabolas, loss, jnp.zeros(8), ts + 1, solver=solver, atol=1e-16)
     outputs, displacement = closed_form(ts)
-    assert bool(run.tangent_flow.stats["solver"] == lj.SOLVERS.tangent_exponential)
+    assert bool(run.tangent_flow.stats["solver"] == lj.flow.SOLVERS.tangent_exponential)
     assert int(run.tangent_flow.stats["num_steps"]) < 500
     for i in range(1, ts.size):
         scale = np.abs(displacement[i, :-1])
@@ -213,7 +212,7 @@ def test_the_gaps_of_the_flows_tend_to_it_at_every_time_like_one_over_alpha(case
 
 def test_of_a_mirrored_model_the_outputs_correction_vanishes_and_their_gap_falls_faster():
     limit = correct(MIRRORED, **TIGHT)
-    plain = correct(CENTRED, **TIGHT)
+    plain = correct(CENTERED, **TIGHT)
     assert float(limit.output_gap.max()) < 1e-14 * float(limit.param_gap.max())
     assert float(plain.output_gap.max()) > 1e-2 * float(plain.param_gap.max())
     first, second = limit.displacement  # symmetric, in the kernel of Dh
@@ -231,9 +230,9 @@ def test_of_a_mirrored_model_the_outputs_correction_vanishes_and_their_gap_falls
 
 
 def test_the_tangent_flow_beside_it_is_that_of_gradient_flow():
-    run = correct(CENTRED, **TIGHT)
+    run = correct(CENTERED, **TIGHT)
     flow = lj.gradient_flow(
-        lj.linearize(CENTRED.h, CENTRED.w0), CENTRED.loss, CENTRED.w0, TIMES, save=("outputs", "displacement")
+        lj.linearize(CENTERED.h, CENTERED.w0), CENTERED.loss, CENTERED.w0, TIMES, save=("outputs", "displacement")
     )
     assert relative_error(run.tangent_flow.outputs, flow.outputs) < 1e-8
     assert relative_error(run.tangent_flow.displacement, flow.displacement) < 1e-8
@@ -252,12 +251,12 @@ def test_float32_agrees_with_float64_by_a_solver_that_moves_its_linear_part_too(
 
 
 def test_lanes_of_a_vmap_over_starts_and_targets_are_single_corrections_and_a_bad_lane_fails_alone():
-    f, x = lj.two_layer(jnp.tanh), CENTRED.x
-    w0s = [lj.init_two_layer(jr.key(i), 3, 12) for i in (7, 8, 9)]
-    targets = jnp.stack([CENTRED.target, -2 * CENTRED.target, CENTRED.target.at[0].set(jnp.nan)])
+    f, x = lj.models.two_layer(jnp.tanh), CENTERED.x
+    w0s = [lj.models.two_layer().init(jr.key(i), d=3, width=12) for i in (7, 8, 9)]
+    targets = jnp.stack([CENTERED.target, -2 * CENTERED.target, CENTERED.target.at[0].set(jnp.nan)])
 
     def lane(w0, target):
-        h = OnData(lj.center(f, w0), x)
+        h = on_data(lj.center(f, w0), x)
         return lazy_correction(h, lj.square_loss(target), w0, TIMES, throw=False)
 
     stacked = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *w0s)
@@ -265,7 +264,7 @@ def test_lanes_of_a_vmap_over_starts_and_targets_are_single_corrections_and_a_ba
     good = np.asarray(jax.vmap(lambda r: r == lj.RESULTS.successful)(run.tangent_flow.result))
     np.testing.assert_array_equal(good, [True, True, False])
     for i in (0, 1):
-        single = lazy_correction(OnData(lj.center(f, w0s[i]), x), lj.square_loss(targets[i]), w0s[i], TIMES, **TIGHT)
+        single = lazy_correction(on_data(lj.center(f, w0s[i]), x), lj.square_loss(targets[i]), w0s[i], TIMES, **TIGHT)
         assert relative_error(run.outputs[i], single.outputs) < 1e-5
         np.testing.assert_allclose(run.param_gap[i], single.param_gap, rtol=1e-5)
 
@@ -291,9 +290,9 @@ def test_any_function_of_the_outputs_will_do():
 
 
 def test_a_model_that_is_not_zero_at_the_start_is_refused():
-    h = functools.partial(lj.two_layer(jnp.tanh), x=CENTRED.x)
+    h = functools.partial(lj.models.two_layer(jnp.tanh), x=CENTERED.x)
     with pytest.raises(ValueError, match=r"needs a model with h\(w0\) = 0.*lazyjax.center"):
-        lazy_correction(h, CENTRED.loss, CENTRED.w0, TIMES)
+        lazy_correction(h, CENTERED.loss, CENTERED.w0, TIMES)
 
 
 def test_a_start_on_a_kink_is_refused_in_either_precision():
@@ -301,10 +300,10 @@ def test_a_start_on_a_kink_is_refused_in_either_precision():
     h, w0 = RELU
     for dtype in (jnp.float32, float):
         model, start = cast((h, w0), dtype)
-        model = OnData(model.f, model.x.at[0].set(0.0))
-        loss = lj.square_loss(CENTRED.target.astype(dtype))
+        model = on_data(model.f, model.x.at[0].set(0.0))
+        loss = lj.square_loss(CENTERED.target.astype(dtype))
         start["c"] = start["c"].at[0].set(0.0)
-        model = OnData(lj.center(model.f.f, start), model.x)
+        model = on_data(lj.center(model.f.f, start), model.x)
         with pytest.raises(ValueError, match=r"two sides of w0.*lies on a kink"):
             lazy_correction(model, loss, start, TIMES)
 
@@ -337,4 +336,4 @@ def test_what_cannot_be_followed_is_refused(h, w0, error, match):
 )
 def test_bad_times_and_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        correct(CENTRED, **options)
+        correct(CENTERED, **options)

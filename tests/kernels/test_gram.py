@@ -97,7 +97,7 @@ def attention(w, x):
     return jnp.einsum("nhte,hed->ntd", mixed, w["o"])
 
 
-def normalised(w, x):
+def normalized(w, x):
     z = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-3)
     return z * w["scale"] + w["shift"]
 
@@ -152,7 +152,7 @@ WORKS = {
         {"W": "dense"},
     ),
     "attention": Work(
-        lambda w, x: head(x + attention(w, normalised(w, x))),
+        lambda w, x: head(x + attention(w, normalized(w, x))),
         draw(0, q=(4, 2, 3), k=(4, 2, 3), v=(4, 2, 3), o=(2, 3, 4), scale=(4,), shift=(4,)),
         SEQUENCE,
         {"q": "dense", "o": "dense", "shift": "bias", "scale": "jacobian"},
@@ -241,7 +241,7 @@ WORKS = {
     "also used by itself": Work(
         lambda w, x: head(x @ w["W"]) * jnp.exp(-jnp.sum(w["W"] ** 2)), draw(0, W=(5, 4)), ROWS, {"W": "jacobian"}
     ),
-    "normalised weights": Work(
+    "normalized weights": Work(
         lambda w, x: head(x @ (w["W"] / jnp.linalg.norm(w["W"], axis=0))), draw(0, W=(5, 4)), ROWS, {"W": "jacobian"}
     ),
     "masked weights": Work(
@@ -316,7 +316,7 @@ class TestEveryLayer:
 # ---- of the whole Gram ----
 
 CONV = WORKS["convolution"]
-NET, NET_W = lj.mlp(jnp.tanh), lj.init_mlp(jr.key(0), [5, 40, 30, 3])
+NET, NET_W = lj.models.mlp(jnp.tanh), lj.models.mlp().init(jr.key(0), [5, 40, 30, 3])
 DATA = jr.normal(jr.key(1), (101, 5))
 
 
@@ -372,7 +372,7 @@ def test_the_trace_and_the_diagonal_are_those_of_the_gram(name):
 
 
 def test_one_output_has_its_trace_and_diagonal_too():
-    f, w = lj.two_layer(jnp.tanh), lj.init_two_layer(jr.key(0), 5, 8)
+    f, w = lj.models.two_layer(jnp.tanh), lj.models.two_layer().init(jr.key(0), d=5, width=8)
     k = lj.gram(f, w, DATA)
     assert k.shape == (101, 101)
     np.testing.assert_allclose(lj.gram(f, w, DATA, trace=True), k, rtol=1e-12)
@@ -436,7 +436,7 @@ def test_the_first_of_equal_entries_takes_the_derivative_of_a_maximum():
 
 
 def test_many_parameters_are_mapped_over():
-    nets = jax.vmap(lambda key: lj.init_mlp(key, [5, 6, 2]))(jr.split(jr.key(0), 3))
+    nets = jax.vmap(lambda key: lj.models.mlp().init(key, [5, 6, 2]))(jr.split(jr.key(0), 3))
     many = jax.jit(jax.vmap(lambda w: lj.gram(NET, w, DATA[:4])))(nets)
     for i in range(3):
         one = jax.tree.map(lambda a, i=i: a[i], nets)
@@ -444,7 +444,7 @@ def test_many_parameters_are_mapped_over():
 
 
 def test_the_cheapest_way_is_taken():
-    wide = jax.eval_shape(lambda: lj.init_mlp(jr.key(0), [5, 400, 300, 3]))
+    wide = jax.eval_shape(lambda: lj.models.mlp().init(jr.key(0), [5, 400, 300, 3]))
     ways = {part.leaves[0]: part.way for part in lj.gram_plan(NET, wide, DATA).parts}
     assert set(ways.values()) == {"outer"}
     many_positions = conv_work((3, 3, 2, 4), (30, 30, 2), bias=(4,))
@@ -470,7 +470,7 @@ def test_the_plan_counts_operations_of_the_way_taken():
 @pytest.mark.parametrize("name", ["net", "images"])
 def test_the_memory_of_the_plan_is_that_of_the_compiled_program(name):
     work = {
-        "net": (NET, lj.init_mlp(jr.key(0), [50, 300, 200, 5]), jr.normal(jr.key(0), (60, 50))),
+        "net": (NET, lj.models.mlp().init(jr.key(0), [50, 300, 200, 5]), jr.normal(jr.key(0), (60, 50))),
         "images": (*conv_work((3, 3, 3, 16), (16, 16, 3), bias=(16,))[:2], jr.normal(jr.key(0), (40, 16, 16, 3))),
     }[name]
     f, w, x = work
@@ -562,7 +562,7 @@ import lazyjax as lj
 
 jax.config.update("jax_enable_x64", True)
 assert jax.device_count() == 8
-f, w = lj.mlp(jnp.tanh), lj.init_mlp(jr.key(0), [5, 20, 3])
+f, w = lj.models.mlp(jnp.tanh), lj.models.mlp().init(jr.key(0), [5, 20, 3])
 x = jr.normal(jr.key(1), (37, 5))
 devices = np.array(jax.devices())
 for mesh in (Mesh(devices, ("rows",)), Mesh(devices.reshape(2, 4), ("a", "b")), Mesh(devices[:3], ("rows",))):

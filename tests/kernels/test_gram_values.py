@@ -16,9 +16,9 @@ from lazyjax._core.lanczos import top_eigenvalues
 from lazyjax.flow.closed_form import solve_tangent, tangent_gram
 from lazyjax.kernels import gram as kernel
 
-F, F3 = lj.two_layer(jnp.tanh), lj.mlp(jnp.tanh)
-W = lj.init_two_layer(jr.key(0), 4, 5)
-W3 = lj.init_mlp(jr.key(0), [4, 5, 3])
+F, F3 = lj.models.two_layer(jnp.tanh), lj.models.mlp(jnp.tanh)
+W = lj.models.two_layer().init(jr.key(0), d=4, width=5)
+W3 = lj.models.mlp().init(jr.key(0), [4, 5, 3])
 X, X2 = jr.normal(jr.key(1), (7, 4)), jr.normal(jr.key(2), (3, 4))
 
 
@@ -91,24 +91,24 @@ def test_a_gram_can_be_taken_inside_a_jit_of_traced_and_of_constant_parameters()
     np.testing.assert_allclose(jax.jit(lambda c: c * lj.gram(F, W, X))(2.0), 2 * expected, rtol=1e-12, atol=1e-13)
 
 
-def batch_normalised(w, x):
+def batch_normalized(w, x):
     z = jnp.tanh(x @ w["b"].T)
     z = (z - z.mean(0, keepdims=True)) / jnp.sqrt(z.var(0, keepdims=True) + 1e-5)
     return z @ w["a"]
 
 
 def test_a_model_that_mixes_samples_is_refused():
-    with pytest.raises(ValueError, match=r"by itself, but its outputs .*batch normalisation"):
-        lj.gram(batch_normalised, W, X)
+    with pytest.raises(ValueError, match=r"by itself, but its outputs .*batch normalization"):
+        lj.gram(batch_normalized, W, X)
     w, x = jax.tree.map(lambda a: a.astype(jnp.float32), (W, X))
-    with pytest.raises(ValueError, match="batch normalisation in training mode; use the layer's inference mode"):
-        lj.spectrum(batch_normalised, w, x)
+    with pytest.raises(ValueError, match="batch normalization in training mode; use the layer's inference mode"):
+        lj.spectrum(batch_normalized, w, x)
 
 
 def test_a_model_whose_outputs_cancel_is_not_taken_for_one_that_mixes_samples():
     # The outputs are rounding residues, which depend on the number of samples; only the terms set their scale.
     for seed in range(4):
-        w = lj.init_two_layer(jr.key(seed), 50, 400, symmetric=True, dtype=jnp.float32)
+        w = lj.models.two_layer().init(jr.key(seed), d=50, width=400, symmetric=True, dtype=jnp.float32)
         x = jr.normal(jr.key(seed), (3, 50), jnp.float32)
         assert 0 < float(jnp.max(jnp.abs(F(w, x)))) < 1e-4
         assert bool(jnp.all(jnp.isfinite(lj.gram(F, w, x))))
@@ -158,9 +158,9 @@ def test_the_matrix_free_product_is_that_of_the_gram():
 
 
 def test_the_product_takes_models_that_mix_samples():
-    jacobian, r = jacobian_of(batch_normalised, W, X), jr.normal(jr.key(3), (7,))
+    jacobian, r = jacobian_of(batch_normalized, W, X), jr.normal(jr.key(3), (7,))
     expected = jacobian @ jacobian.T @ r
-    np.testing.assert_allclose(lj.kernel_matvec(batch_normalised, W, X)(r), expected, rtol=1e-9)
+    np.testing.assert_allclose(lj.kernel_matvec(batch_normalized, W, X)(r), expected, rtol=1e-9)
 
 
 def test_the_spectrum_is_that_of_the_gram_falling():
@@ -227,8 +227,8 @@ def test_the_dense_gram_of_a_tangent_model_is_that_of_the_model():
     tangent = lj.linearize(partial(F3, x=X), W3)
     for block in (1, 4, 128):
         np.testing.assert_allclose(tangent_gram(tangent, block=block), J3 @ J3.T, rtol=1e-12, atol=1e-12)
-    mixing = lj.linearize(lambda w: batch_normalised(w, X), W)
-    jacobian = jacobian_of(batch_normalised, W, X)
+    mixing = lj.linearize(lambda w: batch_normalized(w, X), W)
+    jacobian = jacobian_of(batch_normalized, W, X)
     np.testing.assert_allclose(tangent_gram(mixing), jacobian @ jacobian.T, rtol=1e-9, atol=1e-12)
 
 

@@ -333,8 +333,8 @@ def test_deep_grams_are_symmetric_without_negative_eigenvalues(activation, bias,
 
 
 def ntk_net(activation, weight, bias):
-    """`lj.mlp` in the NTK parametrization, as the docstring says to make it."""
-    f = lj.mlp({"relu": jax.nn.relu, "erf": jax.scipy.special.erf}[activation])
+    """`lj.models.mlp` in the NTK parametrization, as the docstring says to make it."""
+    f = lj.models.mlp({"relu": jax.nn.relu, "erf": jax.scipy.special.erf}[activation])
 
     def net(w, x):
         scaled = [
@@ -381,7 +381,7 @@ def test_wide_nets_tend_to_the_deep_kernels(activation, bias, getkey):
 def test_init_mlp_has_the_covariance_that_the_docstring_says(getkey):
     d, m, k, gain = 3, 60, 5, 1.3
     x = jr.normal(getkey(), (3, d))
-    outputs = jax.jit(jax.vmap(lambda key: lj.mlp()(lj.init_mlp(key, [d, m, m, k], gain=gain), x)))(
+    outputs = jax.jit(jax.vmap(lambda key: lj.models.mlp()(lj.models.mlp().init(key, [d, m, m, k], gain=gain), x)))(
         jr.split(getkey(), 1500)
     )
     samples = np.moveaxis(np.asarray(outputs), 2, 1).reshape(-1, 3)

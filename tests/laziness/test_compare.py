@@ -12,40 +12,40 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centred_problem, linear_problem, relative_error
+from helpers import centered_problem, linear_problem, relative_error
 from lazyjax.laziness.compare import activation_stability, compare_flows, measure_kernel_drift
 
 TIMES = jnp.array([0.0, 0.5, 2.0])
-CENTRED = centred_problem(jr.key(2))
+CENTERED = centered_problem(jr.key(2))
 
 
 def test_every_gap_is_what_its_name_says():
-    both = lj.compare(CENTRED.h, CENTRED.loss, CENTRED.w0, TIMES, alpha=4.0, kernel_drift=True)
-    n = CENTRED.target.size
+    both = lj.compare(CENTERED.h, CENTERED.loss, CENTERED.w0, TIMES, alpha=4.0, kernel_drift=True)
+    n = CENTERED.target.size
     difference = np.asarray(both.flow.outputs - both.tangent_flow.outputs)
     np.testing.assert_allclose(both.output_gap, np.linalg.norm(difference, axis=1) / np.sqrt(n), rtol=1e-12)
     w, wbar = (
-        jtu.tree_map(lambda w0, u: w0[None] + u / 4.0, CENTRED.w0, run.displacement)
+        jtu.tree_map(lambda w0, u: w0[None] + u / 4.0, CENTERED.w0, run.displacement)
         for run in (both.flow, both.tangent_flow)
     )
     for i in range(3):
         squares = [np.sum((np.asarray(w[k][i]) - np.asarray(wbar[k][i])) ** 2) for k in "ab"]
         np.testing.assert_allclose(both.param_gap[i], np.sqrt(sum(squares)), rtol=1e-9, atol=1e-16)
-        squares = [np.sum((np.asarray(w[k][i]) - np.asarray(CENTRED.w0[k])) ** 2) for k in "ab"]
+        squares = [np.sum((np.asarray(w[k][i]) - np.asarray(CENTERED.w0[k])) ** 2) for k in "ab"]
         np.testing.assert_allclose(both.displacement_norm[i], np.sqrt(sum(squares)), rtol=1e-9, atol=1e-16)
         moved = {k: w[k][i] for k in "ab"}
-        before, after = (lj.gram(CENTRED.f, p, CENTRED.x) for p in (CENTRED.w0, moved))
+        before, after = (lj.gram(CENTERED.f, p, CENTERED.x) for p in (CENTERED.w0, moved))
         drift = np.linalg.norm(after - before) / np.linalg.norm(before)
         np.testing.assert_allclose(both.kernel_drift[i], drift, rtol=1e-9, atol=1e-14)
     assert float(both.kernel_drift[-1]) > 1e-3
 
 
 def test_the_metric_of_the_gap_is_that_of_the_loss():
-    mean = lj.compare(CENTRED.h, CENTRED.loss, CENTRED.w0, TIMES, alpha=4.0)
+    mean = lj.compare(CENTERED.h, CENTERED.loss, CENTERED.w0, TIMES, alpha=4.0)
     # Without 1/n the flow runs n times faster.
-    n = CENTRED.target.size
+    n = CENTERED.target.size
     total = lj.compare(
-        CENTRED.h, lj.square_loss(CENTRED.target, mean=False), CENTRED.w0, TIMES / n, alpha=4.0, rtol=1e-8
+        CENTERED.h, lj.square_loss(CENTERED.target, mean=False), CENTERED.w0, TIMES / n, alpha=4.0, rtol=1e-8
     )
     np.testing.assert_allclose(total.output_gap[1:], np.sqrt(n) * mean.output_gap[1:], rtol=1e-4)
     np.testing.assert_allclose(total.param_gap[1:], mean.param_gap[1:], rtol=1e-4)
@@ -53,7 +53,7 @@ def test_the_metric_of_the_gap_is_that_of_the_loss():
 
 def test_the_gradient_of_a_gap_is_finite_though_it_starts_at_zero():
     def gap(scale):
-        both = lj.compare(CENTRED.h, CENTRED.loss, CENTRED.w0, TIMES, alpha=scale, solver=diffrax.Tsit5(), rtol=1e-8)
+        both = lj.compare(CENTERED.h, CENTERED.loss, CENTERED.w0, TIMES, alpha=scale, solver=diffrax.Tsit5(), rtol=1e-8)
         return jnp.stack([both.output_gap[-1], both.displacement_norm[-1], both.param_gap[-1]])
 
     step = 1e-3
@@ -77,16 +77,16 @@ def test_a_linear_model_has_no_gap_and_no_drift():
 
 @pytest.mark.parametrize("alpha", [1.0, 1e7, 1e12])
 def test_the_drift_keeps_its_digits_in_float32(alpha):
-    u = jtu.tree_map(lambda w: jr.normal(jr.key(5), w.shape), CENTRED.w0)
-    h = functools.partial(lj.two_layer(jnp.tanh), x=CENTRED.x)
-    single = functools.partial(lj.two_layer(jnp.tanh), x=CENTRED.x.astype(jnp.float32))
+    u = jtu.tree_map(lambda w: jr.normal(jr.key(5), w.shape), CENTERED.w0)
+    h = functools.partial(lj.models.two_layer(jnp.tanh), x=CENTERED.x)
+    single = functools.partial(lj.models.two_layer(jnp.tanh), x=CENTERED.x.astype(jnp.float32))
     narrow = functools.partial(jtu.tree_map, lambda leaf: leaf.astype(jnp.float32))
-    drift = measure_kernel_drift(single, narrow(CENTRED.w0), narrow(u), 1 / alpha)
-    truth = measure_kernel_drift(h, CENTRED.w0, u, 1 / alpha)
+    drift = measure_kernel_drift(single, narrow(CENTERED.w0), narrow(u), 1 / alpha)
+    truth = measure_kernel_drift(h, CENTERED.w0, u, 1 / alpha)
     assert drift.dtype == jnp.float32
     assert relative_error(drift, truth) < 1e-5
     if alpha > 1e6:  # first order in 1/alpha: from alpha = 1e7 to 1e12 by 1e5 exactly
-        np.testing.assert_allclose(truth * alpha, 1e9 * measure_kernel_drift(h, CENTRED.w0, u, 1e-9), rtol=1e-5)
+        np.testing.assert_allclose(truth * alpha, 1e9 * measure_kernel_drift(h, CENTERED.w0, u, 1e-9), rtol=1e-5)
 
 
 def test_the_drift_goes_through_max_pooling_and_softmax():
@@ -113,9 +113,9 @@ def test_the_drift_goes_through_max_pooling_and_softmax():
 
 
 def test_stability_counts_the_signs_that_stay():
-    f = lj.mlp()
-    w0 = lj.init_mlp(jr.key(9), [3, 5, 4, 2])
-    w = lj.init_mlp(jr.key(10), [3, 5, 4, 2])
+    f = lj.models.mlp()
+    w0 = lj.models.mlp().init(jr.key(9), [3, 5, 4, 2])
+    w = lj.models.mlp().init(jr.key(10), [3, 5, 4, 2])
     x = jr.normal(jr.key(11), (6, 3))
     shares = [
         np.mean((np.asarray(a) > 0) == (np.asarray(b) > 0))
@@ -130,12 +130,12 @@ def test_stability_counts_the_signs_that_stay():
 
 def test_stability_under_jit_and_vmap_loses_no_sign():
     """A mean of these comparisons comes as 0.72 there with jax 0.10.1 on a CPU."""
-    w = jtu.tree_map(lambda leaf: leaf.astype(jnp.float32), lj.init_two_layer(jr.key(2), 100, 50))
+    w = jtu.tree_map(lambda leaf: leaf.astype(jnp.float32), lj.models.two_layer().init(jr.key(2), d=100, width=50))
     x = jr.normal(jr.key(1), (1000, 100), jnp.float32)
 
     def stability(t):
         w0 = jtu.tree_map(lambda leaf: t * leaf, w)
-        return activation_stability(lj.two_layer(), w0, jtu.tree_map(lambda leaf: 1.00001 * leaf, w0), x)
+        return activation_stability(lj.models.two_layer(), w0, jtu.tree_map(lambda leaf: 1.00001 * leaf, w0), x)
 
     scales = jnp.arange(1, 13, dtype=jnp.float32)
     np.testing.assert_array_equal(jax.jit(jax.vmap(stability))(scales), 1)

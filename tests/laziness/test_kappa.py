@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centred_problem, mirrored_problem
+from helpers import centered_problem, symmetrized_problem
 from lazyjax._core.lanczos import lanczos_slack
 from lazyjax.laziness import kinks as _kinks
 from lazyjax.laziness import second_derivative as _curvature
@@ -21,9 +21,9 @@ from lazyjax.laziness.kappa import KINKED, kappa
 from lazyjax.laziness.sample_hessians import OutputRows, SampleRows, as_samples, independent_samples
 from lazyjax.laziness.second_derivative import bracket, dense_upper, leaf_groups
 from lazyjax.laziness.two_layer import two_layer_curvature
-from lazyjax.models.maps import OnData
+from lazyjax.models.maps import on_data
 
-CENTRED = centred_problem(jr.key(2), n=4, d=2, width=4)
+CENTERED = centered_problem(jr.key(2), n=4, d=2, width=4)
 
 
 def hessians(h, w0):
@@ -68,13 +68,13 @@ def norm_of(tensor, key, starts):
 def mlp_on(n=4, sizes=(2, 2, 2)):
     """(closure, partial, w0, target) of a tanh MLP with random biases."""
     keys = jr.split(jr.key(5), 4)
-    layers = lj.init_mlp(keys[0], sizes)
+    layers = lj.models.mlp().init(keys[0], sizes)
     w0 = [
         layer | {"bias": 0.5 * jr.normal(k, layer["bias"].shape)}
         for layer, k in zip(layers, jr.split(keys[1], len(layers)), strict=True)
     ]
     x = jr.normal(keys[2], (n, sizes[0]))
-    f = lj.mlp(jnp.tanh)
+    f = lj.models.mlp(jnp.tanh)
     return (lambda w: f(w, x)), functools.partial(f, x=x), w0, jr.normal(keys[3], (n, sizes[-1]))
 
 
@@ -107,7 +107,7 @@ def test_plus_minus_pairs_of_eigenvalues():
     w0 = {"a": jnp.ones(1), "b": jnp.ones((1, 6))}
     expected = np.linalg.norm(x, 2)
     closure = kappa(lambda w: (x @ w["b"][0]) * w["a"][0], w0, jnp.zeros(7), mean=False)
-    by_neuron = kappa(OnData(lj.two_layer(lambda s: s), x), w0, jnp.zeros(7), mean=False)
+    by_neuron = kappa(on_data(lj.models.two_layer(lambda s: s), x), w0, jnp.zeros(7), mean=False)
     for found in (closure, by_neuron):
         # Blocks make it exact: both unfoldings of the whole are larger, by sqrt 2 or more.
         np.testing.assert_allclose([found.d2h_norm_lower, found.d2h_norm_upper], expected, rtol=1e-9)
@@ -132,7 +132,7 @@ def test_filling_the_eigenvalues_makes_the_unfolding_of_outputs_exact():
 @pytest.mark.parametrize("kind", ["two-layer", "mlp"])
 def test_the_value_is_that_of_brute_force(kind):
     if kind == "two-layer":
-        h, w0, target = (lambda w: CENTRED.h(w)), CENTRED.w0, CENTRED.target
+        h, w0, target = (lambda w: CENTERED.h(w)), CENTERED.w0, CENTERED.target
     else:
         h, _, w0, target = mlp_on()
     alphas = (1.0, 7.0)
@@ -145,30 +145,30 @@ def test_the_value_is_that_of_brute_force(kind):
 
 
 def test_neuron_by_neuron_is_the_whole_net():
-    tensor = hessians(CENTRED.h, CENTRED.w0) / np.sqrt(CENTRED.target.size)
+    tensor = hessians(CENTERED.h, CENTERED.w0) / np.sqrt(CENTERED.target.size)
     truth = brute_norm(tensor)
-    each = two_layer_curvature(CENTRED.f, CENTRED.w0, CENTRED.x)
+    each = two_layer_curvature(CENTERED.f, CENTERED.w0, CENTERED.x)
     assert each.lower.shape == (4,)
-    whole = kappa(CENTRED.h, CENTRED.w0, CENTRED.target)
+    whole = kappa(CENTERED.h, CENTERED.w0, CENTERED.target)
     assert whole.how == "neuron by neuron"
     np.testing.assert_allclose([whole.d2h_norm_lower, jnp.max(each.lower)], truth, rtol=1e-6)
     assert bool(jnp.all(each.lower <= each.upper * (1 + 1e-12)))
     assert truth * (1 - 1e-9) <= whole.d2h_norm_upper <= 1.3 * truth
     # Each neuron by itself is a net of one.
-    flat = [np.asarray(CENTRED.w0["a"]), np.asarray(CENTRED.w0["b"])]
+    flat = [np.asarray(CENTERED.w0["a"]), np.asarray(CENTERED.w0["b"])]
     for j in range(4):
         one = {"a": jnp.asarray(flat[0][j : j + 1]), "b": jnp.asarray(flat[1][j : j + 1])}
-        np.testing.assert_allclose(each.lower[j], brute_norm(hessians(CENTRED.h, one)) / 2, rtol=1e-6)
+        np.testing.assert_allclose(each.lower[j], brute_norm(hessians(CENTERED.h, one)) / 2, rtol=1e-6)
 
 
 def test_mirrored_and_rescaled_nets_are_seen_neuron_by_neuron():
-    mirrored = mirrored_problem(jr.key(4), n=4, d=2, width=3)
+    mirrored = symmetrized_problem(jr.key(4), n=4, d=2, width=3)
     found = kappa(mirrored.h, mirrored.w0, mirrored.target)
     assert found.how == "neuron by neuron"
     np.testing.assert_allclose(found.d2h_norm_lower, brute_norm(hessians(mirrored.h, mirrored.w0)) / 2, rtol=1e-6)
-    rescaled = kappa(lj.rescale(OnData(CENTRED.f, CENTRED.x), -3.0), CENTRED.w0, CENTRED.target)
+    rescaled = kappa(lj.rescale(on_data(CENTERED.f, CENTERED.x), -3.0), CENTERED.w0, CENTERED.target)
     assert rescaled.how == "neuron by neuron"
-    plain = kappa(CENTRED.h, CENTRED.w0, CENTRED.target)
+    plain = kappa(CENTERED.h, CENTERED.w0, CENTERED.target)
     np.testing.assert_allclose(rescaled.d2h_norm_upper, 3 * plain.d2h_norm_upper, rtol=1e-9)
 
 
@@ -194,7 +194,7 @@ def conv_problem():
 
 def test_products_with_the_sums_of_squared_hessians_in_both_ways(monkeypatch):
     w0, x = conv_problem()
-    h = OnData(conv_net, x)
+    h = on_data(conv_net, x)
     form = SecondDerivative(h, w0, 0.2**0.5)
     tensor = np.sqrt(0.2) * hessians(h, w0)
     u = np.random.default_rng(1).normal(size=tensor.shape[1])
@@ -268,16 +268,16 @@ def test_what_lanczos_may_lack_holds_as_often_as_it_says():
 
 def test_blocks_are_leaves_or_layers():
     assert leaf_groups({"a": jnp.ones(1), "b": jnp.ones(1)}) == [0, 1]
-    assert leaf_groups(lj.init_mlp(jr.key(0), [2, 3, 4, 1])) == [0, 0, 1, 1, 2, 2]
+    assert leaf_groups(lj.models.mlp().init(jr.key(0), [2, 3, 4, 1])) == [0, 0, 1, 1, 2, 2]
     assert leaf_groups([jnp.ones(1)] * 9) == [0] * 9
 
 
 def test_samples_are_seen_where_they_are_independent_only():
-    x, w0 = CENTRED.x, CENTRED.w0
-    for h in (CENTRED.h, OnData(CENTRED.f, x), lj.center(OnData(lj.two_layer(jnp.tanh), x), w0)):
+    x, w0 = CENTERED.x, CENTERED.w0
+    for h in (CENTERED.h, on_data(CENTERED.f, x), lj.center(on_data(lj.models.two_layer(jnp.tanh), x), w0)):
         assert independent_samples(h, w0) is not None
-    assert as_samples(lambda w: CENTRED.f(w, x)) is None
-    mixing = OnData(lambda w, x: jnp.tanh((x - x.mean(axis=0, keepdims=True)) @ w["b"].T) @ w["a"], x)
+    assert as_samples(lambda w: CENTERED.f(w, x)) is None
+    mixing = on_data(lambda w, x: jnp.tanh((x - x.mean(axis=0, keepdims=True)) @ w["b"].T) @ w["a"], x)
     assert as_samples(mixing) is not None
     assert independent_samples(mixing, w0) is None
 
@@ -300,7 +300,7 @@ def test_units_of_outputs_parameters_and_of_the_metric_do_not_matter():
     _, partial, w0, target = mlp_on()
 
     def in_units(outputs, params, **options):
-        h = OnData(Units(partial.func, jnp.asarray(outputs), jnp.asarray(params)), partial.keywords["x"])
+        h = on_data(Units(partial.func, jnp.asarray(outputs), jnp.asarray(params)), partial.keywords["x"])
         return kappa(h, jax.tree.map(lambda leaf: params * leaf, w0), outputs * target, **options)
 
     plain, outputs, params = in_units(1.0, 1.0), in_units(7.0, 1.0), in_units(1.0, 3.0)
@@ -332,11 +332,11 @@ def test_scales_alpha_and_larger_starts_of_homogeneous_models():
     np.testing.assert_allclose(values[1, 1], limit, rtol=1e-8)
 
 
-def test_alpha_inf_of_a_centred_model_is_zero():
-    found = kappa(CENTRED.h, CENTRED.w0, CENTRED.target, alpha=jnp.inf)
+def test_alpha_inf_of_a_centered_model_is_zero():
+    found = kappa(CENTERED.h, CENTERED.w0, CENTERED.target, alpha=jnp.inf)
     assert float(found.value) == float(found.upper) == 0.0
-    np.testing.assert_allclose(found.residual_norm, np.linalg.norm(CENTRED.target) / 2)
-    finite = kappa(CENTRED.h, CENTRED.w0, CENTRED.target, alpha=5.0)
+    np.testing.assert_allclose(found.residual_norm, np.linalg.norm(CENTERED.target) / 2)
+    finite = kappa(CENTERED.h, CENTERED.w0, CENTERED.target, alpha=5.0)
     np.testing.assert_allclose(found.alignment, finite.alignment, rtol=1e-12)
 
 
@@ -353,8 +353,8 @@ def test_the_slopes_in_the_width_of_two_layer_nets():
             first, second = jr.split(key)
             w0 = {"a": jr.uniform(first, (width,), minval=-1, maxval=1),
                   "b": jr.uniform(second, (width, 3), minval=-1, maxval=1)}  # fmt: skip
-            f = lj.rescale(lj.two_layer(jnp.tanh), jnp.asarray(float(width)) ** power)
-            return kappa(OnData(f, x), w0, target, starts=3).value
+            f = lj.rescale(lj.models.two_layer(jnp.tanh), jnp.asarray(float(width)) ** power)
+            return kappa(on_data(f, x), w0, target, starts=3).value
 
         powers, keys = jnp.repeat(jnp.asarray(list(slopes)), 12), jr.split(jr.key(width), 12)
         return jnp.mean(jax.lax.map(one, (powers, jnp.tile(keys, 2))).reshape(2, 12), axis=1)
@@ -369,10 +369,10 @@ def test_the_slopes_in_the_width_of_two_layer_nets():
 
 def test_kinds_of_models():
     x = jr.normal(jr.key(0), (6, 3))
-    two = lj.init_two_layer(jr.key(1), 3, 20)
+    two = lj.models.two_layer().init(jr.key(1), d=3, width=20)
     cases = {
         "smooth": (lambda w: jax.nn.logsumexp(w["b"] @ x.T, axis=0), two),
-        "kinked": (OnData(lj.two_layer(), x), two),
+        "kinked": (on_data(lj.models.two_layer(), x), two),
         "none almost everywhere": (lambda w: jax.nn.relu(x @ w.T) @ two["a"], two["b"]),
         "affine": (lambda w: x @ w.T @ two["a"], two["b"]),
     }
@@ -388,7 +388,7 @@ def test_kinds_of_models():
 
 def test_sharp_bends_are_no_kinks_and_a_maximum_is():
     x = jr.normal(jr.key(0), (6, 3))
-    two = lj.init_two_layer(jr.key(1), 3, 20)
+    two = lj.models.two_layer().init(jr.key(1), d=3, width=20)
     bends = lambda w: jax.nn.softplus(20 * x @ w.T) @ two["a"]
     largest = lambda w: jnp.max(x @ w.T, axis=1)
     shares = [_kinks.measure_kinks(SecondDerivative(h, two["b"], 1.0), jr.key(2))[0] for h in (bends, largest)]
@@ -413,8 +413,8 @@ def test_the_finite_curvature_of_a_quadratic_model_is_below_its_norm_and_of_a_ki
 
 
 def test_the_lazy_ratio_is_lazy_ratio_and_at_least_half_of_kappa():
-    found = kappa(CENTRED.h, CENTRED.w0, CENTRED.target, alpha=3.0)
-    other = lj.lazy_ratio(CENTRED.h, CENTRED.loss, CENTRED.w0, alpha=3.0)
+    found = kappa(CENTERED.h, CENTERED.w0, CENTERED.target, alpha=3.0)
+    other = lj.laziness.lazy_ratio(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=3.0)
     np.testing.assert_allclose(found.lazy_ratio, other, rtol=1e-6)
     assert found.lazy_ratio >= found.value / 2
     assert 0 < found.alignment <= 1
@@ -432,21 +432,21 @@ def test_a_small_kappa_with_a_large_lazy_ratio():
 
 
 def test_float32_and_jit_and_vmap():
-    w0, x, target = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (CENTRED.w0, CENTRED.x, CENTRED.target))
-    found = kappa(OnData(lj.center(lj.two_layer(jnp.tanh), w0), x), w0, target)
-    truth = kappa(CENTRED.h, CENTRED.w0, CENTRED.target)
+    w0, x, target = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (CENTERED.w0, CENTERED.x, CENTERED.target))
+    found = kappa(on_data(lj.center(lj.models.two_layer(jnp.tanh), w0), x), w0, target)
+    truth = kappa(CENTERED.h, CENTERED.w0, CENTERED.target)
     assert found.curvature == "smooth"
     for name in ("value", "upper", "lazy_ratio", "d2h_norm_upper"):
         assert getattr(found, name).dtype == jnp.float32
-    f, x = lj.two_layer(jnp.tanh), CENTRED.x
+    f, x = lj.models.two_layer(jnp.tanh), CENTERED.x
 
     def value(scale):
-        w0 = jax.tree.map(lambda leaf: scale * leaf, CENTRED.w0)
-        out = kappa(lambda w: f(w, x), w0, CENTRED.target)
+        w0 = jax.tree.map(lambda leaf: scale * leaf, CENTERED.w0)
+        out = kappa(lambda w: f(w, x), w0, CENTERED.target)
         return jnp.stack([out.lower, out.value, out.upper])
 
     values = jax.jit(jax.vmap(value))(jnp.array([1.0, 2.0]))
-    outside = kappa(OnData(f, x), CENTRED.w0, CENTRED.target)
+    outside = kappa(on_data(f, x), CENTERED.w0, CENTERED.target)
     np.testing.assert_allclose(values[0, :2], [outside.lower, outside.value], rtol=1e-6)
     assert outside.value <= values[0, 2] <= 1.3 * outside.value
     np.testing.assert_allclose(found.value, truth.value, rtol=1e-4)
@@ -465,7 +465,7 @@ def test_many_outputs_have_an_upper_bound_of_dh():
 
 
 def test_bad_arguments_are_refused(monkeypatch):
-    h, w0, target = CENTRED.h, CENTRED.w0, CENTRED.target
+    h, w0, target = CENTERED.h, CENTERED.w0, CENTERED.target
     with pytest.raises(ValueError, match="alpha must be a scale"):
         kappa(h, w0, target, alpha=0.0)
     with pytest.raises(ValueError, match="starts must be at least 1"):
@@ -481,9 +481,9 @@ def test_bad_arguments_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="h must be twice differentiable at w0"):
         kappa(lambda w: w + jnp.where(w == 0, 0.0, jnp.abs(w)) ** 1.5, jnp.zeros(2), jnp.ones(2))
     with pytest.raises(TypeError, match="f must be a two_layer net"):
-        two_layer_curvature(lj.mlp(), w0, CENTRED.x)
+        two_layer_curvature(lj.models.mlp(), w0, CENTERED.x)
     with pytest.raises(ValueError, match="starts must be at least 1"):
-        two_layer_curvature(CENTRED.f, w0, CENTRED.x, starts=0)
+        two_layer_curvature(CENTERED.f, w0, CENTERED.x, starts=0)
     monkeypatch.setattr(_neurons, "BUDGET", 10)
     with pytest.raises(ValueError, match="x and w0 must be small enough"):
-        two_layer_curvature(CENTRED.f, w0, CENTRED.x)
+        two_layer_curvature(CENTERED.f, w0, CENTERED.x)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centred_problem
+from helpers import centered_problem
 from lazyjax.laziness.ball_constants import ACTIVATION_BOUNDS, two_layer_lipschitz
 from lazyjax.laziness.jacobian_change import differential_change
 from lazyjax.laziness.lipschitz import (
@@ -22,23 +22,23 @@ from lazyjax.laziness.lipschitz import (
     path_slack,
     sampled_lipschitz_lower,
 )
-from lazyjax.models.maps import OnData
+from lazyjax.models.maps import on_data
 from lazyjax.theory import bounds
 
-CENTRED = centred_problem(jr.key(2))
-N = CENTRED.target.size
+CENTERED = centered_problem(jr.key(2))
+N = CENTERED.target.size
 TIMES = jnp.array([0.0, 0.1, 0.5, 2.0, 5.0])
 
 
 @functools.cache
 def flow_at(alpha):
     return lj.gradient_flow(
-        CENTRED.h, CENTRED.loss, CENTRED.w0, TIMES, alpha=alpha, save=("outputs", "displacement", "params")
+        CENTERED.h, CENTERED.loss, CENTERED.w0, TIMES, alpha=alpha, save=("outputs", "displacement", "params")
     )
 
 
 def jacobian(w):
-    rows = jtu.tree_leaves(jax.jacrev(CENTRED.h)(w))
+    rows = jtu.tree_leaves(jax.jacrev(CENTERED.h)(w))
     return np.concatenate([np.asarray(row).reshape(N, -1) for row in rows], axis=1) / N**0.5
 
 
@@ -47,7 +47,7 @@ def at_time(tree, i):
 
 
 def distance(w):
-    return float(np.linalg.norm(jfu.ravel_pytree(w)[0] - jfu.ravel_pytree(CENTRED.w0)[0]))
+    return float(np.linalg.norm(jfu.ravel_pytree(w)[0] - jfu.ravel_pytree(CENTERED.w0)[0]))
 
 
 # ---- along a flow ----
@@ -55,9 +55,9 @@ def distance(w):
 
 def test_along_a_flow_they_are_what_dense_jacobians_give():
     flow = flow_at(1.0)
-    found = lipschitz_along(CENTRED.h, CENTRED.loss, CENTRED.w0, flow)
+    found = lipschitz_along(CENTERED.h, CENTERED.loss, CENTERED.w0, flow)
     assert found.failure == 0
-    start = jacobian(CENTRED.w0)
+    start = jacobian(CENTERED.w0)
     for i in range(TIMES.size):
         w = at_time(flow.params, i)
         there = jacobian(w)
@@ -72,10 +72,10 @@ def test_along_a_flow_they_are_what_dense_jacobians_give():
 def test_they_make_theorem_2_3_hold_for_the_flow_and_not_by_far():
     for alpha in (3.0, 100.0):
         flow = flow_at(alpha)
-        found = lipschitz_along(CENTRED.h, CENTRED.loss, CENTRED.w0, flow)
-        both = lj.compare(CENTRED.h, CENTRED.loss, CENTRED.w0, TIMES[:3], alpha=alpha)
+        found = lipschitz_along(CENTERED.h, CENTERED.loss, CENTERED.w0, flow)
+        both = lj.compare(CENTERED.h, CENTERED.loss, CENTERED.w0, TIMES[:3], alpha=alpha)
         bound = bounds.theorem_2_3(
-            alpha=alpha, horizon=TIMES[1:3], residual_norm=float(CENTRED.loss.norm(CENTRED.target)),
+            alpha=alpha, horizon=TIMES[1:3], residual_norm=float(CENTERED.loss.norm(CENTERED.target)),
             lip_h=found.lip_h, lip_dh=found.lip_dh, radius=jnp.inf,
         )  # fmt: skip
         for name in ("output_gap", "displacement_norm"):
@@ -86,9 +86,9 @@ def test_they_make_theorem_2_3_hold_for_the_flow_and_not_by_far():
 
 
 def test_large_scales_keep_their_digits_in_float32_and_tend_to_the_limit():
-    limit = lipschitz_along(CENTRED.h, CENTRED.loss, CENTRED.w0, flow_at(jnp.inf))
-    w0, x, target = jtu.tree_map(lambda leaf: leaf.astype(jnp.float32), (CENTRED.w0, CENTRED.x, CENTRED.target))
-    h = OnData(lj.center(lj.two_layer(jnp.tanh), w0), x)
+    limit = lipschitz_along(CENTERED.h, CENTERED.loss, CENTERED.w0, flow_at(jnp.inf))
+    w0, x, target = jtu.tree_map(lambda leaf: leaf.astype(jnp.float32), (CENTERED.w0, CENTERED.x, CENTERED.target))
+    h = on_data(lj.center(lj.models.two_layer(jnp.tanh), w0), x)
     loss = lj.square_loss(target)
     single = lj.gradient_flow(h, loss, w0, TIMES.astype(jnp.float32), alpha=1e7, save=("displacement",))
     found = lipschitz_along(h, loss, w0, single)
@@ -97,22 +97,22 @@ def test_large_scales_keep_their_digits_in_float32_and_tend_to_the_limit():
     np.testing.assert_allclose(found.dh_norm, limit.dh_norm, rtol=1e-5)
     # The limit is that of D2h along the displacement.
     u = jfu.ravel_pytree(at_time(flow_at(jnp.inf).displacement, 3))[0]
-    flat, unravel = jfu.ravel_pytree(CENTRED.w0)
-    tensor = np.asarray(jax.hessian(lambda v: CENTRED.h(unravel(v)))(flat))
+    flat, unravel = jfu.ravel_pytree(CENTERED.w0)
+    tensor = np.asarray(jax.hessian(lambda v: CENTERED.h(unravel(v)))(flat))
     expected = np.linalg.norm(tensor @ (u / jnp.linalg.norm(u)), 2) / N**0.5
     np.testing.assert_allclose(limit.quotient[3], expected, rtol=1e-7)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-9, 0.3])
 def test_the_change_of_the_differential_is_that_of_dense_jacobians(eps):
-    flat, unravel = jfu.ravel_pytree(CENTRED.w0)
+    flat, unravel = jfu.ravel_pytree(CENTERED.w0)
     u, v = jr.normal(jr.key(5), (2, flat.size))
-    change, transpose = differential_change(CENTRED.h, CENTRED.w0, unravel(u), jnp.asarray(eps))
-    dense = jax.jacrev(lambda c: CENTRED.h(unravel(c)))
+    change, transpose = differential_change(CENTERED.h, CENTERED.w0, unravel(u), jnp.asarray(eps))
+    dense = jax.jacrev(lambda c: CENTERED.h(unravel(c)))
     if eps == 0.3:
         expected = (dense(flat + eps * u) - dense(flat)) / eps
     else:
-        expected = jnp.einsum("npq,q->np", jax.hessian(lambda c: CENTRED.h(unravel(c)))(flat), u)
+        expected = jnp.einsum("npq,q->np", jax.hessian(lambda c: CENTERED.h(unravel(c)))(flat), u)
     np.testing.assert_allclose(change(unravel(v)), expected @ v, rtol=1e-7)
     r = jr.normal(jr.key(6), (N,))
     np.testing.assert_allclose(jfu.ravel_pytree(transpose(r))[0], r @ expected, rtol=1e-7, atol=1e-9)
@@ -123,21 +123,21 @@ def test_their_core_runs_over_flows_at_several_scales_at_once():
     alphas = (3.0, jnp.inf)
     paths = jtu.tree_map(lambda *leaves: jnp.stack(leaves), *(flow_at(alpha).displacement for alpha in alphas))
     keys = jr.split(jr.key(0), TIMES.size)
-    core = functools.partial(path_constants, CENTRED.h, CENTRED.loss, CENTRED.w0)
+    core = functools.partial(path_constants, CENTERED.h, CENTERED.loss, CENTERED.w0)
     found = jax.jit(jax.vmap(lambda u, eps: core(u, eps, keys)))(paths, 1 / jnp.asarray(alphas))
     assert path_slack(N, TIMES.size) == (1.0, 0.0)
     for i, alpha in enumerate(alphas):
-        one = lipschitz_along(CENTRED.h, CENTRED.loss, CENTRED.w0, flow_at(alpha))
+        one = lipschitz_along(CENTERED.h, CENTERED.loss, CENTERED.w0, flow_at(alpha))
         np.testing.assert_allclose(found[0][i], one.dh_norm, rtol=1e-10)
         np.testing.assert_allclose(found[1][i], one.quotient, rtol=1e-10)
 
 
 def test_with_many_outputs_they_are_from_above():
     x = jr.normal(jr.key(0), (90, 3))
-    h = OnData(lj.center(lj.two_layer(jnp.tanh), CENTRED.w0), x)
+    h = on_data(lj.center(lj.models.two_layer(jnp.tanh), CENTERED.w0), x)
     loss = lj.square_loss(jnp.sin(x[:, 0]), mean=False)
-    flow = lj.gradient_flow(h, loss, CENTRED.w0, jnp.array([0.0, 0.01]), save=("displacement", "params"))
-    found = lipschitz_along(h, loss, CENTRED.w0, flow)
+    flow = lj.gradient_flow(h, loss, CENTERED.w0, jnp.array([0.0, 0.01]), save=("displacement", "params"))
+    found = lipschitz_along(h, loss, CENTERED.w0, flow)
     rows = jtu.tree_leaves(jax.jacrev(h)(at_time(flow.params, 1)))
     truth = np.linalg.norm(np.concatenate([np.asarray(row).reshape(90, -1) for row in rows], axis=1), 2)
     assert found.failure == 1e-6
@@ -160,8 +160,8 @@ def test_bounds_of_activations_are_attained(activation):
 
 @pytest.mark.parametrize(("radius", "looseness"), [(0.1, 3.0), (2.0, 8.0)])
 def test_analytic_constants_are_above_sampled_ones_and_those_along_flows(radius, looseness):
-    constants = two_layer_lipschitz(CENTRED.f, CENTRED.w0, CENTRED.x)
-    sampled = sampled_lipschitz_lower(CENTRED.h, CENTRED.loss, CENTRED.w0, radius, samples=8)
+    constants = two_layer_lipschitz(CENTERED.f, CENTERED.w0, CENTERED.x)
+    sampled = sampled_lipschitz_lower(CENTERED.h, CENTERED.loss, CENTERED.w0, radius, samples=8)
     for above, below in (
         (constants.lip_h(radius), sampled.lip_h_lower),
         (constants.lip_dh(radius), sampled.lip_dh_lower),
@@ -169,7 +169,7 @@ def test_analytic_constants_are_above_sampled_ones_and_those_along_flows(radius,
         assert below <= above <= looseness * below
     flow = flow_at(3.0)
     moved = max(distance(at_time(flow.params, i)) for i in range(TIMES.size))
-    along = lipschitz_along(CENTRED.h, CENTRED.loss, CENTRED.w0, flow)
+    along = lipschitz_along(CENTERED.h, CENTERED.loss, CENTERED.w0, flow)
     assert along.lip_h <= constants.lip_h(moved)
     assert along.lip_dh <= constants.lip_dh(moved)
 
@@ -177,7 +177,7 @@ def test_analytic_constants_are_above_sampled_ones_and_those_along_flows(radius,
 def test_analytic_constants_are_sharp_for_one_neuron_on_one_input():
     """sigma = sin with b.x = 3 pi / 4: |sigma'| = |sigma''| = 0.71, so the constants are 1.4 too large, and no more."""
     w0 = {"a": jnp.array([2.0]), "b": jnp.array([[0.75 * np.pi]])}
-    f, x = lj.two_layer(jnp.sin), jnp.ones((1, 1))
+    f, x = lj.models.two_layer(jnp.sin), jnp.ones((1, 1))
     constants = two_layer_lipschitz(f, w0, x)
     tensor = jax.hessian(lambda v: f({"a": v[:1], "b": v[1:][None]}, x)[0])(jnp.array([2.0, 0.75 * np.pi]))
     np.testing.assert_allclose(constants.lip_dh(0.0), np.linalg.norm(tensor, 2) * 2**0.5, rtol=1e-12)
@@ -211,8 +211,8 @@ def test_the_local_constant_at_a_jump_is_where_the_ball_ends():
 
 
 def test_the_local_constant_of_a_two_layer_net_is_smaller_than_on_the_unit_ball():
-    constants = two_layer_lipschitz(CENTRED.f, CENTRED.w0, CENTRED.x)
-    sigma = float(lj.singular_values(lj.linearize(CENTRED.h, CENTRED.w0), CENTRED.loss).smallest)
+    constants = two_layer_lipschitz(CENTERED.f, CENTERED.w0, CENTERED.x)
+    sigma = float(lj.singular_values(lj.linearize(CENTERED.h, CENTERED.w0), CENTERED.loss).smallest)
     local = local_lipschitz(constants.lip_dh, sigma)
     np.testing.assert_allclose(constants.lip_dh(sigma / (2 * local)), local, rtol=1e-10)
     assert constants.lip_dh(0.0) < local < constants.lip_dh(1.0)
@@ -222,18 +222,18 @@ def test_the_local_constant_of_a_two_layer_net_is_smaller_than_on_the_unit_ball(
 
 
 def test_bad_arguments_are_refused():
-    w0, x, h, loss = CENTRED.w0, CENTRED.x, CENTRED.h, CENTRED.loss
+    w0, x, h, loss = CENTERED.w0, CENTERED.x, CENTERED.h, CENTERED.loss
     flow = flow_at(1.0)
     bare = eqx.tree_at(lambda f: f.displacement, flow, None)
     with pytest.raises(ValueError, match="flow must hold displacements"):
         lipschitz_along(h, loss, w0, bare)
     with pytest.raises(TypeError, match="f must be a two_layer net"):
-        two_layer_lipschitz(lj.mlp(), w0, x)
+        two_layer_lipschitz(lj.models.mlp(), w0, x)
     with pytest.raises(ValueError, match="bounds must be given for the activation"):
-        two_layer_lipschitz(lj.two_layer(), w0, x)
+        two_layer_lipschitz(lj.models.two_layer(), w0, x)
     for wrong in ((1.0, jnp.inf), (-1.0, 1.0)):
         with pytest.raises(ValueError, match="bounds must be positive and finite"):
-            two_layer_lipschitz(lj.two_layer(), w0, x, bounds=wrong)
+            two_layer_lipschitz(lj.models.two_layer(), w0, x, bounds=wrong)
     for radius in (0.0, float("inf")):
         with pytest.raises(ValueError, match="radius must be positive and finite"):
             sampled_lipschitz_lower(h, loss, w0, radius)

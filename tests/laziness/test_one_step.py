@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centred_problem, relative_error
+from helpers import centered_problem, relative_error
 from lazyjax.laziness.hessian_norm import SecondDerivative, norm_lower
 from lazyjax.laziness.one_step import lazy_ratio, step_criterion
 
-CENTRED = centred_problem(jr.key(2))
-N = CENTRED.target.size
+CENTERED = centered_problem(jr.key(2))
+N = CENTERED.target.size
 
 
 @functools.cache
 def flat():
-    vector, unravel = jfu.ravel_pytree(CENTRED.w0)
-    return vector, lambda v: CENTRED.h(unravel(v))
+    vector, unravel = jfu.ravel_pytree(CENTERED.w0)
+    return vector, lambda v: CENTERED.h(unravel(v))
 
 
 def jacobian(v):
@@ -30,15 +30,15 @@ def jacobian(v):
 
 @pytest.mark.parametrize("alpha", [1.0, 30.0])
 def test_the_criterion_is_what_one_dense_step_gives(alpha):
-    step = step_criterion(CENTRED.h, CENTRED.loss, CENTRED.w0, alpha=alpha)
+    step = step_criterion(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=alpha)
     w0, h = flat()
     before = jacobian(w0)
     norm = np.linalg.norm(before, 2) / np.sqrt(N)
     np.testing.assert_allclose(step.step_size, 1 / norm**2, rtol=1e-8)
-    gradient = before.T @ (alpha * np.asarray(h(w0)) - np.asarray(CENTRED.target)) / (N * alpha)
+    gradient = before.T @ (alpha * np.asarray(h(w0)) - np.asarray(CENTERED.target)) / (N * alpha)
     w1 = np.asarray(w0) - gradient / norm**2
     change = np.linalg.norm(jacobian(jnp.asarray(w1)) - before, 2) / np.sqrt(N) / norm
-    objectives = [float(CENTRED.loss(alpha * h(jnp.asarray(w)))) for w in (w0, w1)]
+    objectives = [float(CENTERED.loss(alpha * h(jnp.asarray(w)))) for w in (w0, w1)]
     np.testing.assert_allclose(step.jacobian_change, change, rtol=1e-7)
     np.testing.assert_allclose(step.objective_change, abs(objectives[1] / objectives[0] - 1), rtol=1e-7)
     np.testing.assert_allclose(step.ratio, step.jacobian_change / step.objective_change)
@@ -46,10 +46,10 @@ def test_the_criterion_is_what_one_dense_step_gives(alpha):
 
 @pytest.mark.parametrize("alpha", [1e7, 1e12])
 def test_the_change_of_the_differential_keeps_its_digits_in_float32(alpha):
-    single = centred_problem(jr.key(2), dtype=jnp.float32)
+    single = centered_problem(jr.key(2), dtype=jnp.float32)
     step = step_criterion(single.h, single.loss, single.w0, alpha=alpha)
     wide = jax.tree_util.tree_map(lambda leaf: leaf.astype(float), single.w0)
-    h = lj.center(functools.partial(lj.two_layer(jnp.tanh), x=single.x.astype(float)), wide)
+    h = lj.center(functools.partial(lj.models.two_layer(jnp.tanh), x=single.x.astype(float)), wide)
     truth = step_criterion(h, lj.square_loss(single.target.astype(float)), wide, alpha=alpha)
     assert step.jacobian_change.dtype == jnp.float32
     assert relative_error(step.jacobian_change, truth.jacobian_change) < 1e-4
@@ -57,7 +57,7 @@ def test_the_change_of_the_differential_keeps_its_digits_in_float32(alpha):
 
 
 def test_the_criterion_vanishes_at_infinity_and_for_a_linear_model():
-    assert float(step_criterion(CENTRED.h, CENTRED.loss, CENTRED.w0, alpha=jnp.inf).ratio) == 0.0
+    assert float(step_criterion(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=jnp.inf).ratio) == 0.0
     linear = step_criterion(lambda w: 2.0 * w, lj.square_loss(jnp.ones(3)), jnp.zeros(3))
     assert float(linear.jacobian_change) == 0.0
     assert float(linear.objective_change) > 0.1
@@ -77,7 +77,7 @@ def brute_hessian_norm(starts=300, iterations=400):
 
 
 def searched_norm():
-    return float(norm_lower(SecondDerivative(CENTRED.h, CENTRED.w0, N**-0.5), N, jr.key(0), 10))
+    return float(norm_lower(SecondDerivative(CENTERED.h, CENTERED.w0, N**-0.5), N, jr.key(0), 10))
 
 
 def test_the_lower_hessian_norm_reaches_the_supremum():
@@ -90,11 +90,11 @@ def test_the_lower_hessian_norm_reaches_the_supremum():
 
 def test_the_lazy_ratio_is_its_formula_and_at_least_half_of_kappa():
     alpha = 3.0
-    ratio = float(lazy_ratio(CENTRED.h, CENTRED.loss, CENTRED.w0, alpha=alpha))
+    ratio = float(lazy_ratio(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=alpha))
     w0, h = flat()
-    dense, residual = jacobian(w0), -np.asarray(CENTRED.target)
+    dense, residual = jacobian(w0), -np.asarray(CENTERED.target)
     dh, d2h = np.linalg.norm(dense, 2) / np.sqrt(N), searched_norm()
-    objective = float(CENTRED.loss(h(w0))) / alpha**2
+    objective = float(CENTERED.loss(h(w0))) / alpha**2
     gradient = np.linalg.norm(dense.T @ residual) / (N * alpha)
     np.testing.assert_allclose(ratio, objective * alpha * d2h / (gradient * alpha * dh), rtol=1e-8)
     kappa = np.linalg.norm(residual) / np.sqrt(N) * d2h / dh**2 / alpha
@@ -110,8 +110,8 @@ def test_a_start_with_nothing_to_train_is_refused():
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="step_size must be positive"):
-        step_criterion(CENTRED.h, CENTRED.loss, CENTRED.w0, step_size=-0.1)
+        step_criterion(CENTERED.h, CENTERED.loss, CENTERED.w0, step_size=-0.1)
     with pytest.raises(ValueError, match="alpha must be a scale"):
-        lazy_ratio(CENTRED.h, CENTRED.loss, CENTRED.w0, alpha=0.0)
+        lazy_ratio(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=0.0)
     with pytest.raises(ValueError, match="starts must be at least 1"):
-        lazy_ratio(CENTRED.h, CENTRED.loss, CENTRED.w0, starts=0)
+        lazy_ratio(CENTERED.h, CENTERED.loss, CENTERED.w0, starts=0)

@@ -11,8 +11,8 @@ import pytest
 import lazyjax as lj
 from helpers import relative_error
 
-F = lj.mlp(jnp.tanh)
-W0 = lj.init_mlp(jr.key(0), (3, 6, 4))
+F = lj.models.mlp(jnp.tanh)
+W0 = lj.models.mlp().init(jr.key(0), (3, 6, 4))
 X = jr.normal(jr.key(1), (5, 3))
 
 
@@ -26,7 +26,7 @@ def flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jtu.tree_leaves(tree)])
 
 
-@pytest.mark.parametrize("difference", ["finite", "plain"])
+@pytest.mark.parametrize("difference", ["exact", "plain"])
 def test_measures_are_their_formulas(difference):
     w = shifted(0.1)
     now = lj.track(F, W0, X, difference=difference)(w)
@@ -73,16 +73,16 @@ def test_changes_below_rounding_keep_their_digits_in_float32():
 
 def test_the_tracker_runs_in_a_jitted_scan():
     tracker = lj.track(F, W0, X)
-    optimiser = optax.sgd(0.3)
+    optimizer = optax.sgd(0.3)
 
     def step(carry, _):
         w, state = carry
         gradient = jax.grad(lambda v: jnp.mean(F(v, X) ** 2))(w)
-        updates, state = optimiser.update(gradient, state)
+        updates, state = optimizer.update(gradient, state)
         w = optax.apply_updates(w, updates)
         return (w, state), tracker(w)
 
-    (w, _), history = jax.jit(lambda: jax.lax.scan(step, (W0, optimiser.init(W0)), length=3))()
+    (w, _), history = jax.jit(lambda: jax.lax.scan(step, (W0, optimizer.init(W0)), length=3))()
     assert relative_error(jtu.tree_map(lambda leaf: leaf[-1], history), tracker(w)) < 1e-12
     assert np.all(np.diff(history.displacement) > 0)
 
@@ -105,7 +105,7 @@ def test_a_model_with_a_primitive_without_a_rule_is_tracked_plainly():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match='difference must be "finite" or "plain", got \'no\''):
+    with pytest.raises(ValueError, match='difference must be "exact" or "plain", got \'no\''):
         lj.track(F, W0, X, difference="no")
     with pytest.raises(ValueError, match="x must hold at least one sample"):
         lj.track(F, W0, X[:0])
@@ -113,11 +113,11 @@ def test_bad_arguments_are_refused():
         lj.track(F, {}, X)
     with pytest.raises(ValueError, match="f must return one row of outputs a sample"):
         lj.track(lambda w, x: F(w, x)[:2], W0, X)
-    with pytest.raises(ValueError, match=r"w must have the structure and shapes of w0.*without the optimiser's state"):
+    with pytest.raises(ValueError, match=r"w must have the structure and shapes of w0.*without the optimizer's state"):
         lj.track(F, W0, X)({"params": W0})
 
 
-@pytest.mark.parametrize("difference", ["finite", "plain"])
+@pytest.mark.parametrize("difference", ["exact", "plain"])
 def test_a_diverged_training_does_not_look_lazy(difference):
     """NaN in one weight of one unit is NaN in every measure, not zero."""
     leaves, structure = jtu.tree_flatten(shifted(0.1))

@@ -76,8 +76,8 @@ def textbook_resnet(w, x):
 
 
 NETS = {
-    "vgg11": (lj.vgg11, lj.init_vgg11, textbook_vgg),
-    "resnet18": (lj.resnet18, lj.init_resnet18, textbook_resnet),
+    "vgg11": (lj.models.vgg11, lj.models.vgg11().init, textbook_vgg),
+    "resnet18": (lj.models.resnet18, lj.models.resnet18().init, textbook_resnet),
 }
 each_net = pytest.mark.parametrize("name", NETS)
 
@@ -118,7 +118,7 @@ class TestConvolution:
 
 class TestCounts:
     def test_vgg11_has_the_papers(self):
-        w = shapes(lj.init_vgg11)
+        w = shapes(lj.models.vgg11().init)
         assert count(w[:-1]) == 9_220_480
         assert count(w[-1]) == 5_130
         assert len(w) == 9
@@ -130,7 +130,7 @@ class TestCounts:
         for before, after in ((64, 128), (128, 256), (256, 512)):
             stages.append(9 * before * after + after + 3 * same[after] + before * after + after)
         last = 512 * 10 + 10
-        assert count(shapes(lj.init_resnet18)) == first + sum(stages) + last == 11_169_162
+        assert count(shapes(lj.models.resnet18().init)) == first + sum(stages) + last == 11_169_162
 
     @each_net
     def test_products_of_width_multiply_every_channel(self, name):
@@ -140,11 +140,11 @@ class TestCounts:
             assert 8 in ratios or a.shape == b.shape == (10,), path
 
     def test_other_images_and_outputs(self):
-        w = shapes(lj.init_vgg11, shape=(64, 32, 2), outputs=4)
+        w = shapes(lj.models.vgg11().init, shape=(64, 32, 2), outputs=4)
         assert w[0]["weight"].shape == (3, 3, 2, 64)
         assert w[-1]["weight"].shape == (4, 1024)
         x = jax.ShapeDtypeStruct((5, 64, 32, 2), jnp.result_type(float))
-        assert jax.eval_shape(lj.vgg11(), w, x).shape == (5, 4)
+        assert jax.eval_shape(lj.models.vgg11(), w, x).shape == (5, 4)
 
 
 @each_net
@@ -240,16 +240,16 @@ def test_patches_keep_convolutions_out_of_loops(getkey):
 
 def test_stability_of_activations_by_hand():
     """One bias turned around in the second layer: its units are on for some pixels and off for others."""
-    f, w = lj.vgg11(), lj.init_vgg11(jr.key(0), width=NARROW, shape=(32, 32, 1))
+    f, w = lj.models.vgg11(), lj.models.vgg11().init(jr.key(0), width=NARROW, shape=(32, 32, 1))
     x = jr.normal(jr.key(1), (3, 32, 32, 1))
-    assert float(lj.activation_stability(f, w, w, x)) == 1
+    assert float(lj.laziness.activation_stability(f, w, w, x)) == 1
     dead = [*w]
     dead[7] = {"weight": w[7]["weight"], "bias": jnp.full(16, -1e3)}
     before = f.preactivations(w, x)[7]
     assert before.shape == (3, 2, 2, 16)
     share = 1 - np.mean(np.asarray(before) > 0)
     assert 0.3 < share < 0.7
-    np.testing.assert_allclose(lj.activation_stability(f, w, dead, x), (7 + share) / 8)
+    np.testing.assert_allclose(lj.laziness.activation_stability(f, w, dead, x), (7 + share) / 8)
 
 
 def test_vmap_over_parameters(getkey):
@@ -272,7 +272,7 @@ def test_vmap_over_parameters(getkey):
 )
 def test_bad_inits_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        lj.init_vgg11(jr.key(0), **options)
+        lj.models.vgg11().init(jr.key(0), **options)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from flax import linen
 
 import lazyjax as lj
-from lazyjax.models.maps import OnData, declares_zero
+from lazyjax.models.maps import declares_zero, on_data
 
 
 class ConvNet(eqx.Module):
@@ -56,15 +56,15 @@ def cases():
     key, dtype = jr.key(3), jnp.float32
     x = jr.normal(key, (7, 5), dtype)
     images = jr.normal(key, (4, 1, 8, 8), dtype)
-    two = lj.init_two_layer(key, 5, 12, dtype=dtype)
+    two = lj.models.two_layer().init(key, d=5, width=12, dtype=dtype)
     flax = FlaxNet()
     scale = np.float32(np.sqrt(12))
     counted_w = {"a": jr.normal(key, (3,), dtype), "b": jr.normal(key, (5,), dtype), "row": jnp.array(1)}
     return [
-        ("two_layer", lj.two_layer(jnp.tanh), two, x),
+        ("two_layer", lj.models.two_layer(jnp.tanh), two, x),
         # A product at the end of f is what a compiler likes to contract with the subtraction.
-        ("two_layer over sqrt m", lambda w, x: lj.two_layer(jnp.tanh)(w, x) / scale, two, x),
-        ("mlp", lj.mlp(), lj.init_mlp(key, [5, 9, 9, 2], dtype=dtype), x),
+        ("two_layer over sqrt m", lambda w, x: lj.models.two_layer(jnp.tanh)(w, x) / scale, two, x),
+        ("mlp", lj.models.mlp(), lj.models.mlp().init(key, [5, 9, 9, 2], dtype=dtype), x),
         ("equinox", conv_net, ConvNet(key), images),
         ("flax", flax.apply, flax.init(key, x), x),
         ("integer leaf", counted, counted_w, x),
@@ -87,24 +87,24 @@ def flat_jacobian(h, w):
 
 
 def test_two_layer_is_its_formula():
-    w, x = lj.init_two_layer(jr.key(0), 3, 4), jr.normal(jr.key(1), (5, 3))
+    w, x = lj.models.two_layer().init(jr.key(0), d=3, width=4), jr.normal(jr.key(1), (5, 3))
     a, b = np.asarray(w["a"]), np.asarray(w["b"])
     expected = [sum(a[j] * max(b[j] @ row, 0) for j in range(4)) for row in np.asarray(x)]
-    np.testing.assert_allclose(lj.two_layer()(w, x), expected, rtol=1e-14, atol=1e-15)
-    np.testing.assert_allclose(lj.two_layer(jnp.tanh)(w, x), np.tanh(np.asarray(x) @ b.T) @ a, rtol=1e-13)
-    np.testing.assert_allclose(lj.two_layer().preactivations(w, x)[0], np.asarray(x) @ b.T, rtol=1e-14)
+    np.testing.assert_allclose(lj.models.two_layer()(w, x), expected, rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(lj.models.two_layer(jnp.tanh)(w, x), np.tanh(np.asarray(x) @ b.T) @ a, rtol=1e-13)
+    np.testing.assert_allclose(lj.models.two_layer().preactivations(w, x)[0], np.asarray(x) @ b.T, rtol=1e-14)
 
 
 def test_mlp_is_its_formula_with_biases():
-    w = lj.init_mlp(jr.key(0), [3, 6, 4, 2])
+    w = lj.models.mlp().init(jr.key(0), [3, 6, 4, 2])
     for i, layer in enumerate(w):  # biases start at zero, where they would not be seen
         layer["bias"] = jr.normal(jr.key(i), layer["bias"].shape)
     x = np.asarray(jr.normal(jr.key(9), (5, 3)))
     z1 = x @ np.asarray(w[0]["weight"]).T + np.asarray(w[0]["bias"])
     z2 = np.maximum(z1, 0) @ np.asarray(w[1]["weight"]).T + np.asarray(w[1]["bias"])
     out = np.maximum(z2, 0) @ np.asarray(w[2]["weight"]).T + np.asarray(w[2]["bias"])
-    np.testing.assert_allclose(lj.mlp()(w, jnp.asarray(x)), out, rtol=1e-13, atol=1e-14)
-    hidden = lj.mlp().preactivations(w, jnp.asarray(x))
+    np.testing.assert_allclose(lj.models.mlp()(w, jnp.asarray(x)), out, rtol=1e-13, atol=1e-14)
+    hidden = lj.models.mlp().preactivations(w, jnp.asarray(x))
     for got, expected in zip(hidden, [z1, z2], strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-14)
 
@@ -113,15 +113,15 @@ def test_diagonal_linear_is_its_formula_and_starts_at_zero():
     w = {"u": jr.normal(jr.key(0), (3,)), "v": jr.normal(jr.key(1), (3,))}
     x = jr.normal(jr.key(2), (4, 3))
     expected = np.asarray(x) @ (np.asarray(w["u"]) ** 2 - np.asarray(w["v"]) ** 2)
-    np.testing.assert_allclose(lj.diagonal_linear(w, x), expected, rtol=1e-13, atol=1e-14)
-    start = lj.init_diagonal_linear(3, tau=0.7, dtype=jnp.float32)
+    np.testing.assert_allclose(lj.models.diagonal_linear()(w, x), expected, rtol=1e-13, atol=1e-14)
+    start = lj.models.diagonal_linear().init(d=3, tau=0.7, dtype=jnp.float32)
     assert [leaf.dtype for leaf in jax.tree.leaves(start)] == [jnp.float32] * 2
     np.testing.assert_array_equal(start["u"], np.full(3, 0.7, np.float32))
-    np.testing.assert_array_equal(lj.diagonal_linear(start, x.astype(jnp.float32)), np.zeros(4))
+    np.testing.assert_array_equal(lj.models.diagonal_linear()(start, x.astype(jnp.float32)), np.zeros(4))
 
 
 def test_the_relu_two_layer_net_is_2_homogeneous():
-    f, w, x = lj.two_layer(), lj.init_two_layer(jr.key(0), 3, 8), jr.normal(jr.key(1), (5, 3))
+    f, w, x = lj.models.two_layer(), lj.models.two_layer().init(jr.key(0), d=3, width=8), jr.normal(jr.key(1), (5, 3))
 
     @jax.jit
     def both(w):
@@ -138,7 +138,7 @@ def test_the_relu_two_layer_net_is_2_homogeneous():
 
 def test_two_layer_weights_have_mean_zero_and_standard_deviation_tau():
     tau, m, d = 0.5, 200, 300
-    w = lj.init_two_layer(jr.key(1), d, m, tau=tau)
+    w = lj.models.two_layer().init(jr.key(1), d=d, width=m, tau=tau)
     for leaf in (w["a"], w["b"]):
         z = np.asarray(leaf).ravel() / tau
         # Five standard errors of the mean, of the variance, and of the fourth moment, which is 3 of a Gaussian.
@@ -150,7 +150,7 @@ def test_two_layer_weights_have_mean_zero_and_standard_deviation_tau():
 
 
 def test_mlp_weights_have_xaviers_variance_times_the_gain_squared():
-    w = lj.init_mlp(jr.key(1), [300, 200, 50], gain=3.0)
+    w = lj.models.mlp().init(jr.key(1), [300, 200, 50], gain=3.0)
     for layer, (n_in, n_out) in zip(w, [(300, 200), (200, 50)], strict=True):
         z = np.asarray(layer["weight"]).ravel() / (3 * np.sqrt(2 / (n_in + n_out)))
         assert layer["weight"].shape == (n_out, n_in)
@@ -160,49 +160,62 @@ def test_mlp_weights_have_xaviers_variance_times_the_gain_squared():
 
 
 def test_a_symmetric_init_mirrors_its_second_half():
-    w = lj.init_two_layer(jr.key(0), 3, 8, symmetric=True)
+    w = lj.models.two_layer().init(jr.key(0), d=3, width=8, symmetric=True)
     np.testing.assert_array_equal(w["a"][4:], -w["a"][:4])
     np.testing.assert_array_equal(w["b"][4:], w["b"][:4])
     assert len(np.unique(np.abs(w["a"]))) == 4
     x = jr.normal(jr.key(1), (5, 3))
-    np.testing.assert_allclose(lj.two_layer(jnp.tanh)(w, x), 0, atol=1e-14)
+    np.testing.assert_allclose(lj.models.two_layer(jnp.tanh)(w, x), 0, atol=1e-14)
 
 
 def test_inits_have_the_dtype_asked_for_or_jaxs_default():
     key = jr.key(0)
     for dtype, expected in [(jnp.float32, jnp.float32), (None, jnp.float64)]:
         trees = [
-            lj.init_two_layer(key, 2, 4, tau=0.5, symmetric=True, dtype=dtype),
-            lj.init_mlp(key, [2, 3], gain=2.0, dtype=dtype),
-            lj.init_diagonal_linear(2, tau=0.1, dtype=dtype),
+            lj.models.two_layer().init(key, d=2, width=4, tau=0.5, symmetric=True, dtype=dtype),
+            lj.models.mlp().init(key, [2, 3], gain=2.0, dtype=dtype),
+            lj.models.diagonal_linear().init(d=2, tau=0.1, dtype=dtype),
         ]
         assert {leaf.dtype for leaf in jax.tree.leaves(trees)} == {jnp.dtype(expected)}
 
 
 def test_tau_and_gain_may_be_traced_so_that_a_sweep_compiles_once():
-    jax.jit(lambda s: (lj.init_mlp(jr.key(0), [2, 3], gain=s), lj.init_diagonal_linear(2, tau=s)))(2.0)
-    lanes = jax.jit(jax.vmap(lambda tau: lj.init_two_layer(jr.key(0), 2, 3, tau=tau)["b"]))(jnp.array([1.0, 2.0]))
+    jax.jit(lambda s: (lj.models.mlp().init(jr.key(0), [2, 3], gain=s), lj.models.diagonal_linear().init(d=2, tau=s)))(
+        2.0
+    )
+    lanes = jax.jit(jax.vmap(lambda tau: lj.models.two_layer().init(jr.key(0), d=2, width=3, tau=tau)["b"]))(
+        jnp.array([1.0, 2.0])
+    )
     np.testing.assert_array_equal(lanes[1], 2 * lanes[0])
-    np.testing.assert_array_equal(lanes[0], lj.init_two_layer(jr.key(0), 2, 3)["b"])
+    np.testing.assert_array_equal(lanes[0], lj.models.two_layer().init(jr.key(0), d=2, width=3)["b"])
 
 
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: lj.init_two_layer(jr.key(0), 0, 3), "d and width must be at least 1, got d=0, width=3"),
-        (lambda: lj.init_two_layer(jr.key(0), 3, 0), "got d=3, width=0"),
-        (lambda: lj.init_two_layer(jr.key(0), 3, 4, tau=0.0), "tau must be a positive standard deviation, got 0.0"),
-        (lambda: lj.init_two_layer(jr.key(0), 3, 4, tau=jnp.nan), "tau must be a positive"),
-        (lambda: lj.init_two_layer(jr.key(0), 3, 5, symmetric=True), "width must be even .* got 5; use 6"),
-        (lambda: lj.init_mlp(jr.key(0), [3]), r"at least two positive widths .* got \(3,\)"),
-        (lambda: lj.init_mlp(jr.key(0), [3, 0, 1]), r"got \(3, 0, 1\)"),
-        (lambda: lj.init_mlp(jr.key(0), [3, 1], gain=0.0), "gain must be a positive factor, got 0.0"),
-        (lambda: lj.init_mlp(jr.key(0), [3, 1], gain=jnp.nan), "gain must be a positive"),
-        (lambda: lj.init_diagonal_linear(0), "d must be at least 1, got 0"),
-        (lambda: lj.init_diagonal_linear(2, tau=-1.0), "tau must be a positive scale, got -1.0"),
-        (lambda: lj.init_diagonal_linear(2, tau=jnp.nan), "tau must be a positive"),
-        (lambda: lj.rescale(lj.diagonal_linear, jnp.inf), "factor must be a finite number, got inf"),
-        (lambda: lj.rescale(lj.diagonal_linear, jnp.nan), "factor must be a finite number, got nan"),
+        (
+            lambda: lj.models.two_layer().init(jr.key(0), d=0, width=3),
+            "d and width must be at least 1, got d=0, width=3",
+        ),
+        (lambda: lj.models.two_layer().init(jr.key(0), d=3, width=0), "got d=3, width=0"),
+        (
+            lambda: lj.models.two_layer().init(jr.key(0), d=3, width=4, tau=0.0),
+            "tau must be a positive standard deviation, got 0.0",
+        ),
+        (lambda: lj.models.two_layer().init(jr.key(0), d=3, width=4, tau=jnp.nan), "tau must be a positive"),
+        (
+            lambda: lj.models.two_layer().init(jr.key(0), d=3, width=5, symmetric=True),
+            "width must be even .* got 5; use 6",
+        ),
+        (lambda: lj.models.mlp().init(jr.key(0), [3]), r"at least two positive widths .* got \(3,\)"),
+        (lambda: lj.models.mlp().init(jr.key(0), [3, 0, 1]), r"got \(3, 0, 1\)"),
+        (lambda: lj.models.mlp().init(jr.key(0), [3, 1], gain=0.0), "gain must be a positive factor, got 0.0"),
+        (lambda: lj.models.mlp().init(jr.key(0), [3, 1], gain=jnp.nan), "gain must be a positive"),
+        (lambda: lj.models.diagonal_linear().init(d=0), "d must be at least 1, got 0"),
+        (lambda: lj.models.diagonal_linear().init(d=2, tau=-1.0), "tau must be a positive scale, got -1.0"),
+        (lambda: lj.models.diagonal_linear().init(d=2, tau=jnp.nan), "tau must be a positive"),
+        (lambda: lj.rescale(lj.models.diagonal_linear(), jnp.inf), "factor must be a finite number, got inf"),
+        (lambda: lj.rescale(lj.models.diagonal_linear(), jnp.nan), "factor must be a finite number, got nan"),
         (lambda: lj.center(jnp.sin, jnp.array([1.0, jnp.nan])), "w0 must be finite, but 1 of its 2"),
         (lambda: lj.symmetrize(jnp.sin, {"a": jnp.array([jnp.inf])}), r"w0\['a'\] must be finite"),
     ],
@@ -216,7 +229,7 @@ def test_unfit_arguments_are_refused(call, match):
 
 
 @by_name
-def test_a_centred_model_is_exactly_zero_at_w0_in_float32_eager_and_compiled(name):
+def test_a_centered_model_is_exactly_zero_at_w0_in_float32_eager_and_compiled(name):
     f, w0, x = CASES[name]
     g = lj.center(f, w0)
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
@@ -248,7 +261,7 @@ def test_a_symmetrized_model_is_exactly_zero_at_its_start_in_float32_eager_and_c
 
 
 @by_name
-def test_centring_leaves_the_derivative_and_moves_the_outputs_by_a_constant(name):
+def test_centering_leaves_the_derivative_and_moves_the_outputs_by_a_constant(name):
     f, w0, x = CASES[name]
     g = lj.center(f, w0)
     w = jax.tree.map(lambda leaf: leaf + 1 if eqx.is_inexact_array(leaf) else leaf, w0)
@@ -273,7 +286,7 @@ def test_symmetrizing_doubles_the_tangent_kernel(name):
 
 
 def test_second_derivatives_of_a_symmetrized_model_vanish_along_kernel_directions():
-    f, w0 = lj.two_layer(jnp.tanh), lj.init_two_layer(jr.key(0), 3, 6)
+    f, w0 = lj.models.two_layer(jnp.tanh), lj.models.two_layer().init(jr.key(0), d=3, width=6)
     x, r = jr.normal(jr.key(1), (5, 3)), jr.normal(jr.key(2), (5,))
     f2, w2 = lj.symmetrize(f, w0)
 
@@ -308,7 +321,7 @@ def test_a_difference_of_outputs_that_are_not_finite_is_not_finite():
 
 
 def test_preactivations_pass_through_the_maps():
-    f, w0, x = lj.two_layer(), lj.init_two_layer(jr.key(0), 3, 6), jr.normal(jr.key(1), (5, 3))
+    f, w0, x = lj.models.two_layer(), lj.models.two_layer().init(jr.key(0), d=3, width=6), jr.normal(jr.key(1), (5, 3))
     (expected,) = f.preactivations(w0, x)
     f2, w2 = lj.symmetrize(f, w0)
     np.testing.assert_array_equal(lj.center(f, w0).preactivations(w0, x)[0], expected)
@@ -317,7 +330,11 @@ def test_preactivations_pass_through_the_maps():
 
 
 def test_maps_have_preactivations_only_where_their_model_has_them():
-    f, plain, w0 = lj.two_layer(), lambda w, x: x @ w["b"].T @ w["a"], lj.init_two_layer(jr.key(0), 3, 6)
+    f, plain, w0 = (
+        lj.models.two_layer(),
+        lambda w, x: x @ w["b"].T @ w["a"],
+        lj.models.two_layer().init(jr.key(0), d=3, width=6),
+    )
     for wrap in (lambda g: lj.center(g, w0), lambda g: lj.symmetrize(g, w0)[0], lambda g: lj.rescale(g, 2.0)):
         assert hasattr(wrap(wrap(f)), "preactivations")
         assert not hasattr(wrap(wrap(plain)), "preactivations")
@@ -340,24 +357,24 @@ def test_rescaling_multiplies_the_outputs_in_their_dtype():
 
 
 def test_zero_is_declared_at_w0_through_every_wrapper_and_nowhere_else():
-    f, w0, x = lj.two_layer(), lj.init_two_layer(jr.key(0), 3, 4), jr.normal(jr.key(1), (5, 3))
+    f, w0, x = lj.models.two_layer(), lj.models.two_layer().init(jr.key(0), d=3, width=4), jr.normal(jr.key(1), (5, 3))
     f2, w2 = lj.symmetrize(f, w0)
     other = {"a": w0["a"].at[0].add(1e-15), "b": w0["b"]}
     copy = jax.tree.map(jnp.copy, w0)
     wrappers = [
         lambda g: g,
         lambda g: partial(g, x=x),
-        lambda g: OnData(g, x),
+        lambda g: on_data(g, x),
         lambda g: lj.rescale(g, 3.0),
-        lambda g: OnData(lj.rescale(partial(g), 3.0), x),
+        lambda g: on_data(lj.rescale(partial(g), 3.0), x),
         lambda g: partial(partial(lj.rescale(g, 2.0)), x=x),
     ]
     for wrap in wrappers:
-        centred, mirrored, plain = wrap(lj.center(f, w0)), wrap(f2), wrap(f)
-        assert declares_zero(centred, w0)
-        assert declares_zero(centred, copy)
-        assert not declares_zero(centred, other)
-        assert not declares_zero(centred, {"a": w0["a"]})
+        centered, mirrored, plain = wrap(lj.center(f, w0)), wrap(f2), wrap(f)
+        assert declares_zero(centered, w0)
+        assert declares_zero(centered, copy)
+        assert not declares_zero(centered, other)
+        assert not declares_zero(centered, {"a": w0["a"]})
         assert declares_zero(mirrored, w2)
         assert declares_zero(mirrored, (w0, copy))
         assert not declares_zero(mirrored, (w0, other))

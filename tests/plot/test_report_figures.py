@@ -13,7 +13,7 @@ TIMES = np.concatenate([[0.0], np.geomspace(1e-2, 10, 8)])
 
 
 def make_report(*, classes=True, test=True, failed=None, stability=True, alphas=ALPHAS):
-    """A report with the laws of a centred model: output gap 0.5/alpha above a floor of 1e-5, the tangent beside it."""
+    """A report with the laws of a centered model: output gap 0.5/alpha above a floor of 1e-5, the tangent beside it."""
     parts = ["train", "test"] if test else ["train"]
     finite = np.where(np.isfinite(alphas), alphas, 1e9)
     along = TIMES / TIMES[-1]
@@ -200,8 +200,8 @@ class TestEigenvalues:
         assert fraction == pytest.approx(np.arange(1, 22) / 21)
         assert values[:7] == pytest.approx(np.geomspace(1, 1e-6, 7))
         assert np.all(np.isnan(values[7:]))
-        _, learnt = line(ax, legend(ax)[1])
-        assert learnt == pytest.approx(1 / 40)
+        _, learned = line(ax, legend(ax)[1])
+        assert learned == pytest.approx(1 / 40)
 
     def test_the_leading_ones_lie_at_their_share_of_all_outputs(self):
         dataset = make_report().dataset.isel(mode=slice(0, 3)).assign_attrs(num_train=1000)
@@ -216,7 +216,7 @@ CURVES = {
 
 
 class TestSpectrum:
-    def test_the_curves_lie_on_common_axes_told_apart_by_colour_and_dashes(self):
+    def test_the_curves_lie_on_common_axes_told_apart_by_color_and_dashes(self):
         figure = plot.plot_spectrum(CURVES)
         (ax,) = figure.axes
         assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")

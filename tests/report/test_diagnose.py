@@ -15,8 +15,8 @@ from lazyjax.losses.targets import make_task
 from lazyjax.report.certificate import choose_scale
 from lazyjax.report.verdict import fit_slope, kernel_facts, rounding_notes
 
-F = lj.mlp(jnp.tanh)
-W0 = lj.init_mlp(jr.key(0), [4, 16, 3])
+F = lj.models.mlp(jnp.tanh)
+W0 = lj.models.mlp().init(jr.key(0), [4, 16, 3])
 X = jr.normal(jr.key(1), (12, 4))
 LABELS = jnp.argmax(X[:, :3], axis=1)
 X_TEST = jr.normal(jr.key(2), (20, 4))
@@ -118,7 +118,7 @@ def test_a_best_stop_at_the_end_is_called_so(report):
 
 def test_modes_lost_to_single_precision_are_told_of(report):
     assert report.notes == ()
-    # The same numbers as if ten modes had been cut in float32: the smallest kept is 2e-3, learnt to a tenth at 50.
+    # The same numbers as if ten modes had been cut in float32: the smallest kept is 2e-3, learned to a tenth at 50.
     data = report.dataset.copy(deep=True)
     data["kernel_eigenvalue"][0] = 20.0
     data.attrs.update(dtype="float32", kernel_rank=26, kernel_condition=1e4)

@@ -11,7 +11,7 @@ import xarray
 from diffrax import RESULTS
 
 import lazyjax as lj
-from helpers import centred_problem, relative_error
+from helpers import centered_problem, relative_error
 
 sweep_module = sys.modules["lazyjax.report.sweep"]  # the package's attribute of that name is the function
 
@@ -70,7 +70,7 @@ def test_shared_arrays_are_arguments_not_constants():
 
 
 def test_flows_over_alpha_and_targets_are_single_flows():
-    problem = centred_problem(jr.key(2))
+    problem = centered_problem(jr.key(2))
     ts = jnp.array([0.0, 1.0])
     targets = jnp.stack([problem.target, -problem.target])
 

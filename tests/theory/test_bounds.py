@@ -236,7 +236,7 @@ def test_without_growth_theorem_2_2_is_a_polynomial_in_time():
     horizon, length = HORIZON["horizon"], math.sqrt(HORIZON["horizon"] * HORIZON["start_loss"])
     turn = 2 * HORIZON["lip_h"] * HORIZON["lip_dh"] * length * math.sqrt(2 * HORIZON["start_loss"])
     np.testing.assert_allclose(still.output_gap, turn * horizon / HORIZON["alpha"], rtol=1e-14)
-    for dh in (1e-3, 1e-6, 1e-9):  # towards it to first order in C2 = dh^2, without cancellation
+    for dh in (1e-3, 1e-6, 1e-9):  # toward it to first order in C2 = dh^2, without cancellation
         near = bounds.theorem_2_2(**(HORIZON | {"dh_norm": dh}))
         np.testing.assert_allclose(near.output_gap / still.output_gap - 1, dh**2 * horizon / 2, rtol=1e-3, atol=1e-15)
         extra = dh * turn * horizon**2 / 2 / HORIZON["alpha"] ** 2

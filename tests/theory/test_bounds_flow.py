@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centred_problem
+from helpers import centered_problem
 from lazyjax.theory import bounds
 
-NET = centred_problem(jr.key(2))
+NET = centered_problem(jr.key(2))
 FINE = {"solver": diffrax.Tsit5(), "rtol": 1e-10, "atol": 1e-12, "max_steps": 65536}
 # Equally many times everywhere: a model and a loss are one compiled program.
 LONG = jnp.concatenate([jnp.zeros(1), jnp.logspace(-2.0, 2.0, 40)])

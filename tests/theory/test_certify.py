@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centred_problem, linear_problem
-from lazyjax.models.maps import OnData
+from helpers import centered_problem, linear_problem
+from lazyjax.models.maps import on_data
 from lazyjax.theory import measurements as _facts
 from lazyjax.theory.certify import certify
 
-P = centred_problem(jr.key(2))
-H = OnData(P.f, P.x)
-TEST = OnData(P.f, jr.normal(jr.key(9), (6, 3)))
+P = centered_problem(jr.key(2))
+H = on_data(P.f, P.x)
+TEST = on_data(P.f, jr.normal(jr.key(9), (6, 3)))
 TS = jnp.concatenate([jnp.zeros(1), jnp.geomspace(0.01, 30, 24)])
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}
 
@@ -118,7 +118,7 @@ def test_bounds_fall_as_theorem_2_2_says():
 
 def test_in_float32_at_a_large_scale():
     w0, x, target = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (P.w0, P.x, P.target))
-    h = OnData(lj.center(lj.two_layer(jnp.tanh), w0), x)
+    h = on_data(lj.center(lj.models.two_layer(jnp.tanh), w0), x)
     found = certify(h, lj.square_loss(target), w0, TS.astype(jnp.float32), 1e7)
     assert found.violated == ()
     limit = certificate(4000.0)
@@ -149,8 +149,8 @@ def test_below_the_threshold_theorem_2_4_says_nothing():
 
 
 def test_kinks_put_a_model_outside():
-    w0 = lj.init_two_layer(jr.key(1), 3, 12)
-    h = OnData(lj.center(lj.two_layer(), w0), P.x)
+    w0 = lj.models.two_layer().init(jr.key(1), d=3, width=12)
+    h = on_data(lj.center(lj.models.two_layer(), w0), P.x)
     found = certify(h, P.loss, w0, TS[:12], 1e3)
     for name in ("2.2", "2.3", "2.4", "2.5"):
         assert found.claim(name, "output_gap").assumptions[0].status == "fails"

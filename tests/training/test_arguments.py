@@ -9,8 +9,8 @@ import pytest
 
 import lazyjax as lj
 
-MLP = lj.mlp(jnp.tanh)
-W0 = lj.init_mlp(jr.key(0), (3, 4, 2))
+MLP = lj.models.mlp(jnp.tanh)
+W0 = lj.models.mlp().init(jr.key(0), (3, 4, 2))
 X = jr.normal(jr.key(1), (6, 3))
 LABELS = jnp.array([0, 1, 0, 1, 1, 0])
 MIXED = (jnp.zeros(3, jnp.float16), jnp.zeros(3))
@@ -25,8 +25,8 @@ def SCALAR(w, x):  # noqa: N802
     return MLP(w, x)[:, 0]
 
 
-def train(f=MLP, w0=W0, x=X, y=LABELS, optimiser=optax.sgd(0.1), **options):  # noqa: B008
-    return lj.train(f, w0, x, y, optimiser, **{"epochs": 1, "batch_size": 2, "key": jr.key(0), **options})
+def train(f=MLP, w0=W0, x=X, y=LABELS, optimizer=optax.sgd(0.1), **options):  # noqa: B008
+    return lj.train(f, w0, x, y, optimizer, **{"epochs": 1, "batch_size": 2, "key": jr.key(0), **options})
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def train(f=MLP, w0=W0, x=X, y=LABELS, optimiser=optax.sgd(0.1), **options):  # 
         ({"epochs": 1.5}, ValueError, "epochs must be"),
         ({"chunk": 0}, ValueError, "chunk must be a whole number of at least 1, or None, got 0"),
         ({"memory": -1}, ValueError, "memory must be a whole number"),
-        ({"optimiser": 0.1}, TypeError, r"optimiser must be an optax optimiser such as optax.sgd\(0.1\), got float"),
-        ({"difference": "exact"}, ValueError, 'difference must be "finite" or "plain", got \'exact\''),
+        ({"optimizer": 0.1}, TypeError, r"optimizer must be an optax optimizer such as optax.sgd\(0.1\), got float"),
+        ({"difference": "finite"}, ValueError, 'difference must be "exact" or "plain", got \'finite\''),
         ({"difference": "plain", "alpha": jnp.inf}, ValueError, 'difference="plain" needs finite alpha'),
         ({"alpha": -1.0}, ValueError, "alpha must be a scale"),
         ({"alpha": jnp.array([1.0, 0.0])}, ValueError, "alpha must be a scale"),
@@ -96,7 +96,7 @@ def test_a_test_of_one_class_has_an_accuracy():
     """Whether targets are signs, the training says."""
     signs = jnp.where(LABELS > 0, 1, -1)
     run = train(f=SCALAR, y=signs, test=(X[:2], jnp.ones(2, int)))
-    outputs = lj.trained_outputs(SCALAR, W0, run, X[:2])
+    outputs = lj.training.trained_outputs(SCALAR, W0, run, X[:2])
     assert float(run.test_accuracy[-1]) == float(jnp.mean(outputs > 0))
     # And a training of one class has none, whatever its test.
     assert train(f=SCALAR, y=jnp.ones(6, int), test=(X, signs)).test_accuracy is None
@@ -110,10 +110,10 @@ def test_a_model_with_a_primitive_without_a_rule_is_trained_plainly_and_has_outp
 
     run = train(f=f, alpha=alpha, difference="plain", test=(X, LABELS))
     with pytest.raises(ValueError, match="no exact rule for it"):
-        lj.trained_outputs(f, W0, run, X)
-    with pytest.raises(ValueError, match='difference must be "finite" or "plain", got \'no\''):
-        lj.trained_outputs(f, W0, run, X, difference="no")
-    outputs = lj.trained_outputs(f, W0, run, X, batch_size=4, difference="plain")
+        lj.training.trained_outputs(f, W0, run, X)
+    with pytest.raises(ValueError, match='difference must be "exact" or "plain", got \'no\''):
+        lj.training.trained_outputs(f, W0, run, X, difference="no")
+    outputs = lj.training.trained_outputs(f, W0, run, X, batch_size=4, difference="plain")
     loss = 0.5 * np.sum((np.asarray(outputs) - np.eye(2)[np.asarray(LABELS)]) ** 2, axis=(-2, -1)) / 6
     np.testing.assert_allclose(run.test_loss[..., -1], loss, rtol=1e-12)
 
@@ -129,7 +129,7 @@ def test_old_style_keys_are_keys():
 
 
 def test_schedule_is_constant_within_an_epoch():
-    schedule = lj.inverse_time_decay(0.6, 0.5, steps_per_epoch=4)
+    schedule = lj.training.inverse_time_decay(0.6, 0.5, steps_per_epoch=4)
     rates = [float(schedule(jnp.asarray(count))) for count in (0, 3, 4, 7, 8)]
     assert rates == pytest.approx([0.6, 0.6, 0.4, 0.4, 0.3], rel=1e-15)
 
@@ -145,7 +145,7 @@ def test_schedule_is_constant_within_an_epoch():
 )
 def test_bad_schedules_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        lj.inverse_time_decay(**{"init_value": 1.0, "beta": 1.0, "steps_per_epoch": 5, **options})
+        lj.training.inverse_time_decay(**{"init_value": 1.0, "beta": 1.0, "steps_per_epoch": 5, **options})
 
 
 @pytest.mark.parametrize(
@@ -159,4 +159,4 @@ def test_bad_schedules_are_refused(options, match):
 def test_outputs_of_what_was_not_trained_are_refused(options, match):
     given = {"w0": W0, "x": X, **options}
     with pytest.raises(ValueError, match=match):
-        lj.trained_outputs(MLP, given.pop("w0"), train(), **given)
+        lj.training.trained_outputs(MLP, given.pop("w0"), train(), **given)

@@ -20,8 +20,8 @@ from lazyjax.training.lanes import choose_size, memory_of
 EPOCHS = 3
 ALPHAS = jnp.array([1.0, 10.0, jnp.inf])
 KEY = jr.key(7)
-MLP = lj.mlp(jnp.tanh)
-W0 = lj.init_mlp(jr.key(0), (3, 6, 4))
+MLP = lj.models.mlp(jnp.tanh)
+W0 = lj.models.mlp().init(jr.key(0), (3, 6, 4))
 X = jr.normal(jr.key(1), (23, 3))
 LABELS = jr.randint(jr.key(2), (23,), 0, 4)
 SGD = optax.sgd(0.2, momentum=0.9)
@@ -66,15 +66,17 @@ def test_lanes_are_single_runs_however_they_are_grouped(chunk, monkeypatch):
 
 
 def test_starts_and_keys_may_have_lanes_of_their_own():
-    starts = jax.vmap(lambda key: lj.init_mlp(key, (3, 6, 4)))(jr.split(jr.key(8), 2))
+    starts = jax.vmap(lambda key: lj.models.mlp().init(key, (3, 6, 4)))(jr.split(jr.key(8), 2))
     keys = jr.split(jr.key(9), 2)
     run = train(w0=starts, key=keys, stacked=True, alpha=30.0, chunk=2)
     assert run.alpha.shape == (2,)
-    outputs = lj.trained_outputs(MLP, starts, run, X)
+    outputs = lj.training.trained_outputs(MLP, starts, run, X)
     for lane in range(2):
         alone = train(w0=lane_of(starts, lane), key=keys[lane], alpha=30.0)
         assert relative_error(lane_of(run.displacement, lane), alone.displacement) < 1e-12
-        np.testing.assert_allclose(outputs[lane], lj.trained_outputs(MLP, lane_of(starts, lane), alone, X), rtol=1e-9)
+        np.testing.assert_allclose(
+            outputs[lane], lj.training.trained_outputs(MLP, lane_of(starts, lane), alone, X), rtol=1e-9
+        )
     # Another order of the batches is another path.
     assert relative_error(run.displacement, train(w0=starts, stacked=True, alpha=30.0, chunk=2).displacement) > 1e-3
 

@@ -20,7 +20,7 @@ def shifts(image, changed, padding):
 
 
 def test_a_crop_is_a_window_of_the_padded_image_and_all_are_likely():
-    out = np.asarray(lj.pad_and_crop(jr.key(0), IMAGES, padding=1))
+    out = np.asarray(lj.training.pad_and_crop(jr.key(0), IMAGES, padding=1))
     found = [shifts(a, b, 1) for a, b in zip(np.asarray(IMAGES), out, strict=True)]
     assert all(len(places) == 1 for places in found)
     _, counts = np.unique([places[0] for places in found], axis=0, return_counts=True)
@@ -31,7 +31,7 @@ def test_a_crop_is_a_window_of_the_padded_image_and_all_are_likely():
 
 
 def test_a_flip_mirrors_half_of_the_images_left_to_right():
-    out = np.asarray(lj.random_flip(jr.key(0), IMAGES))
+    out = np.asarray(lj.training.random_flip(jr.key(0), IMAGES))
     images = np.asarray(IMAGES)
     kept = (out == images).all(axis=(1, 2, 3))
     flipped = (out == images[:, :, ::-1]).all(axis=(1, 2, 3))
@@ -39,7 +39,7 @@ def test_a_flip_mirrors_half_of_the_images_left_to_right():
     assert 160 < kept.sum() < 240
 
 
-@pytest.mark.parametrize("augment", [lj.pad_and_crop, lj.random_flip])
+@pytest.mark.parametrize("augment", [lj.training.pad_and_crop, lj.training.random_flip])
 def test_the_key_decides_jitted_or_not_in_any_dtype(augment):
     x = IMAGES[:20].astype(jnp.uint8)
     out = augment(jr.key(1), x)
@@ -51,15 +51,15 @@ def test_the_key_decides_jitted_or_not_in_any_dtype(augment):
 
 
 def test_no_padding_changes_nothing():
-    np.testing.assert_array_equal(lj.pad_and_crop(jr.key(0), IMAGES, padding=0), IMAGES)
+    np.testing.assert_array_equal(lj.training.pad_and_crop(jr.key(0), IMAGES, padding=0), IMAGES)
 
 
 def test_bad_images_are_refused():
-    for augment in (lj.pad_and_crop, lj.random_flip):
+    for augment in (lj.training.pad_and_crop, lj.training.random_flip):
         with pytest.raises(
             ValueError, match=r"x must be images of shape \(n, height, width, channels\), got shape \(2,"
         ):
             augment(jr.key(0), jnp.ones((2, 3, 4)))
     for padding in (-1, 1.5):
         with pytest.raises(ValueError, match="padding must be a whole number of pixels"):
-            lj.pad_and_crop(jr.key(0), IMAGES, padding=padding)
+            lj.training.pad_and_crop(jr.key(0), IMAGES, padding=padding)

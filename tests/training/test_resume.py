@@ -14,11 +14,11 @@ import pytest
 
 import lazyjax as lj
 
-F = lj.two_layer(jnp.tanh)
-W0 = lj.init_two_layer(jr.key(0), 3, 4)
+F = lj.models.two_layer(jnp.tanh)
+W0 = lj.models.two_layer().init(jr.key(0), d=3, width=4)
 X = jr.normal(jr.key(1), (11, 3))
 Y = jnp.sin(X[:, 0])
-RATE = lj.inverse_time_decay(0.1, 0.5, steps_per_epoch=2)
+RATE = lj.training.inverse_time_decay(0.1, 0.5, steps_per_epoch=2)
 SGD = optax.sgd(RATE, momentum=0.9)
 ALPHAS = jnp.array([1.0, 100.0, jnp.inf])
 
@@ -30,8 +30,8 @@ def jitter(key, x):
 def train(epochs, folder=None, **options):
     given = {"alpha": ALPHAS, "batch_size": 4, "key": jr.key(2), "augment": jitter, "test": (X[:5], Y[:5]), "chunk": 2}
     given |= options
-    w0, x, y, optimiser = (given.pop(k, v) for k, v in {"w0": W0, "x": X, "y": Y, "optimiser": SGD}.items())
-    return lj.train(given.pop("f", F), w0, x, y, optimiser, epochs=epochs, folder=folder, **given)
+    w0, x, y, optimizer = (given.pop(k, v) for k, v in {"w0": W0, "x": X, "y": Y, "optimizer": SGD}.items())
+    return lj.train(given.pop("f", F), w0, x, y, optimizer, epochs=epochs, folder=folder, **given)
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,9 @@ def test_lanes_go_on_in_the_groups_that_they_began_in(folder):
 
 
 @pytest.mark.standard_promotion  # optax.add_noise
-def test_an_optimiser_with_random_keys_of_its_own_is_resumed(tmp_path):
+def test_an_optimizer_with_random_keys_of_its_own_is_resumed(tmp_path):
     noisy = optax.chain(optax.add_noise(0.1, 0.5, jr.key(3)), optax.sgd(0.1))
-    options = {"optimiser": noisy, "alpha": 10.0}
+    options = {"optimizer": noisy, "alpha": 10.0}
     train(1, tmp_path / "kept", **options)
     assert same_bits(train(3, tmp_path / "kept", **options), train(3, **options))
 
@@ -146,9 +146,9 @@ def test_a_diverged_lane_stays_so_after_a_resumption(tmp_path):
         ({"w0": jax.tree.map(lambda leaf: 2 * leaf, W0)}, "w0 .* there and"),
         ({"test": None}, "test .* there and None here"),
         ({"chunk": 3}, "chunk 2 there and 3 here"),
-        ({"optimiser": optax.sgd(RATE, momentum=0.8)}, "program .* there and"),
-        ({"optimiser": optax.adam(RATE), "alpha": ALPHAS.at[2].set(7.0)}, "program .* there and"),
-        ({"f": lj.two_layer(jnp.sin)}, "program .* there and"),
+        ({"optimizer": optax.sgd(RATE, momentum=0.8)}, "program .* there and"),
+        ({"optimizer": optax.adam(RATE), "alpha": ALPHAS.at[2].set(7.0)}, "program .* there and"),
+        ({"f": lj.models.two_layer(jnp.sin)}, "program .* there and"),
         ({"augment": None}, "program .* there and"),
         ({"loss": lambda y: lj.square_loss(y, mean=False)}, "loss square there and a function here"),
     ],
@@ -168,7 +168,7 @@ def test_a_training_with_other_arrays_inside_its_functions_is_refused(part, tmp_
 
     train(1, tmp_path / "kept", **options(1.0))
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"holds another training \(arrays of f, augment, optimiser or loss .* there"):
+    with pytest.raises(ValueError, match=r"holds another training \(arrays of f, augment, optimizer or loss .* there"):
         train(2, tmp_path / "kept", **options(1.5))
     assert files(tmp_path) == before
 

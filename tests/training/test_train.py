@@ -18,18 +18,18 @@ N, BATCH, EPOCHS = 23, 5, 4  # 3 samples fill no batch
 STEPS = N // BATCH
 ALPHAS = jnp.array([1.0, 10.0, 100.0])
 KEY = jr.key(7)
-MLP = lj.mlp(jnp.tanh)
-W0 = lj.init_mlp(jr.key(0), (3, 6, 4))
+MLP = lj.models.mlp(jnp.tanh)
+W0 = lj.models.mlp().init(jr.key(0), (3, 6, 4))
 X = jr.normal(jr.key(1), (N, 3))
 LABELS = jr.randint(jr.key(2), (N,), 0, 4)
 TEST = (jr.normal(jr.key(3), (7, 3)), jr.randint(jr.key(4), (7,), 0, 4))
-SCHEDULE = lj.inverse_time_decay(0.3, 1 / 3, steps_per_epoch=STEPS)
+SCHEDULE = lj.training.inverse_time_decay(0.3, 1 / 3, steps_per_epoch=STEPS)
 SGD = optax.sgd(SCHEDULE, momentum=0.9)
 
 
-def train(f=MLP, w0=W0, x=X, y=LABELS, optimiser=SGD, **options):
+def train(f=MLP, w0=W0, x=X, y=LABELS, optimizer=SGD, **options):
     defaults = {"alpha": ALPHAS, "epochs": EPOCHS, "batch_size": BATCH, "key": KEY}
-    return lj.train(f, w0, x, y, optimiser, **{**defaults, **options})
+    return lj.train(f, w0, x, y, optimizer, **{**defaults, **options})
 
 
 @functools.cache
@@ -46,16 +46,16 @@ def batches(n=N, batch_size=BATCH, epochs=EPOCHS, key=KEY):
         yield from zip(rows, jr.split(key_augment, steps), strict=True)
 
 
-def direct(objective, w, optimiser=SGD, augment=None, x=X, **options):
+def direct(objective, w, optimizer=SGD, augment=None, x=X, **options):
     """A plain optax loop in w: the final parameters and the objective before every step."""
 
     @jax.jit
     def step(w, state, x, rows):
         value, gradient = jax.value_and_grad(objective)(w, x, rows)
-        updates, state = optimiser.update(gradient, state, w)
+        updates, state = optimizer.update(gradient, state, w)
         return optax.apply_updates(w, updates), state, value
 
-    state, values = optimiser.init(w), []
+    state, values = optimizer.init(w), []
     for rows, key in batches(**options):
         some = x[rows] if augment is None else augment(key, x[rows])
         w, state, value = step(w, state, some, rows)
@@ -99,7 +99,7 @@ def test_training_in_u_is_plain_optax_in_w(loss):
 
 def test_measures_after_an_epoch_are_those_of_the_outputs():
     run = trained()
-    outputs = lj.trained_outputs(MLP, W0, run, TEST[0], batch_size=3)
+    outputs = lj.training.trained_outputs(MLP, W0, run, TEST[0], batch_size=3)
     for lane, alpha in enumerate(ALPHAS):
         w = lane_of(run.params, lane)
         np.testing.assert_allclose(outputs[lane], alpha * (MLP(w, TEST[0]) - MLP(W0, TEST[0])), rtol=1e-9, atol=1e-12)
@@ -125,13 +125,13 @@ def test_at_infinity_the_tangent_model_is_trained():
 
 
 @pytest.mark.standard_promotion  # optax mixes dtypes inside adam
-def test_any_optimiser_takes_its_steps_in_w_and_is_refused_at_infinity_without_a_limit():
-    optimiser = optax.adamw(0.02, weight_decay=0.3)
-    run = train(optimiser=optimiser, alpha=10.0, loss="softmax")
-    w, _ = direct(scaled_objective(10.0), W0, optimiser)
+def test_any_optimizer_takes_its_steps_in_w_and_is_refused_at_infinity_without_a_limit():
+    optimizer = optax.adamw(0.02, weight_decay=0.3)
+    run = train(optimizer=optimizer, alpha=10.0, loss="softmax")
+    w, _ = direct(scaled_objective(10.0), W0, optimizer)
     assert relative_error(run.params, w) < 1e-10
     with pytest.raises(ValueError, match="updates are proportional to the gradients"):
-        train(optimiser=optimiser, alpha=jnp.array([1.0, jnp.inf]))
+        train(optimizer=optimizer, alpha=jnp.array([1.0, jnp.inf]))
 
 
 def test_the_plain_difference_is_the_same_where_it_has_digits():
@@ -173,9 +173,9 @@ def train_images(dtype, epochs, **options):
         x,
         jnp.arange(16) % 3,
         optax.sgd(0.005, momentum=0.9),
-        **{"alpha": 1e7, "epochs": epochs, "batch_size": 4, "key": KEY, "augment": lj.random_flip, **options},
+        **{"alpha": 1e7, "epochs": epochs, "batch_size": 4, "key": KEY, "augment": lj.training.random_flip, **options},
     )
-    return run, lj.trained_outputs(images_net, w0, run, x)
+    return run, lj.training.trained_outputs(images_net, w0, run, x)
 
 
 @pytest.mark.parametrize("epochs", [1, 5, 25])  # 4, 20 and 100 steps
@@ -195,9 +195,9 @@ def test_the_plain_difference_fails_in_float32_at_a_large_alpha():
     assert not relative_error(outputs, truth) < 0.3
 
 
-@pytest.mark.parametrize("difference", ["finite", "plain"])
+@pytest.mark.parametrize("difference", ["exact", "plain"])
 def test_the_start_is_exactly_zero(difference):
-    """Without steps the loss towards zero targets is zero, whatever alpha makes of a residue."""
+    """Without steps the loss toward zero targets is zero, whatever alpha makes of a residue."""
     w0, x = images_problem(jnp.float32)
     run = lj.train(
         images_net, w0, x, jnp.zeros((16, 3)), optax.sgd(0.0), alpha=1e7, epochs=1, batch_size=8, key=KEY,
@@ -208,13 +208,13 @@ def test_the_start_is_exactly_zero(difference):
     assert run.train_accuracy is None
 
 
-def test_a_centred_model_costs_and_is_the_same():
+def test_a_centered_model_costs_and_is_the_same():
     run = train(f=lj.center(MLP, W0), alpha=10.0, loss="softmax")
     assert relative_error(run.displacement, lane_of(trained().displacement, 1)) < 1e-12
 
 
 def test_two_classes_and_losses_of_ones_own():
-    f, w0 = lj.two_layer(jnp.tanh), lj.init_two_layer(jr.key(0), 3, 6)
+    f, w0 = lj.models.two_layer(jnp.tanh), lj.models.two_layer().init(jr.key(0), d=3, width=6)
     signs = jnp.where(X[:, 0] > 0, 1, -1)
     run = lj.train(
         f, w0, X, signs, optax.sgd(0.2), loss="logistic", epochs=20, batch_size=BATCH, key=KEY, test=(X, signs)
@@ -222,7 +222,7 @@ def test_two_classes_and_losses_of_ones_own():
     assert float(run.train_accuracy[-1]) > 0.9
     assert float(run.test_accuracy[-1]) > 0.9
     sums = functools.partial(lj.square_loss, mean=False)
-    run = train(f, w0, y=X[:, 0], loss=sums, alpha=1.0, optimiser=optax.sgd(0.1 / BATCH))
-    means = train(f, w0, y=X[:, 0], alpha=1.0, optimiser=optax.sgd(0.1))
+    run = train(f, w0, y=X[:, 0], loss=sums, alpha=1.0, optimizer=optax.sgd(0.1 / BATCH))
+    means = train(f, w0, y=X[:, 0], alpha=1.0, optimizer=optax.sgd(0.1))
     assert relative_error(run.displacement, means.displacement) < 1e-12
     assert run.train_accuracy is None

@@ -36,7 +36,7 @@ class Report:
             Without it: scikit-learn's handwritten digits.
         alphas: Output scales in (0, inf]; inf, the numerical floor, is added.
         loss: Square (classes become one-hot rows), softmax (cross-entropy), or logistic (two classes).
-        time: Flow time to train for, learning rate times steps. Without it: until the tangent model has learnt.
+        time: Flow time to train for, learning rate times steps. Without it: until the tangent model has learned.
         seed: Of the network's init, and of the split of the digits.
         train: How many digits to train on, the others are for testing; 256 without it.
         x64: Compute in float64.

@@ -18,7 +18,7 @@ from jaxtyping import Array, PRNGKeyArray
 from lazyjax._core.checks import check_alpha, split_params
 from lazyjax._core.types import Model, Params
 from lazyjax.data.datasets import DataSet
-from lazyjax.models.shallow import MLP, init_mlp, mlp
+from lazyjax.models.shallow import MLP, mlp
 
 HIDDEN = (64, 64)
 """Hidden layers of the network that is trained where the user brings none."""
@@ -71,7 +71,7 @@ def default_model(key: PRNGKeyArray, data: DataSet, loss: str) -> tuple[Model, P
     """
     outputs = _count_outputs(data, loss)
     sizes = (int(np.prod(data.x.shape[1:])), *HIDDEN, max(outputs, 1))
-    return Network(mlp(jnp.tanh), outputs == 0), init_mlp(key, sizes, gain=GAIN)
+    return Network(mlp(jnp.tanh), outputs == 0), mlp().init(key, sizes, gain=GAIN)
 
 
 def _count_outputs(data: DataSet, loss: str) -> int:
@@ -143,7 +143,7 @@ def split_spec(spec: str) -> tuple[Path, str]:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[None]:
-    """Let a user's file import its neighbours, as `python my_net.py` would."""
+    """Let a user's file import its neighbors, as `python my_net.py` would."""
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:

@@ -64,7 +64,7 @@ def draw_teacher(
 
     The paper draws Gaussian weights and normalizes each unit so that $|a^*_j b^*_j| = 1$, its code draws unit $b^*_j$
     and signs $a^*_j$: the same law of functions, since a positive factor passes through ReLU. Here it is the code's,
-    $b^*_j$ uniform on the sphere and $a^*_j = \pm c$. Where the paper's code trains towards another multiple of the
+    $b^*_j$ uniform on the sphere and $a^*_j = \pm c$. Where the paper's code trains toward another multiple of the
     teacher (100 for Figure 2a, 1/200 for Figure 2b), that is `scale`.
 
     Args:

@@ -16,7 +16,7 @@ BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 SIDE, CHANNELS, CLASSES = 32, 3, 10
 """Of CIFAR-10."""
 RECORD = 1 + SIDE * SIDE * CHANNELS
-"""Bytes of an image in its binary format: the label, then a plane a colour."""
+"""Bytes of an image in its binary format: the label, then a plane a color."""
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError, MemoryError,
     OverflowError, RecursionError,

@@ -130,7 +130,7 @@ def load_images(
     Args:
         name: "digits": scikit-learn's 1,797 digits of 8 x 8 pixels, each of which becomes 4 x 4 equal ones; 1,400 for
             training. "fashion-mnist": 60,000 and 10,000 images of 28 x 28, two black pixels added on every side.
-            "cifar10": 50,000 and 10,000 images in colour.
+            "cifar10": 50,000 and 10,000 images in color.
         folder: Where the files are. Fashion-MNIST: the four IDX files; None for where Debian's package
             dataset-fashion-mnist has them. CIFAR-10: its binary or its Python version. Digits need none.
         num_train: So many training images, the first ones (the files are in random order); None for all.

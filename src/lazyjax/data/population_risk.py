@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lazyjax.kernels.infinite_width import arccos_kernel
 
 TwoLayerParams = dict[str, Array]
-"""{"a": (m,), "b": (m, d)}, as `init_two_layer` makes them."""
+"""{"a": (m,), "b": (m, d)}, as `TwoLayer.init` makes them."""
 
 
 def population_inner(w1: TwoLayerParams, w2: TwoLayerParams) -> Float[Array, ""]:

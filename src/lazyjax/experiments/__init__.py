@@ -1,4 +1,4 @@
-"""The paper's figures, one file each: settings in, a pure run, a labelled result out.
+"""The paper's figures, one file each: settings in, a pure run, a labeled result out.
 
 `catalogue` has them by name, as `lazyjax reproduce` takes them; or import the file you want, for example
 `from lazyjax.experiments import student_scale`. Nothing here draws or prints; `lazyjax.plot` turns a result into a

@@ -1,4 +1,4 @@
-"""What figures of deep networks share: images, a network's start, the paper's optimiser, augmentation, stability."""
+"""What figures of deep networks share: images, a network's start, the paper's optimizer, augmentation, stability."""
 
 import functools
 import itertools
@@ -72,9 +72,9 @@ def load(settings: Any, data_dir: Path | None) -> Images:
 
 def start(network: str, seed: int, data: Images, *, width: float, gain: float) -> tuple[Model, Params]:
     """A network and its random parameters."""
-    make, init = find_network(network)
+    net = find_network(network)()
     key = jr.fold_in(jr.key(seed), 0)
-    return make(), init(key, width=width, shape=data.x.shape[1:], gain=gain, dtype=DTYPE)
+    return net, net.init(key, width=width, shape=data.x.shape[1:], gain=gain, dtype=DTYPE)
 
 
 def order_key(seed: int) -> Array:

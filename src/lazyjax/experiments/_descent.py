@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 def descend(
     gradient: Callable[[Params, Array], Params],
     w0: Params,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     frames: Int[np.ndarray, " frames"],
     measure: Callable[[Params], Any],
 ) -> tuple[Params, Any]:
-    r"""Follow an optimiser from w0, and measure the displacement after some of its steps.
+    r"""Follow an optimizer from w0, and measure the displacement after some of its steps.
 
     Args:
         gradient: $(w, i) \mapsto$ the gradient that step i takes at w; i counts from 0 (for a batch of its own).
         w0: Start, a tree of floating arrays.
-        optimiser: Any optax optimiser; its learning rate may be traced, so that lanes of a `vmap` have their own.
+        optimizer: Any optax optimizer; its learning rate may be traced, so that lanes of a `vmap` have their own.
         frames: After how many steps to measure, rising; the last is where the descent ends.
         measure: Of the displacement, any tree of arrays.
 
@@ -61,7 +61,7 @@ def descend(
     def step(i: Array, carry: tuple[Params, Any]) -> tuple[Params, Any]:
         v, state = carry
         w = jtu.tree_map(jnp.add, w0, v)
-        updates, state = optimiser.update(gradient(w, i), state, w)
+        updates, state = optimizer.update(gradient(w, i), state, w)
         return jtu.tree_map(lambda a, b: a + b.astype(a.dtype), v, updates), state
 
     def until(carry: tuple[Params, Any], ends: tuple[Array, Array]) -> tuple[Any, Any]:
@@ -69,7 +69,7 @@ def descend(
         return carry, measure(carry[0])
 
     ends = (jnp.asarray(np.concatenate([[0], frames[:-1]])), jnp.asarray(frames))
-    (v, _), measures = jax.lax.scan(until, (jtu.tree_map(jnp.zeros_like, w0), optimiser.init(w0)), ends)
+    (v, _), measures = jax.lax.scan(until, (jtu.tree_map(jnp.zeros_like, w0), optimizer.init(w0)), ends)
     return v, measures
 
 
@@ -87,7 +87,7 @@ def mark_lanes(found: "xarray.Dataset", axis: str) -> "xarray.Dataset":
     """Descents of a sweep whose lanes are whole columns along an axis, marked one by one.
 
     A sweep marks all of a column when a number in it is not finite. Here "descent_failed" says which descents those
-    are; their numbers are NaN, those of their neighbours are as computed.
+    are; their numbers are NaN, those of their neighbors are as computed.
     """
     kept = found.drop_vars([name for name in found if f"{name}_failed" in found] + ["failed", "message"])
     kept = kept.rename({name: str(name).removesuffix("_failed") for name in kept if str(name).endswith("_failed")})

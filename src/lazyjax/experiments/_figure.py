@@ -41,7 +41,7 @@ class Figure:
     Attributes:
         title: What it shows, in a line.
         presets: Settings by size, three of `SIZES`.
-        run: `run(settings, seed=, folder=, progress=)` to a labelled dataset; an interrupted run goes on from what it
+        run: `run(settings, seed=, folder=, progress=)` to a labeled dataset; an interrupted run goes on from what it
             kept in `folder`.
         numbers: The dataset's numbers beside their references.
         images: Whether `run` takes `data_dir`, the folder of a data set, and its settings have `data`, its name.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lazyjax.plot.axes import BLACK, BLUE, FONT, GREY, ORANGE, AlphaAxis, choose_scale, draw_legend, mark_failed
+from lazyjax.plot.axes import BLACK, BLUE, FONT, GRAY, ORANGE, AlphaAxis, choose_scale, draw_legend, mark_failed
 from lazyjax.plot.panels import draw_spectra
 
 PARTS = (("train", "training", BLUE, "o"), ("test", "test", ORANGE, "s"))
@@ -62,11 +62,11 @@ def draw_two_spectra(axes: Sequence[Any], data: Any) -> None:
     names = {"images": str(data.attrs["setting_data"]), "noise": "uniform noise"}
     draw_spectra(ax, {names[str(i)]: (data["fraction"], data["value"].sel(inputs=i)) for i in data["inputs"].values})
     k, size = int(data.attrs["outputs"]), data.sizes["index"]
-    ax.axvline(k / size, color=GREY, linestyle=":", linewidth=1, label=f"the first k = {k}")
+    ax.axvline(k / size, color=GRAY, linestyle=":", linewidth=1, label=f"the first k = {k}")
     fraction = np.asarray(data["fraction"], np.float64)[2 * k :]
     if fraction.size:
         level = float(data["value"].isel(inputs=0, index=2 * k))
-        ax.plot(fraction, level * fraction[0] / fraction, color=GREY, linewidth=1, label="$1/i$")
+        ax.plot(fraction, level * fraction[0] / fraction, color=GRAY, linewidth=1, label="$1/i$")
     ax.xaxis.label.set_fontsize(FONT + 1)
     ax.yaxis.label.set_fontsize(FONT + 1)
     draw_legend(ax)

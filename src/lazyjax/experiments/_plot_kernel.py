@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from lazyjax.experiments.limit_kernel import LimitKernel
-from lazyjax.plot.axes import BLACK, BLUE, FONT, GREY, ORANGE, draw_legend
+from lazyjax.plot.axes import BLACK, BLUE, FONT, GRAY, ORANGE, draw_legend
 
-STYLES = ((GREY, ":", 1.0), (BLUE, "--", 0.9), (ORANGE, "-", 0.8))
+STYLES = ((GRAY, ":", 1.0), (BLUE, "--", 0.9), (ORANGE, "-", 0.8))
 """Colour, dashes and thickness of the nets of one width, from narrow to wide; repeated where there are more."""
 
 

@@ -19,7 +19,7 @@ def draw_rates(axes: Sequence[Any], data: Any) -> None:
     alphas = np.asarray(data["alpha"], np.float64)
     constants = {"param_gap": ("param_constant", 2), "output_gap": ("output_constant", 1)}
     for ax, (gap, label) in zip(axes, LABELS.items(), strict=True):
-        for model, color, marker in (("centred", BLUE, "o"), ("symmetrized", ORANGE, "s")):
+        for model, color, marker in (("centered", BLUE, "o"), ("symmetrized", ORANGE, "s")):
             one = data.sel(model=model)
             values = only_positive(one[gap])
             ax.plot(alphas, values, color=color, marker=marker, markersize=3.5, linewidth=1.2, label=model)

@@ -9,7 +9,7 @@ from lazyjax.plot.axes import BLACK, BLUE, FONT, ORANGE, add_note
 
 
 def draw_trajectories(axes: Sequence[Any], data: Any) -> None:
-    """One panel: lines for $|a_j(t)| b_j(t)$, dots at the end, colour by the sign of $a_j$, circle, teacher arrows."""
+    """One panel: lines for $|a_j(t)| b_j(t)$, dots at the end, color by the sign of $a_j$, circle, teacher arrows."""
     (ax,) = axes
     units, signs = np.asarray(data["unit"]), np.asarray(data["sign"])
     for sign, color, label in ((1, BLUE, "$a_j>0$"), (-1, ORANGE, "$a_j<0$")):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lazyjax._core.types import Params
 from lazyjax.data.datasets import draw_teacher, sphere
 from lazyjax.data.population_risk import population_risk
-from lazyjax.models.shallow import init_two_layer, two_layer
+from lazyjax.models.shallow import two_layer
 
 
 class Problem(NamedTuple):
@@ -48,7 +48,7 @@ def draw(
     """
     key_teacher, key_x, key_start = jr.split(jr.key(seed), 3)
     teacher, x = draw_teacher(key_teacher, d, scale=scale), sphere(key_x, n, d)
-    start = init_two_layer(key_start, d, width, symmetric=symmetric)
+    start = two_layer().init(key_start, d=d, width=width, symmetric=symmetric)
     if unit:
         start = _on_the_sphere(key_start, start, symmetric=symmetric)
     dtype = x.dtype if dtype is None else dtype
@@ -59,7 +59,7 @@ def draw(
 
 def _on_the_sphere(key: PRNGKeyArray, start: dict[str, Array], *, symmetric: bool) -> dict[str, Array]:
     b = start["b"]
-    # Not folded with 0 or 1: those are the keys that `init_two_layer` splits off, and a would follow b.
+    # Not folded with 0 or 1: those are the keys that `TwoLayer.init` splits off, and a would follow b.
     a = jr.uniform(jr.fold_in(key, 2), (b.shape[0] // 2 if symmetric else b.shape[0],), b.dtype)
     b = b / jnp.linalg.norm(b, axis=1, keepdims=True)
     return {"a": jnp.concatenate([a, -a]) if symmetric else a, "b": b}

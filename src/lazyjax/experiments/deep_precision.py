@@ -26,7 +26,7 @@ from lazyjax.training.train import Training, train
 if TYPE_CHECKING:
     import xarray
 
-WAYS = ("finite", "plain")
+WAYS = ("exact", "plain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,11 @@ def output_errors(f: Model, w0: Params, u: Params, alphas: Array, x: Array) -> d
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (w0, u, x))
 
     def outputs(alpha: Array, w0: Params, u: Params, x: Array, way: str) -> Array:
-        return finite_jvp(lambda w: f(w, x), w0, u, 1 / alpha, difference="exact" if way == "finite" else "plain")
+        return finite_jvp(lambda w: f(w, x), w0, u, 1 / alpha, difference="exact" if way == "exact" else "plain")
 
     def lane(pair: tuple[Array, Params, Params]) -> dict[str, Array]:
         alpha, u, wide_u = pair
-        truth = outputs(alpha.astype(jnp.float64), wide[0], wide_u, wide[2], "finite")
+        truth = outputs(alpha.astype(jnp.float64), wide[0], wide_u, wide[2], "exact")
         size = jnp.linalg.norm(truth)
         return {way: jnp.linalg.norm(outputs(alpha, w0, u, x, way).astype(jnp.float64) - truth) / size for way in WAYS}
 
@@ -98,11 +98,11 @@ def output_errors(f: Model, w0: Params, u: Params, alphas: Array, x: Array) -> d
 
 
 def _train(
-    settings: Settings, data: _deep.Images, f: Model, w0: Params, seed: int, optimiser: Any, *, way: str, epochs: int,
+    settings: Settings, data: _deep.Images, f: Model, w0: Params, seed: int, optimizer: Any, *, way: str, epochs: int,
     folder: Path | None, progress: bool,
 ) -> Training:  # fmt: skip
     return train(
-        f, w0, data.x, data.y, optimiser, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=epochs,
+        f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=epochs,
         batch_size=settings.batch, key=_deep.order_key(seed), test=data.test, difference=way, folder=folder,
         progress=progress, throw=False,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def run(
         data_dir: Where the data's files are, see `lazyjax.images.load_images`.
 
     Returns:
-        A dataset over way ("finite", "plain"), alpha and epoch: "output_error" (relative, both ways at the
+        A dataset over way ("exact", "plain"), alpha and epoch: "output_error" (relative, both ways at the
         displacements that the finite one trained), "test_accuracy", "train_accuracy", "test_loss", "train_loss" (each
         way's own training).
 
@@ -156,7 +156,7 @@ def _run_ways(
     settings: Settings, data: _deep.Images, seed: int, aside: Path, folder: Path | None, *, progress: bool
 ) -> dict[str, dict[str, np.ndarray]]:
     f, w0 = _deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
-    optimiser = _deep.sgd(settings, settings.step, data.x.shape[0])
+    optimizer = _deep.sgd(settings, settings.step, data.x.shape[0])
     alphas, x = jnp.asarray(settings.alphas, _deep.DTYPE), data.x_test[: settings.probe]
     measure = jax.jit(lambda w0, u: output_errors(f, w0, u, alphas, x))
     parts: dict[str, dict[str, np.ndarray]] = {}
@@ -165,12 +165,12 @@ def _run_ways(
         errors = []
         for epochs in trange(1, settings.epochs + 1, desc="finite_jvp", unit="epoch", disable=not progress):
             options = {"epochs": epochs, "folder": aside, "progress": False}
-            training = _train(settings, data, f, w0, seed, optimiser, way="finite", **options)
+            training = _train(settings, data, f, w0, seed, optimizer, way="exact", **options)
             errors.append(jax.device_get(measure(w0, training.displacement)))
-            parts["finite"] = _measures(training)
+            parts["exact"] = _measures(training)
         kept = None if folder is None else folder / "plain"
         options = {"epochs": settings.epochs, "folder": kept, "progress": progress}
-        parts["plain"] = _measures(_train(settings, data, f, w0, seed, optimiser, way="plain", **options))
+        parts["plain"] = _measures(_train(settings, data, f, w0, seed, optimizer, way="plain", **options))
     for way in WAYS:
         parts[way]["output_error"] = np.stack([error[way] for error in errors], axis=1)
     return parts

@@ -1,6 +1,6 @@
 r"""Figures 3(a) and 7(a): a deep network on images at every output scale, from standard to lazy training.
 
-Momentum on $R(\alpha h)/\alpha^2$ with h the centred network, from one start and in one order of batches for all alpha;
+Momentum on $R(\alpha h)/\alpha^2$ with h the centered network, from one start and one order of batches for all alpha;
 alpha = inf is the tangent model itself. Both figures show one run: accuracies and stability of activations, and losses.
 """
 
@@ -83,12 +83,12 @@ PRESETS = {
 
 
 def run_seed(
-    settings: Settings, data: _deep.Images, optimiser: Any, seed: int, folder: Path | None, *, progress: bool
+    settings: Settings, data: _deep.Images, optimizer: Any, seed: int, folder: Path | None, *, progress: bool
 ) -> dict[str, np.ndarray]:
     """All scales from one start."""
     f, w0 = _deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
     training = train(
-        f, w0, data.x, data.y, optimiser, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=settings.epochs,
+        f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=settings.epochs,
         batch_size=settings.batch, key=_deep.order_key(seed), test=data.test, progress=progress, throw=False,
         augment=_deep.augment_as(settings.data) if settings.augment else None, folder=folder,
     )  # fmt: skip
@@ -132,10 +132,10 @@ def run(
     settings = Settings() if settings is None else settings
     data = _deep.load(settings, data_dir)
     seeds = list(range(seed, seed + settings.seeds))
-    # One optimiser for all seeds, which share its compiled program.
-    optimiser = _deep.sgd(settings, settings.step, data.x.shape[0])
+    # One optimizer for all seeds, which share its compiled program.
+    optimizer = _deep.sgd(settings, settings.step, data.x.shape[0])
     parts = [
-        run_seed(settings, data, optimiser, s, None if folder is None else folder / f"seed-{s}", progress=progress)
+        run_seed(settings, data, optimizer, s, None if folder is None else folder / f"seed-{s}", progress=progress)
         for s in seeds
     ]
     dims = {name: ("seed", "alpha", "epoch")[: 1 + values.ndim] for name, values in parts[0].items()}
@@ -143,7 +143,7 @@ def run(
         {name: (dims[name], np.stack([part[name] for part in parts])) for name in dims},
         coords={"seed": seeds, "alpha": list(settings.alphas), "epoch": np.arange(1, settings.epochs + 1)},
     )
-    return record(found, settings, seed, variant="the paper's model and optimiser; five poolings, not its code's six")
+    return record(found, settings, seed, variant="the paper's model and optimizer; five poolings, not its code's six")
 
 
 def final(data: "xarray.Dataset", name: str) -> "xarray.DataArray":

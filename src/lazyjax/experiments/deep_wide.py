@@ -100,7 +100,7 @@ PRESETS = {
 
 
 def run_network(
-    settings: Settings, data: _deep.Images, place: int, optimisers: dict[str, Any], seed: int, folder: Path | None,
+    settings: Settings, data: _deep.Images, place: int, optimizers: dict[str, Any], seed: int, folder: Path | None,
     *, progress: bool,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """One network from one start in both regimes."""
@@ -109,7 +109,7 @@ def run_network(
     parts = []
     for regime, alpha in zip(REGIMES, (1.0, settings.lazy_alpha), strict=True):
         training = train(
-            f, w0, data.x, data.y, optimisers[regime], loss="softmax", alpha=jnp.asarray(alpha, _deep.DTYPE),
+            f, w0, data.x, data.y, optimizers[regime], loss="softmax", alpha=jnp.asarray(alpha, _deep.DTYPE),
             epochs=settings.epochs, batch_size=settings.batch, key=_deep.order_key(seed), test=data.test,
             folder=None if folder is None else folder / f"{network}-{regime}-{seed}", progress=progress, throw=False,
         )  # fmt: skip
@@ -156,10 +156,10 @@ def run(
     settings = Settings() if settings is None else settings
     data = _deep.load(settings, data_dir)
     steps = {"standard": settings.step, "linearized": settings.lazy_step}
-    optimisers = {regime: _deep.sgd(settings, steps[regime], data.x.shape[0]) for regime in REGIMES}
+    optimizers = {regime: _deep.sgd(settings, steps[regime], data.x.shape[0]) for regime in REGIMES}
     seeds = list(range(seed, seed + settings.seeds))
     found = [
-        [run_network(settings, data, place, optimisers, s, folder, progress=progress) for s in seeds]
+        [run_network(settings, data, place, optimizers, s, folder, progress=progress) for s in seeds]
         for place in range(len(settings.networks))
     ]
     dims = {name: ("network", "seed", "regime", "epoch")[: 2 + values.ndim] for name, values in found[0][0].items()}

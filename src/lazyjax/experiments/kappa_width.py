@@ -17,8 +17,8 @@ from lazyjax.data.datasets import draw_teacher, sphere
 from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.experiments._student import check_double
 from lazyjax.laziness.kappa import kappa
-from lazyjax.models.maps import OnData, rescale
-from lazyjax.models.shallow import init_two_layer, two_layer
+from lazyjax.models.maps import on_data, rescale
+from lazyjax.models.shallow import two_layer
 from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ def measure(settings: Settings, width: int, seed: Array, power: Array) -> dict[s
     key_teacher, key_x, key_w, key_search = jr.split(jr.key(seed), 4)
     x = settings.d**0.5 * sphere(key_x, settings.n, settings.d)
     y = two_layer()(draw_teacher(key_teacher, settings.d), x)
-    shape = init_two_layer(key_w, settings.d, width)
+    shape = two_layer().init(key_w, d=settings.d, width=width)
     keys = dict(zip(shape, jr.split(key_w), strict=True))
     w0 = {name: jr.uniform(keys[name], leaf.shape, minval=-1) for name, leaf in shape.items()}
-    h = OnData(rescale(two_layer(jnp.tanh), width**-power), x)
+    h = on_data(rescale(two_layer(jnp.tanh), width**-power), x)
     found = kappa(h, w0, y, starts=settings.starts, key=key_search)
     return {"kappa": found.value}
 

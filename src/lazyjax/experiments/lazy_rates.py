@@ -1,4 +1,4 @@
-r"""Theorem 2.2 measured: how fast a model's flow tends to its tangent's as alpha grows, centred and symmetrized.
+r"""Theorem 2.2 measured: how fast a model's flow tends to its tangent's as alpha grows, centered and symmetrized.
 
 On [0, T], $\sup|w - w_0| = O(1/\alpha)$, $\sup|w - \bar w| = O(1/\alpha^2)$ and $\sup\|y - \bar y\| = O(1/\alpha)$;
 `lazy_correction` has the constants of the last two from one solve. For a symmetrized net that of the outputs vanishes,
@@ -23,14 +23,14 @@ from lazyjax.experiments._student import check_double
 from lazyjax.flow.lazy_correction import lazy_correction
 from lazyjax.laziness.compare import compare
 from lazyjax.losses.losses import square_loss
-from lazyjax.models.maps import OnData, center, symmetrize
-from lazyjax.models.shallow import init_two_layer, two_layer
+from lazyjax.models.maps import center, on_data, symmetrize
+from lazyjax.models.shallow import two_layer
 from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray
 
-MODELS = ("centred", "symmetrized")
+MODELS = ("centered", "symmetrized")
 GAPS = {"displacement_norm": (-1, -1), "param_gap": (-2, -2), "output_gap": (-1, -2)}
 """What is measured, and its power of alpha for the models in this order."""
 
@@ -82,12 +82,12 @@ def build(settings: Settings, seed: int, name: str) -> tuple[Model, Params, Arra
     key_teacher, key_x, key_start = jr.split(jr.key(seed), 3)
     x = settings.d**0.5 * sphere(key_x, settings.n, settings.d)
     y = two_layer()(draw_teacher(key_teacher, settings.d), x)
-    width = settings.width if name == "centred" else settings.width // 2
-    w0 = init_two_layer(key_start, settings.d, width, tau=settings.width**-0.25)
-    if name == "centred":
-        return OnData(center(two_layer(jnp.tanh), w0), x), w0, y
+    width = settings.width if name == "centered" else settings.width // 2
+    w0 = two_layer().init(key_start, d=settings.d, width=width, tau=settings.width**-0.25)
+    if name == "centered":
+        return on_data(center(two_layer(jnp.tanh), w0), x), w0, y
     doubled, start = symmetrize(two_layer(jnp.tanh), w0)
-    return OnData(doubled, x), start, y
+    return on_data(doubled, x), start, y
 
 
 def run(
@@ -161,10 +161,10 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
         last, alpha = data.sel(model=model).isel(alpha=-1), float(data["alpha"][-1])
         ratio = alpha**2 * float(last["param_gap"] / last["param_constant"])
         rows.append(Number(f"alpha^2 param_gap / its constant, {model}", ratio, 1.0))
-        if model == "centred":
+        if model == "centered":
             ratio = alpha * float(last["output_gap"] / last["output_constant"])
             rows.append(Number(f"alpha output_gap / its constant, {model}", ratio, 1.0))
     return [*rows, Number("flows that stopped early", float(data["failed"].sum()))]
 
 
-FIGURE = Figure("rates of theorem 2.2, centred and symmetrized nets", PRESETS, run, numbers)
+FIGURE = Figure("rates of theorem 2.2, centered and symmetrized nets", PRESETS, run, numbers)

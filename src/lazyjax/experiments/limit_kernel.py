@@ -19,7 +19,7 @@ from lazyjax.experiments._figure import Figure, Number, record
 from lazyjax.kernels.gram import gram
 from lazyjax.kernels.infinite_width import arccos_kernel
 from lazyjax.models.maps import rescale
-from lazyjax.models.shallow import init_two_layer, two_layer
+from lazyjax.models.shallow import two_layer
 
 if TYPE_CHECKING:
     import xarray
@@ -166,7 +166,7 @@ def sample_kernels(
     f = rescale(two_layer(), jnp.sqrt(1 / width.astype(x.dtype)))
 
     def one(key: PRNGKeyArray) -> Array:
-        w = init_two_layer(key, x.shape[1], units, dtype=x.dtype)
+        w = two_layer().init(key, d=x.shape[1], width=units, dtype=x.dtype)
         used = (jnp.arange(units) < width).astype(x.dtype)
         return gram(f, {"a": used * w["a"], "b": used[:, None] * w["b"]}, x, others)[0]
 
@@ -199,7 +199,7 @@ def term_variance(angles: Float[Array, " n"]) -> Float[Array, " n"]:
 def run_table(
     settings: Settings | None = None, *, seed: int = 0, folder: Path | None = None, progress: bool = False
 ) -> "xarray.Dataset":
-    """`run` as a labelled dataset: its fields over angle, width, shown width and net.
+    """`run` as a labeled dataset: its fields over angle, width, shown width and net.
 
     Args:
         settings: As of `run`.

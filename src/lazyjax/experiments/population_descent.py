@@ -133,13 +133,13 @@ def run_sgd(settings: Settings, seed: Array) -> dict[str, Array]:
         step = step_of(settings, tau.astype(settings.dtype))
         rates: dict[Hashable, Array] = {"a": step, "b": settings.factor * step}
         layers = {name: optax.sgd(rate) for name, rate in rates.items()}
-        optimiser = optax.partition(layers, {"a": "a", "b": "b"})
+        optimizer = optax.partition(layers, {"a": "a", "b": "b"})
 
         def gradient(w: Params, i: Array) -> Params:
             x = sphere(jr.fold_in(key, i), settings.batch, settings.d, dtype=settings.dtype)
             return jax.grad(lambda w: square_loss(f(small, x))(f(w, x)))(w)
 
-        v, risk = descend(gradient, w0, optimiser, frames, lambda v: risk_at(w0, v, teacher))
+        v, risk = descend(gradient, w0, optimizer, frames, lambda v: risk_at(w0, v, teacher))
         return {"risk": risk, "moved": optax.tree.norm(v) / optax.tree.norm(w0)}
 
     zero = 0.5 * population_inner(teacher, teacher)

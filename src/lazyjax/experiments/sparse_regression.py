@@ -10,7 +10,6 @@ least l1. The paper's scale is $\alpha^2$ here.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from lazyjax.experiments._figure import Figure, Number, check_counts, check_posi
 from lazyjax.experiments._student import check_double
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.losses.losses import square_loss
-from lazyjax.models.maps import rescale
+from lazyjax.models.maps import on_data, rescale
 from lazyjax.models.shallow import diagonal_linear
 from lazyjax.report.sweep import sweep
 
@@ -87,7 +86,7 @@ def run_flow(x: Array, y: Array, alpha: Array, settings: Settings) -> dict[str, 
     be small against the start. Time there is $t/\alpha^2$.
     """
     w0 = {name: jnp.ones(x.shape[1]) for name in ("u", "v")}
-    h = rescale(functools.partial(diagonal_linear, x=x), alpha**2)
+    h = rescale(on_data(diagonal_linear(), x), alpha**2)
     times = jnp.stack([jnp.zeros_like(alpha), settings.horizon / alpha**2])
     flow = gradient_flow(
         h, square_loss(y), w0, times, save=("displacement",), rtol=1e-8, atol=1e-8, max_steps=settings.max_steps,

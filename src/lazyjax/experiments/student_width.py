@@ -1,6 +1,6 @@
 r"""Figure 2(a): the test loss of a student against its width m, at output scale 1/sqrt(m) (lazy) and 1/m (not).
 
-Gradient descent on $F_\alpha$ with $\alpha(m)$ and the steps of the paper's code, 1/m and 0.05/m, towards 100 times the
+Gradient descent on $F_\alpha$ with $\alpha(m)$ and the steps of the paper's code, 1/m and 0.05/m, toward 100 times the
 teacher, as there; and the exact flow at scale 1/sqrt(m) up to the same time. With this teacher even that scale is not
 lazy: its kernel changes all along the way, so that an explicit solver is quicker than the exponential one here.
 """
@@ -66,7 +66,7 @@ class Settings:
         steps: Steps of gradient descent.
         step_root: eta m at scale 1/sqrt(m).
         step_mean: eta m at scale 1/m.
-        teacher_scale: Multiple of the teacher that is learnt.
+        teacher_scale: Multiple of the teacher that is learned.
         frames: Steps after which the risk is measured.
         flow_steps: Solver steps after which an exact flow is given up.
         dtype: Of descent and flow.

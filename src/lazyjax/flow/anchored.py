@@ -21,17 +21,17 @@ class Products(eqx.Module):
     shape: tuple[int, ...] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
-    def image(self, v: Params) -> Array:
+    def matvec(self, v: Params) -> Array:
         """B v, flat."""
         return self.root.transpose(self.jvp(v)).ravel()
 
-    def back(self, r: Array, like: Params) -> Params:
+    def rmatvec(self, r: Array, like: Params) -> Params:
         """B^T r."""
         (out,) = jax.linear_transpose(self.jvp, like)(self.root.apply(r.reshape(self.shape)))
         return out
 
 
-class Anchored(eqx.Module):
+class LinearizationPoint(eqx.Module):
     """A model at an anchor, every array a leaf and the rest static, so that it can travel through a solver."""
 
     coordinates: Params

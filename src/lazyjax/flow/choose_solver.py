@@ -22,7 +22,7 @@ from lazyjax.models.tangent import linearize
 DENSE_OUTPUTS = 4096
 """Up to this many outputs n*k, a tangent flow of the square loss is solved in closed form by default."""
 
-MARGIN = 3.0
+EXPLICIT_MARGIN = 3.0
 """By how much the exponential solver must promise to win: a kernel that moves much costs it more steps than planned,
 and an explicit method loses little where the two are close."""
 
@@ -63,7 +63,7 @@ def choose_solver(
         rank, ranked = cheapest_rank(flops, size, lambda r: float(leading[np.searchsorted(counts, r)]))
         if GAIN * ranked < planned:
             exponential, planned = TangentExponential("dense", relinearize=True, rank=rank), ranked
-    return exponential if MARGIN * planned < explicit_cost(flops, stiffness) else diffrax.Tsit5()
+    return exponential if EXPLICIT_MARGIN * planned < explicit_cost(flops, stiffness) else diffrax.Tsit5()
 
 
 @eqx.filter_jit
@@ -79,7 +79,9 @@ def _measure(
     field = make_field(h if anchor is None else linearize(h, anchor), loss, w0, alpha, zero_start=zero_start)
     anchored = field.anchored()
     b, size = anchored.products(), field.start.size
-    space = krylov(lambda r: b.image(b.back(r, anchored.coordinates)), jr.normal(jr.key(1), (size,), b.dtype), DENSITY)
+    space = krylov(
+        lambda r: b.matvec(b.rmatvec(r, anchored.coordinates)), jr.normal(jr.key(1), (size,), b.dtype), DENSITY
+    )
     values, vectors = jnp.linalg.eigh(space.projected)
     return size, anchored.flops(), values[::-1], size * jnp.cumsum(vectors[0, ::-1] ** 2)
 

@@ -34,7 +34,7 @@ from lazyjax._core.cost import dense_cost, method_cost
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.flow.field import ModelField, TangentField, Velocity, check_start, make_field
 from lazyjax.flow.linear_part import Expansion, LinearPart, Piece, SpectralPart, krylov_part, ritz_part, spectral_part
-from lazyjax.flow.scheme import PhiInterpolation, bend, contraction, last_line
+from lazyjax.flow.scheme import PhiInterpolation, contraction, last_line, stiff_error_term
 from lazyjax.losses.losses import Loss
 from lazyjax.losses.user_loss import as_loss
 
@@ -51,10 +51,10 @@ class State(eqx.Module):
 
     start: Expansion
     linear: LinearPart | None = None
-    age: "Age | None" = None
+    age: "RelinearizationCost | None" = None
 
 
-class Age(eqx.Module):
+class RelinearizationCost(eqx.Module):
     """Of a linear part: the steps that its lag has cost, and those that a new one is worth.
 
     `begin` is when the flow began, `former` how fast the stages contracted just before it was new, until that is
@@ -66,12 +66,14 @@ class Age(eqx.Module):
     price: Array
     former: Array
 
-    def after(self, rho: Array, h: Array, least: float) -> "Age":
+    def after(self, rho: Array, h: Array, least: float) -> "RelinearizationCost":
         """A step of length h on, in which the stages contracted by rho; a new linear part is worth `least` or more."""
         # Where a new one changed little, curvature holds the steps, or stiffness that a low rank leaves out.
         judged = jnp.where(rho > 0.5 * h * self.former, 2 * self.price, least)
         price = jnp.where(jnp.isinf(self.former), self.price, judged)
-        return Age(self.begin, self.lost + 1 - MOVED / jnp.maximum(rho, MOVED), price, jnp.full_like(rho, jnp.inf))
+        return RelinearizationCost(
+            self.begin, self.lost + 1 - MOVED / jnp.maximum(rho, MOVED), price, jnp.full_like(rho, jnp.inf)
+        )
 
 
 class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
@@ -172,7 +174,9 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         f1 = terms.vf(t1, y1, args)
         after = linear.expand(b, f1, linear.origin())
         defect = linear.subtract(b, after, [start, fourth], image)
-        error, _ = linear.combine(b, h, [(defect, 1.0, {2: -1.0, 3: 4.0}), *bend(linear, b, h, second, third, fourth)])
+        error, _ = linear.combine(
+            b, h, [(defect, 1.0, {2: -1.0, 3: 4.0}), *stiff_error_term(linear, b, h, second, third, fourth)]
+        )
         error = linear.truncated(b, h, pieces, error)
         info = {"u": y0, "h": h, "start": start, "second": second, "third": third, "fourth": fourth, "linear": linear}
         state = State(after)
@@ -185,9 +189,9 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             state = self._refresh(State(after, linear, age), y1, rho / h, left)
         return y1, error, info, state, RESULTS.successful
 
-    def _age(self, begin: Any, linear: LinearPart) -> Age:
+    def _age(self, begin: Any, linear: LinearPart) -> RelinearizationCost:
         number = jnp.ones_like(linear.top)
-        return Age(begin, 0 * number, self.refresh_price * number, jnp.inf * number)
+        return RelinearizationCost(begin, 0 * number, self.refresh_price * number, jnp.inf * number)
 
     def _refresh(self, state: State, u: Params, rate: Array, left: Array) -> State:
         """Linearize anew at u, once the steps lost are worth it, if those left at this pace are.
@@ -201,7 +205,7 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         def move() -> State:
             moved = self._build(u, state.linear)
             start = moved.expand(moved.anchored.products(), state.start.direct, moved.origin())
-            return State(start, moved, Age(age.begin, jnp.zeros_like(rate), age.price, rate))
+            return State(start, moved, RelinearizationCost(age.begin, jnp.zeros_like(rate), age.price, rate))
 
         return jax.lax.cond((age.lost > age.price) & (left > age.price), move, lambda: state)
 

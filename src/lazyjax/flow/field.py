@@ -5,7 +5,6 @@ r"""Displacement coordinates $u = \alpha(w - w_0)$, $\varepsilon = 1/\alpha$: wh
 At eps = 0 this is the tangent model's flow, u is O(1) for every alpha, and no digits are lost.
 """
 
-import functools
 import warnings
 from typing import Any
 
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lazyjax._core.checks import check_outputs, is_concrete, split_params
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.linear_part import Anchored
+from lazyjax.flow.anchored import LinearizationPoint
 from lazyjax.losses.losses import Loss
 from lazyjax.models.maps import declares_zero, without_constant
 from lazyjax.models.tangent import Tangent
@@ -28,11 +27,6 @@ from lazyjax.models.tangent import Tangent
 PLAIN_ALPHA = {"float64": 1e3}
 """Up to this alpha (1 in other precisions) the plain difference (h(w) - h(w0)) alpha is used along the flow: its
 rounding, alpha eps |h|, is 1e-13 of the outputs at most, or theirs. What is saved always has `finite_jvp`'s digits."""
-
-
-def move(coordinates: Params, eps: Float[Array, ""], u: Params) -> Params:
-    r"""$w_0 + \varepsilon u$, leaf by leaf in its own dtype."""
-    return jtu.tree_map(lambda w, v: w + eps.astype(w.dtype) * v, coordinates, u)
 
 
 class ModelField(eqx.Module):
@@ -55,14 +49,14 @@ class ModelField(eqx.Module):
         w0 = eqx.combine(self.coordinates, self.rest)
         return self.start + finite_jvp(self.h, w0, u, self.eps)
 
-    def anchored(self, u: Params | None = None) -> Anchored:
+    def anchored(self, u: Params | None = None) -> LinearizationPoint:
         """The model where u has taken it, to be linearized there; None for the start.
 
         Not u = 0, which under a vmap over alpha would make an anchor a lane of what all of them share.
         """
         if u is None:
-            return Anchored(self.h, self.rest, self.coordinates, self.loss.root(self.start))
-        return Anchored(self.h, self.rest, self.moved(u), self.loss.root(self.outputs(u)))
+            return LinearizationPoint(self.h, self.rest, self.coordinates, self.loss.root(self.start))
+        return LinearizationPoint(self.h, self.rest, self.moved(u), self.loss.root(self.outputs(u)))
 
     def __call__(self, u: Params) -> Params:
         """$u'$."""
@@ -92,11 +86,11 @@ class TangentField(eqx.Module):
         r"""$\alpha \bar h(w_0 + u/\alpha) = \alpha h(w_0) + Dh(w_0) u$."""
         return self.start + self.tangent.jvp(u)
 
-    def anchored(self, u: Params | None = None) -> Anchored:
+    def anchored(self, u: Params | None = None) -> LinearizationPoint:
         """The model where the tangent model touches it, whatever u; the loss where u has taken the outputs."""
         coordinates, rest = eqx.partition(self.tangent.w0, eqx.is_inexact_array)
         outputs = self.start if u is None else self.outputs(u)
-        return Anchored(self.tangent.h, rest, coordinates, self.loss.root(outputs))
+        return LinearizationPoint(self.tangent.h, rest, coordinates, self.loss.root(outputs))
 
     def __call__(self, u: Params) -> Params:
         """$u'$."""
@@ -134,8 +128,8 @@ def _scaled_start(initial: Outputs, alpha: RealScalar, zero_start: bool, throw: 
     # The guard keeps alpha = inf exact (and its derivatives finite) where the output is zero; at a finite alpha the
     # derivative by w0 must pass through an output that is zero.
     finite = jnp.isfinite(alpha)
-    endless = jnp.where(nonzero, jnp.inf * jnp.sign(initial), 0)
-    return jnp.where(finite, jnp.where(finite, alpha, 0) * initial, endless), 1 / alpha
+    to_infinity = jnp.where(nonzero, jnp.inf * jnp.sign(initial), 0)
+    return jnp.where(finite, jnp.where(finite, alpha, 0) * initial, to_infinity), 1 / alpha
 
 
 _INFINITE_START = (
@@ -213,17 +207,6 @@ def _check_zero(initial: np.ndarray, alpha: float, rounding: float, tolerance: f
             "if it should be zero, use lazyjax.center(h, w0), which starts the flow from exact zeros.",
             stacklevel=4,
         )
-
-
-def tree_norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm of a tree of arrays, with the gradient zero at zero; NaN where an entry is."""
-    squares = functools.reduce(jnp.add, [jnp.sum(leaf**2) for leaf in jtu.tree_leaves(tree)])
-    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
-
-
-def quotient(part: Array, whole: Array) -> Array:
-    """Of sizes: zero where the whole is, NaN where one of them is."""
-    return jnp.where(whole == 0, 0, part / jnp.where(whole == 0, 1, whole))
 
 
 class Velocity(eqx.Module):

@@ -1,4 +1,4 @@
-r"""Gradient descent on $F_\alpha$ by any optax optimiser, in the displacement coordinates of the flows."""
+r"""Gradient descent on $F_\alpha$ by any optax optimizer, in the displacement coordinates of the flows."""
 
 import functools
 from collections.abc import Callable
@@ -15,8 +15,9 @@ from diffrax import RESULTS
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_alpha, is_concrete
+from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow.field import check_start, make_field, tree_norm
+from lazyjax.flow.field import check_start, make_field
 from lazyjax.losses.losses import Loss
 from lazyjax.losses.user_loss import as_loss
 from lazyjax.models.tangent import Tangent, linearize
@@ -46,16 +47,16 @@ def gradient_descent(
     h: Model,
     loss: Loss | Callable[[Outputs], RealScalar],
     w0: Params,
-    optimiser: Any,
+    optimizer: Any,
     steps: Any,
     *,
     alpha: RealScalar = 1.0,
     progress: bool = False,
     throw: bool = True,
 ) -> Descent:
-    r"""Minimize $F_\alpha(w) = R(\alpha h(w))/\alpha^2$ by an optax optimiser from w0, all steps in one scan.
+    r"""Minimize $F_\alpha(w) = R(\alpha h(w))/\alpha^2$ by an optax optimizer from w0, all steps in one scan.
 
-    The optimiser sees the true gradient $\nabla F_\alpha(w)$ and the parameters w; its updates are added to
+    The optimizer sees the true gradient $\nabla F_\alpha(w)$ and the parameters w; its updates are added to
     $u = \alpha(w - w_0)$, where they keep their digits at large alpha. A step of `optax.sgd(eta)` advances the
     flow time by eta.
 
@@ -63,11 +64,11 @@ def gradient_descent(
         h: Model h(w) with outputs (n,) or (n, k), the data inside; or a `Tangent`.
         loss: R on outputs.
         w0: Start; any pytree, its floating arrays are the coordinates.
-        optimiser: Any optax optimiser. Those that divide by the gradient's size (Adam) do not become lazy:
+        optimizer: Any optax optimizer. Those that divide by the gradient's size (Adam) do not become lazy:
             their steps in w do not shrink with alpha. A line search (as in `optax.lbfgs`) asks for the objective
             at parameters w, and w - w0 rounds: use it where alpha times rounding is small.
         steps: Number of steps.
-        alpha: Output scale in (0, inf]; inf needs h(w0) = 0 and an optimiser whose updates are proportional to
+        alpha: Output scale in (0, inf]; inf needs h(w0) = 0 and an optimizer whose updates are proportional to
             the gradients (SGD with or without momentum), which has a limit.
         progress: Show a progress bar.
         throw: Raise if the loss became NaN or infinite.
@@ -93,16 +94,16 @@ def gradient_descent(
     if not isinstance(steps, (int, np.integer)) or steps < 1:
         msg = f"steps must be a whole number of at least 1, got {steps!r}."
         raise ValueError(msg)
-    if not isinstance(optimiser, optax.GradientTransformation):
-        msg = f"optimiser must be an optax optimiser such as optax.sgd(0.1), got {type(optimiser).__name__}."
+    if not isinstance(optimizer, optax.GradientTransformation):
+        msg = f"optimizer must be an optax optimizer such as optax.sgd(0.1), got {type(optimizer).__name__}."
         raise TypeError(msg)
     zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
     if is_concrete((alpha, w0)) and bool(np.isinf(alpha)):
-        check_proportional(optimiser, eqx.filter(w0, eqx.is_inexact_array))
+        check_proportional(optimizer, eqx.filter(w0, eqx.is_inexact_array))
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
     scale = jnp.asarray(alpha, float)
     descent = _gradient_descent(
-        model, loss, w0, optimiser, int(steps), scale, zero_start=zero_start, progress=progress, throw=throw
+        model, loss, w0, optimizer, int(steps), scale, zero_start=zero_start, progress=progress, throw=throw
     )
     return descent.result.error_if(descent, descent.result != RESULTS.successful) if throw else descent
 
@@ -114,22 +115,22 @@ REACH = 2.0**40
 """By how much the probing gradients are larger and smaller than 1: no clipping and no epsilon lies beyond."""
 
 
-def check_proportional(optimiser: optax.GradientTransformation, coordinates: Params) -> None:
-    """Refuse, at alpha = inf, an optimiser whose updates are not those for other gradients times their ratio.
+def check_proportional(optimizer: optax.GradientTransformation, coordinates: Params) -> None:
+    """Refuse, at alpha = inf, an optimizer whose updates are not those for other gradients times their ratio.
 
     Seen from parameters 1, whatever w0: there a weight decay shows itself, though no gradient does.
     """
     with jax.ensure_compile_time_eval():  # values, even inside a user's jit
         # Never in half precision, which the small and large gradients are beyond.
         params = jtu.tree_map(lambda w: jnp.ones(w.shape, max(w.dtype, jnp.float32, key=_bits)), coordinates)
-        states = [optimiser.init(params)] * 4
+        states = [optimizer.init(params)] * 4
         for _ in range(PROBES):
-            sizes, states = _probe(optimiser, states, params)
+            sizes, states = _probe(optimizer, states, params)
             still, once, small, large = map(float, sizes)
             # Written so that NaN is refused.
             if not (still == 0 and small <= 1e-3 * once and large <= 1e-3 * once):
                 msg = (
-                    "alpha=inf needs an optimiser whose updates are proportional to the gradients, such as optax.sgd "
+                    "alpha=inf needs an optimizer whose updates are proportional to the gradients, such as optax.sgd "
                     "with or without momentum; adaptive steps, clipping and weight decay have no limit there. "
                     "Use a finite alpha."
                 )
@@ -142,8 +143,8 @@ def _bits(dtype: Any) -> int:
     return jnp.finfo(dtype).bits
 
 
-@eqx.filter_jit  # compiled once an optimiser
-def _probe(optimiser: optax.GradientTransformation, states: list[Any], params: Params) -> tuple[Any, list[Any]]:
+@eqx.filter_jit  # compiled once an optimizer
+def _probe(optimizer: optax.GradientTransformation, states: list[Any], params: Params) -> tuple[Any, list[Any]]:
     """Sizes of the updates for gradients 0 and 1, errors of those for 1/REACH and REACH, and all states after them."""
 
     def update(factor: float, state: Any) -> tuple[Params, Any]:
@@ -153,7 +154,7 @@ def _probe(optimiser: optax.GradientTransformation, states: list[Any], params: P
             return functools.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(lambda g, v: jnp.sum(g * v), gradient, w)))
 
         line_search = {"value": value(params), "grad": gradient, "value_fn": value}
-        return optax.with_extra_args_support(optimiser).update(gradient, state, params, **line_search)
+        return optax.with_extra_args_support(optimizer).update(gradient, state, params, **line_search)
 
     def error(updates: Params, factor: float) -> Array:
         return tree_norm(jtu.tree_map(lambda a, b: factor * a - b, updates, once))
@@ -168,7 +169,7 @@ def _gradient_descent(
     model: tuple[Model, Params | None],
     loss: Loss,
     w0: Params,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     steps: int,
     alpha: RealScalar,
     *,
@@ -180,9 +181,9 @@ def _gradient_descent(
     h = h if anchor is None else linearize(h, anchor)
     field = make_field(h, loss, w0, alpha, zero_start=zero_start, throw=throw)
     alpha = jnp.asarray(alpha, field.start.dtype)
-    # At alpha = inf a proportional optimiser has the same steps in u as at alpha = 1.
+    # At alpha = inf a proportional optimizer has the same steps in u as at alpha = 1.
     scale = jnp.where(jnp.isinf(alpha), 1, alpha)
-    extended = optax.with_extra_args_support(optimiser)
+    extended = optax.with_extra_args_support(optimizer)
     meter: Any = diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
 
     def objective(w: Params) -> Array:
@@ -199,7 +200,7 @@ def _gradient_descent(
         return (u, state, meter.step(meter_state, i / steps)), value
 
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
-    carry = (u0, optimiser.init(field.coordinates), meter.init())
+    carry = (u0, optimizer.init(field.coordinates), meter.init())
     (u, _, meter_state), losses = jax.lax.scan(step, carry, jnp.arange(steps))
     meter.close(meter_state)
     outputs = field.outputs(u)

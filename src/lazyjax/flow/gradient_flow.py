@@ -124,7 +124,7 @@ def gradient_flow(
     check_times(ts)
     _check_options(save, rtol, atol, max_steps)
     zero_start = check_start(h, loss, w0, alpha, rtol)
-    endless = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
+    to_infinity = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
     # A Tangent is linearized again inside: its residuals from outside would be compiled in as constants.
     model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
     # As arrays, so that another alpha or tolerance is another argument of the same compiled program.
@@ -134,7 +134,7 @@ def gradient_flow(
     # A start declared zero has nothing to throw at.
     inside = throw and not zero_start
     options = Options(solver, stepsize_controller, dt0, relative, absolute, tuple(save), max_steps, progress, inside)
-    flow = _gradient_flow(model, loss, w0, jnp.asarray(ts), scale, options, zero_start, endless)
+    flow = _gradient_flow(model, loss, w0, jnp.asarray(ts), scale, options, zero_start, to_infinity)
     return flow.result.error_if(flow, flow.result != RESULTS.successful) if throw else flow
 
 
@@ -160,7 +160,7 @@ def _gradient_flow(
     alpha: RealScalar,
     options: Options,
     zero_start: bool,
-    endless: bool,
+    to_infinity: bool,
 ) -> Flow:
     h, anchor = model
     h = h if anchor is None else linearize(h, anchor)
@@ -172,7 +172,7 @@ def _gradient_flow(
         assert isinstance(field, TangentField)
         saved, result, stats = _closed_form(h, field, ts)
     else:
-        saved, result, stats = integrate(field, options.solver, ts, options, endless=endless)
+        saved, result, stats = integrate(field, options.solver, ts, options, to_infinity=to_infinity)
         stats["solver"] = name_of(options.solver)
     values = jax.vmap(loss)(saved["outputs"])
     broken = (result == RESULTS.successful) & ~jnp.all(jnp.isfinite(values))

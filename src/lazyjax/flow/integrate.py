@@ -9,10 +9,11 @@ import jax.tree_util as jtu
 from diffrax import RESULTS
 from jaxtyping import Array
 
+from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Params, RealScalar
 from lazyjax.flow import result as results
 from lazyjax.flow.exponential import TangentExponential
-from lazyjax.flow.field import ModelField, TangentField, Velocity, tree_norm
+from lazyjax.flow.field import ModelField, TangentField, Velocity
 from lazyjax.flow.step_collapse import COLLAPSED, WatchedController
 
 EXPLICIT_PI, EXPONENTIAL_PI = {"pcoeff": 0.4, "icoeff": 0.3}, {"pcoeff": 0.3, "icoeff": 0.7}
@@ -39,15 +40,15 @@ class Options(eqx.Module):
 
 
 def integrate(
-    field: ModelField | TangentField, solver: diffrax.AbstractSolver, ts: Array, options: Options, *, endless: bool
+    field: ModelField | TangentField, solver: diffrax.AbstractSolver, ts: Array, options: Options, *, to_infinity: bool
 ) -> tuple[dict[str, Any], results.Result, dict[str, Any]]:
     """What is saved along u' = field(u) at ts, how the solve ended, and what it took."""
-    finite = ts[:-1] if endless else ts
+    finite = ts[:-1] if to_infinity else ts
     dt0 = options.dt0
     if isinstance(solver, TangentExponential):
         solver = solver if solver.linear is not None else solver.attach(field, ts[-1] - ts[0])
         assert solver.linear is not None
-        # A kernel that is zero sets no time; neither does an endless flow.
+        # A kernel that is zero sets no time; neither does an to_infinity flow.
         top = solver.linear.top
         scale = jnp.where(top > 0, 1 / jnp.where(top > 0, top, 1), 1).astype(ts.dtype)
         first = jnp.minimum(scale, finite[-1] - finite[0]) if finite.size > 1 else scale
@@ -64,7 +65,7 @@ def integrate(
         return {"outputs": field.outputs(u), "displacement": u if keep_displacement else None}
 
     subs = [diffrax.SubSaveAt(ts=finite, fn=observe)]
-    subs += [diffrax.SubSaveAt(t1=True, fn=observe)] if endless else []
+    subs += [diffrax.SubSaveAt(t1=True, fn=observe)] if to_infinity else []
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(Velocity(field)),
         solver,
@@ -75,7 +76,7 @@ def integrate(
         saveat=diffrax.SaveAt(subs=subs),
         stepsize_controller=controller,
         max_steps=options.max_steps,
-        event=diffrax.Event(_stationary(field, field(u0), finite[-1], rtol)) if endless else None,
+        event=diffrax.Event(_stationary(field, field(u0), finite[-1], rtol)) if to_infinity else None,
         progress_meter=diffrax.TqdmProgressMeter() if options.progress else diffrax.NoProgressMeter(),
         throw=False,
     )

@@ -21,7 +21,7 @@ from lazyjax.flow.field import check_start, make_field
 from lazyjax.kernels.gram import gram
 from lazyjax.kernels.spectrum import check_rtol, effective_rank
 from lazyjax.losses.losses import Loss, SquareLoss
-from lazyjax.models.maps import OnData, without_constant
+from lazyjax.models.maps import on_data, without_constant
 
 PER_DECADE = 16
 """Times a decade among which the best one is looked for first. A flow's outputs change on the scale of e in time."""
@@ -158,7 +158,7 @@ def kernel_regression(
         loss: `lazyjax.square_loss(target)`; its weight c sets the metric, $K = c JJ^T$.
         x_test: Test inputs.
         alpha: Output scale in (0, inf]; inf needs h(w0) = 0, as `center` and `symmetrize` declare it.
-        rtol: Eigenvalues not above this share of the largest are taken for zero, and their modes are never learnt;
+        rtol: Eigenvalues not above this share of the largest are taken for zero, and their modes are never learned;
             None for $\sqrt{nk}\,\epsilon$.
 
     Returns:
@@ -187,7 +187,7 @@ def kernel_regression(
     check_alpha(alpha)
     check_rtol(rtol)
     _check_inputs(x, x_test)
-    zero_start = check_start(OnData(f, x), loss, w0, alpha, rtol=1e-6)
+    zero_start = check_start(on_data(f, x), loss, w0, alpha, rtol=1e-6)
     start = _start(f, w0, x, loss, alpha, zero_start)
     # The same derivative, at half the price.
     model = without_constant(f)
@@ -225,7 +225,7 @@ def _check_inputs(x: Array, x_test: Array | None) -> None:
 
 @eqx.filter_jit
 def _start(f: Model, w0: Params, x: Array, loss: Loss, alpha: RealScalar, zero_start: bool) -> Outputs:
-    return make_field(OnData(f, x), loss, w0, alpha, zero_start=zero_start).start
+    return make_field(on_data(f, x), loss, w0, alpha, zero_start=zero_start).start
 
 
 @eqx.filter_jit
@@ -256,8 +256,8 @@ def _search(regression: KernelRegression, loss: SquareLoss) -> tuple[Array, Arra
     time, best = jnp.where(refined < norms[i], found, times[i]), jnp.minimum(refined, norms[i])
     # Of an optimum at the end the last finite times are as good as inf, or better by rounding.
     rounding = 10 * jnp.finfo(times.dtype).eps * jnp.maximum(norms[0], norms[-1])
-    endless = norms[-1] <= best + rounding
-    return jnp.where(endless, jnp.inf, time), 0.5 * loss.weight * jnp.where(endless, norms[-1], best) ** 2
+    to_infinity = norms[-1] <= best + rounding
+    return jnp.where(to_infinity, jnp.inf, time), 0.5 * loss.weight * jnp.where(to_infinity, norms[-1], best) ** 2
 
 
 def _time_grid(eigenvalues: Array) -> Array:
@@ -266,7 +266,7 @@ def _time_grid(eigenvalues: Array) -> Array:
     largest = jnp.where(positive[0], eigenvalues[0], 1)
     smallest = jnp.minimum(largest, jnp.min(jnp.where(positive, eigenvalues, jnp.inf)))
     digits = _digits(eigenvalues)
-    # At the first of them nothing has been learnt, at the last e^{-t lambda} is rounding. (With rtol = 0 there may be
+    # At the first of them nothing has been learned, at the last e^{-t lambda} is rounding. (With rtol = 0 there may be
     # eigenvalues smaller than rounding of the largest: then the steps are wider.)
     ends = jnp.log(1e-3 / largest), jnp.log(digits * math.log(10) / smallest)
     inner = jnp.exp(jnp.linspace(*ends, PER_DECADE * round(digits + 5)))

@@ -30,12 +30,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_times, is_concrete
+from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.anchored import Anchored
+from lazyjax.flow.anchored import LinearizationPoint
 from lazyjax.flow.choose_solver import choose_solver, name_of
 from lazyjax.flow.exponential import TangentExponential
-from lazyjax.flow.field import TangentField, check_start, make_field, tree_norm
+from lazyjax.flow.field import TangentField, check_start, make_field
 from lazyjax.flow.gradient_flow import Flow, _check_options
 from lazyjax.flow.integrate import Options, integrate
 from lazyjax.flow.linear_part import KrylovPart, SpectralPart
@@ -131,7 +132,7 @@ def lazy_correction(
     _check_options(("outputs", "displacement"), rtol, atol, max_steps)
     zero_start = check_start(h, loss, w0, jnp.inf, rtol)
     _check_smooth(h, loss, w0)
-    endless = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
+    to_infinity = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
     if solver is None:
         infinity = jnp.asarray(jnp.inf, float)
         solver = choose_solver((h, None), loss, w0, ts, infinity, zero_start=zero_start)
@@ -141,7 +142,7 @@ def lazy_correction(
     relative, absolute = jnp.asarray(rtol, float), jnp.asarray(atol, float)
     inside = throw and not zero_start
     options = Options(solver, None, None, relative, absolute, ("outputs", "displacement"), max_steps, False, inside)
-    out = _lazy_correction(h, loss, w0, jnp.asarray(ts), options, zero_start, endless)
+    out = _lazy_correction(h, loss, w0, jnp.asarray(ts), options, zero_start, to_infinity)
     result = out.tangent_flow.result
     return result.error_if(out, result != RESULTS.successful) if throw else out
 
@@ -168,11 +169,11 @@ class PairField(TangentField):
         slope, bend = jax.jvp(lambda w: jax.jvp(model, (w,), (displacement,))[1], (w0,), (displacement,))
         return self.start + jnp.concatenate([slope, self.tangent.jvp(v) + 0.5 * bend])
 
-    def anchored(self, u: Params | None = None) -> Anchored:
+    def anchored(self, u: Params | None = None) -> LinearizationPoint:
         """The model at w0, twice; the loss where u has taken the outputs of the tangent model."""
         outputs = self.start if u is None else self.outputs(u)
         root = self.loss.root(jnp.split(outputs, 2)[0])
-        return Anchored(_Twice(self.tangent.h), self.rest, self.coordinates, _TwiceRoot(root))
+        return LinearizationPoint(_Twice(self.tangent.h), self.rest, self.coordinates, _TwiceRoot(root))
 
     def __call__(self, u: Params) -> Params:
         r"""$(\bar u', v')$."""
@@ -229,7 +230,7 @@ def _attach(solver: TangentExponential, single: TangentField, pair: PairField, h
 
 @eqx.filter_jit
 def _lazy_correction(
-    h: Model, loss: Loss, w0: Params, ts: Array, options: Options, zero_start: bool, endless: bool
+    h: Model, loss: Loss, w0: Params, ts: Array, options: Options, zero_start: bool, to_infinity: bool
 ) -> Correction:
     tangent = linearize(without_constant(h) if zero_start else h, w0)
     single = make_field(tangent, loss, w0, jnp.inf, zero_start=zero_start, throw=options.throw)
@@ -241,7 +242,7 @@ def _lazy_correction(
     if isinstance(solver, TangentExponential):
         solver = _attach(solver, single, pair, ts[-1] - ts[0])
     assert solver is not None
-    saved, result, stats = integrate(pair, solver, ts, options, endless=endless)
+    saved, result, stats = integrate(pair, solver, ts, options, to_infinity=to_infinity)
     outputs, limit = jnp.split(saved["outputs"], 2, axis=1)
     displacement, v = saved["displacement"]
     broken = (result == RESULTS.successful) & ~jnp.all(jnp.isfinite(saved["outputs"]))

@@ -29,7 +29,7 @@ from lazyjax._core.cost import POWERS
 from lazyjax._core.lanczos import krylov, lanczos
 from lazyjax._core.phi import phi
 from lazyjax._core.types import Params
-from lazyjax.flow.anchored import Anchored, Products
+from lazyjax.flow.anchored import LinearizationPoint, Products
 
 GRAM_BLOCK = 128
 """Columns of the Gram (a jvp and a vjp each) that are made side by side."""
@@ -69,7 +69,7 @@ Piece = tuple[Expansion, Any, Mapping[int, Any]]
 class LinearPart(eqx.Module):
     """L at an anchor; subclasses say how to take functions of it."""
 
-    anchored: eqx.AbstractVar[Anchored]
+    anchored: eqx.AbstractVar[LinearizationPoint]
     top: eqx.AbstractVar[Array]
 
     @abc.abstractmethod
@@ -117,7 +117,7 @@ def _direct(h: Array, pieces: Sequence[Piece]) -> Params:
 class SpectralPart(LinearPart):
     """By the eigendecomposition of BB^T, or its leading part, shared by all lanes of a vmap that share the anchor."""
 
-    anchored: Anchored
+    anchored: LinearizationPoint
     top: Float[Array, ""]
     values: Float[Array, " r"]
     vectors: Float[Array, "m r"]
@@ -138,7 +138,7 @@ class SpectralPart(LinearPart):
     def expand(self, b: Products, direct: Params, lifted: Array) -> Expansion:
         """Coordinates of B D on the eigenvectors; s is held in them too, so that BB^T s needs no product."""
         values, vectors = jax.lax.stop_gradient((self.values, self.vectors))
-        return Expansion(direct, lifted, b.image(direct) @ vectors + values * lifted, values)
+        return Expansion(direct, lifted, b.matvec(direct) @ vectors + values * lifted, values)
 
     def subtract(self, b: Products, e: Expansion, others: Sequence[Expansion], lifted: Array) -> Expansion:
         """In coordinates, without a product."""
@@ -158,7 +158,7 @@ class SpectralPart(LinearPart):
             ]
         )
         image = _sum([h * _inside(e.values, h, c, weights, 0) * e.coordinates for e, c, weights in pieces])
-        return jtu.tree_map(jnp.add, direct, b.back(vectors @ z, direct)), image
+        return jtu.tree_map(jnp.add, direct, b.rmatvec(vectors @ z, direct)), image
 
 
 @jax.custom_jvp
@@ -180,7 +180,7 @@ def _(primals: Any, tangents: Any) -> Any:
 class KrylovPart(LinearPart):
     """By Lanczos in the outputs' space, started from each vector: no Gram is formed."""
 
-    anchored: Anchored
+    anchored: LinearizationPoint
     top: Float[Array, ""]
     num_lanczos: int = eqx.field(static=True)
     size: int = eqx.field(static=True)
@@ -192,8 +192,8 @@ class KrylovPart(LinearPart):
 
     def expand(self, b: Products, direct: Params, lifted: Array) -> Expansion:
         """Coordinates of B D on the Ritz vectors of its own Krylov space; s is held in the outputs' space."""
-        start = _constant(b.image(jtu.tree_map(jnp.add, direct, b.back(lifted, direct))))
-        space = krylov(lambda r: b.image(b.back(r, direct)), start, self.num_lanczos)
+        start = _constant(b.matvec(jtu.tree_map(jnp.add, direct, b.rmatvec(lifted, direct))))
+        space = krylov(lambda r: b.matvec(b.rmatvec(r, direct)), start, self.num_lanczos)
         values, ritz = jnp.linalg.eigh(space.projected)
         coordinates = space.norm * ritz[0]
         return Expansion(
@@ -219,7 +219,7 @@ class KrylovPart(LinearPart):
         image = _sum(
             [e.in_outputs(h * _inside(e.values, h, c, weights, 0) * e.coordinates) for e, c, weights in pieces]
         )
-        return jtu.tree_map(jnp.add, direct, b.back(z, direct)), image
+        return jtu.tree_map(jnp.add, direct, b.rmatvec(z, direct)), image
 
     def truncated(self, b: Products, h: Array, pieces: Sequence[Piece], error: Params) -> Params:
         r"""Adds what the Krylov spaces are too small for: the next vector, times its first coefficient.
@@ -229,10 +229,10 @@ class KrylovPart(LinearPart):
         z = _sum(
             [c * c * h**3 * e.beyond(_inside(e.values, h, c, weights, 2) * e.coordinates) for e, c, weights in pieces]
         )
-        return jtu.tree_map(jnp.add, error, b.back(z, error))
+        return jtu.tree_map(jnp.add, error, b.rmatvec(z, error))
 
 
-def spectral_part(anchored: Anchored) -> SpectralPart:
+def spectral_part(anchored: LinearizationPoint) -> SpectralPart:
     """Diagonalize BB^T at the anchor."""
     anchored = jax.lax.stop_gradient(anchored)
     size = math.prod(anchored.products().shape)
@@ -243,7 +243,7 @@ def spectral_part(anchored: Anchored) -> SpectralPart:
     return SpectralPart(anchored, values[-1], values, vectors)
 
 
-def ritz_part(anchored: Anchored, rank: int, guess: Array | None = None) -> SpectralPart:
+def ritz_part(anchored: LinearizationPoint, rank: int, guess: Array | None = None) -> SpectralPart:
     r"""The leading part of BB^T without its Gram, by subspace iteration: with Ritz values and vectors for eigenpairs.
 
     L = -B^T V V^T B for any orthonormal V: functions of it are exact on Ritz pairs that are far from being
@@ -261,20 +261,20 @@ def ritz_part(anchored: Anchored, rank: int, guess: Array | None = None) -> Spec
     return SpectralPart(anchored, values[-1], values, columns.T @ mixing)
 
 
-def _times(anchored: Anchored, count: int, row: Callable[[Array], Array]) -> Array:
+def _times(anchored: LinearizationPoint, count: int, row: Callable[[Array], Array]) -> Array:
     """BB^T on vectors, as rows, some of them side by side."""
     b, like = anchored.products(), anchored.coordinates
 
     def product(i: Array) -> Array:
-        return b.image(b.back(row(i).astype(b.dtype), like))
+        return b.matvec(b.rmatvec(row(i).astype(b.dtype), like))
 
     return jax.lax.map(product, jnp.arange(count), batch_size=min(GRAM_BLOCK, count))
 
 
-def krylov_part(anchored: Anchored, num_lanczos: int) -> KrylovPart:
+def krylov_part(anchored: LinearizationPoint, num_lanczos: int) -> KrylovPart:
     """No set-up but the largest eigenvalue, from 20 products."""
     anchored = jax.lax.stop_gradient(anchored)
     b, like = anchored.products(), anchored.coordinates
     size = math.prod(b.shape)
-    values, _, _ = lanczos(lambda r: b.image(b.back(r, like)), size, 20, dtype=b.dtype)
+    values, _, _ = lanczos(lambda r: b.matvec(b.rmatvec(r, like)), size, 20, dtype=b.dtype)
     return KrylovPart(anchored, values[-1], num_lanczos, size, b.dtype)

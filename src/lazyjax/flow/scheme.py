@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
+from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Params
 from lazyjax.flow.anchored import Products
-from lazyjax.flow.field import tree_norm
 from lazyjax.flow.linear_part import Expansion, LinearPart, Piece
 
 
@@ -59,7 +59,7 @@ class PhiInterpolation(diffrax.AbstractLocalInterpolation):
         return jtu.tree_map(jnp.add, self.u, delta)
 
 
-def bend(
+def stiff_error_term(
     linear: LinearPart, b: Products, h: Array, second: Expansion, third: Expansion, fourth: Expansion
 ) -> list[Piece]:
     r"""An estimate of what the parabola misses where N bends inside the step, which D_4 and D_5 at its end cannot see.

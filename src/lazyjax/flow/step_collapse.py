@@ -1,6 +1,6 @@
 """A step-size controller that notices when the steps of another one have collapsed, and stops the solve.
 
-The flow of a ReLU model slides along the kinks of its units (a Filippov mode): f points towards the kink from both
+The flow of a ReLU model slides along the kinks of its units (a Filippov mode): f points toward the kink from both
 sides. An adaptive method crosses it back and forth at a step that its tolerance alone sets, for as long as it slides.
 """
 
@@ -17,7 +17,7 @@ WINDOW = 256
 """Attempts that must all be small before the steps count as collapsed."""
 
 SMALL = 1 / 30
-"""Against the longest accepted step: stiffness that grows as features are learnt takes away less."""
+"""Against the longest accepted step: stiffness that grows as features are learned takes away less."""
 
 REJECTED = 0.25
 """Share of the attempts: an explicit method at its stability bound rejects about a fifth."""

@@ -12,20 +12,20 @@ from math import prod
 import jax.numpy as jnp
 
 from lazyjax._core.program import Constant, Line, Operand, Program
-from lazyjax.kernels.layer_rules import MINUS, RULES, Entry, Scale, Weight, fitted, long_roles
+from lazyjax.kernels.layer_rules import MINUS, RULES, ParameterUse, Scale, Weight, fitted, long_roles
 
 
-def find_entries(program: Program, num_leaves: int) -> dict[int, list[Entry]]:
+def find_entries(program: Program, num_leaves: int) -> dict[int, list[ParameterUse]]:
     """All entries of each leaf (the first arguments); leaves whose Jacobian does not factor are missing."""
     search = _Search(program)
     for leaf, slot in enumerate(program.arguments[:num_leaves]):
         search.weights[slot] = Weight(leaf, (), (), "m" * len(program.avals[slot].shape))
     search.constants.update(program.constants)
-    entries: dict[int, list[Entry]] = {leaf: [] for leaf in range(num_leaves)}
+    entries: dict[int, list[ParameterUse]] = {leaf: [] for leaf in range(num_leaves)}
     opaque = set()
     for line in program.lines:
         for entry in search.visit(line):
-            if isinstance(entry, Entry):
+            if isinstance(entry, ParameterUse):
                 entries[entry.leaf].append(entry)
             else:
                 opaque.add(entry)
@@ -51,7 +51,7 @@ class _Search:
                 if not isinstance(operand, Constant):
                     self.readers.setdefault(operand, []).append((line, position))
 
-    def visit(self, line: Line) -> list[Entry | int]:
+    def visit(self, line: Line) -> list[ParameterUse | int]:
         """The entries of a line, or the leaves that it treats in a way without a rule."""
         held = [i for i, operand in enumerate(line.inputs) if self._weight(operand) is not None]
         if not held:
@@ -127,7 +127,7 @@ class _Search:
             roles = "m" * len(aval.shape)
         return None if roles is None else replace(weight, path=(*weight.path, aval.shape), roles=roles)
 
-    def _forward(self, entry: Entry) -> Entry:
+    def _forward(self, entry: ParameterUse) -> ParameterUse:
         """The entry with its target moved on, as long as all that follows is scaled by one number and added to."""
         while True:
             readers = self.readers.get(entry.target, [])
@@ -139,7 +139,7 @@ class _Search:
                 return entry
             entry = moved
 
-    def _step(self, entry: Entry, line: Line, position: int) -> Entry | None:
+    def _step(self, entry: ParameterUse, line: Line, position: int) -> ParameterUse | None:
         target = line.outputs[0]
         scale = self._scale(line, position)
         if line.name in ("add", "add_any") or (line.name == "sub" and position == 0):

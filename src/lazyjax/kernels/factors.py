@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lazyjax._core.program import Line, Program, aval_of, run, value_of
-from lazyjax.kernels.layer_rules import Entry, free_axes
+from lazyjax.kernels.layer_rules import ParameterUse, free_axes
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Group:
         leaves: Their entries, one list a leaf; entry i of each has one target.
     """
 
-    leaves: tuple[tuple[Entry, ...], ...]
+    leaves: tuple[tuple[ParameterUse, ...], ...]
 
     @property
-    def first(self) -> tuple[Entry, ...]:
+    def first(self) -> tuple[ParameterUse, ...]:
         """The entries of the first leaf, which show the targets."""
         return self.leaves[0]
 
@@ -48,9 +48,9 @@ class Group:
         return sum(entry.sizes[0] for entry in self.first), groups, inputs, outputs
 
 
-def group_entries(entries: dict[int, list[Entry]]) -> list[Group]:
+def group_entries(entries: dict[int, list[ParameterUse]]) -> list[Group]:
     """Leaves by the places of their entries."""
-    groups: dict[Any, list[tuple[Entry, ...]]] = {}
+    groups: dict[Any, list[tuple[ParameterUse, ...]]] = {}
     for found in entries.values():
         if found:
             places = tuple((entry.target, entry.roles, entry.sizes[1]) for entry in found)
@@ -126,7 +126,7 @@ def _inputs(group: Group, values: dict[int, Any]) -> Array:
     return jnp.concatenate([part.astype(dtype) for part in joined], axis=2)
 
 
-def _input(entry: Entry, values: dict[int, Any]) -> Array:
+def _input(entry: ParameterUse, values: dict[int, Any]) -> Array:
     """a, (p, g, d), of one entry with its factors."""
     operand = jnp.asarray(value_of(values, entry.line.inputs[entry.other]))
     positions, groups, inputs, _ = entry.sizes
@@ -152,7 +152,7 @@ def _feature(line: Line) -> int:
     return line.eqn.params["dimension_numbers"].out_spec[1]
 
 
-def _scale(entry: Entry, values: dict[int, Any]) -> Array:
+def _scale(entry: ParameterUse, values: dict[int, Any]) -> Array:
     """The product of an entry's factors."""
     product = jnp.ones((), values[entry.target].dtype)
     for operand, power in entry.scales:
@@ -161,7 +161,7 @@ def _scale(entry: Entry, values: dict[int, Any]) -> Array:
     return product
 
 
-def _row_numbers(entry: Entry, values: dict[int, Any]) -> Array:
+def _row_numbers(entry: ParameterUse, values: dict[int, Any]) -> Array:
     """The rows looked up; a number outside the table, which reads nothing, becomes -1."""
     numbers = value_of(values, entry.line.inputs[1])[..., 0].reshape(-1)
     size = entry.sizes[2]

@@ -66,7 +66,7 @@ def gram(
 
     Raises:
         ValueError: empty or non-finite inputs, x1 and x2 of different sample shapes, outputs of another shape,
-            a model that mixes samples (as batch normalisation does), or an unknown method.
+            a model that mixes samples (as batch normalization does), or an unknown method.
 
     Source:
         Chizat, Oyallon, Bach (2019), equation (7).
@@ -203,9 +203,9 @@ def gram_plan(
         ValueError: shapes unfit, or an unknown method.
 
     Example:
-        >>> from lazyjax import init_mlp, mlp
+        >>> from lazyjax.models import mlp
         >>> import jax.random as jr
-        >>> print(gram_plan(mlp(), init_mlp(jr.key(0), [3, 8, 2]), jnp.ones((5, 3))))
+        >>> print(gram_plan(mlp(), mlp().init(jr.key(0), [3, 8, 2]), jnp.ones((5, 3))))
         parameters              rule          way...
     """
     _check_method(method)

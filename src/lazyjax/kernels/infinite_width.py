@@ -111,7 +111,7 @@ def deep_kernel(
     `arccos_kernel(layer="both")`.
 
     In the standard parametrization, $W \sim N(0, \sigma_w^2/n_{in})$ itself trained, the covariance is the same, but a
-    layer's part of the tangent kernel is $n_{in}/\sigma_w^2$ times as large: there is no limit. `init_mlp` moreover has
+    layer's part of the tangent kernel is $n_{in}/\sigma_w^2$ times as large: there is no limit. `MLP.init` moreover has
     other variances in the first and last layers; with ReLU and hidden widths m, the covariance of its outputs is
     asymptotically $4dm / ((d + m)(m + k))$ times $\Sigma$ at $\sigma_w^2 = g^2$, $\sigma_b = 0$.
 
@@ -232,7 +232,7 @@ def _angles_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> 
 
 
 class _Pair(NamedTuple):
-    """Centred Gaussians at the inputs: variances (n1, 1) and (1, n2), covariances c, and q1 q2 - c^2, (n1, n2)."""
+    """Centered Gaussians at the inputs: variances (n1, 1) and (1, n2), covariances c, and q1 q2 - c^2, (n1, n2)."""
 
     first: Array
     second: Array
@@ -274,7 +274,7 @@ def _root(x: Array) -> Array:
 
 
 def _relu_moments(pair: _Pair) -> tuple[_Pair, Array]:
-    """The pair after ReLU, uncentred, and the mean product of slopes."""
+    """The pair after ReLU, uncentered, and the mean product of slopes."""
     c, area = pair.covariance, _root(pair.area_sq)
     size = jnp.maximum(*jax.lax.stop_gradient((area, jnp.abs(c))))
     zero = size == 0  # a zero input; its angle is taken as a right one, as in `_angles`
@@ -289,7 +289,7 @@ def _relu_moments(pair: _Pair) -> tuple[_Pair, Array]:
 
 
 def _erf_moments(pair: _Pair) -> tuple[_Pair, Array]:
-    """The pair after erf, uncentred, and the mean product of slopes."""
+    """The pair after erf, uncentered, and the mean product of slopes."""
     width = jnp.sqrt(1 + 2 * pair.first + 2 * pair.second + 4 * pair.area_sq)  # of (1 + 2 q1)(1 + 2 q2) - 4 c^2
     first, second = (2 / jnp.pi * jnp.arctan2(2 * q, jnp.sqrt(1 + 4 * q)) for q in pair[:2])
     moment = 2 / jnp.pi * jnp.arctan2(2 * pair.covariance, width)

@@ -36,7 +36,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ParameterUse:
     """One entry of one leaf.
 
     Attributes:
@@ -74,7 +74,7 @@ def fitted(roles: str, before: tuple[int, ...], after: tuple[int, ...]) -> str |
     return "".join("p" if size == 1 else next(rest) for size in after)
 
 
-def _product(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> Entry | None:
+def _product(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> ParameterUse | None:
     shapes = [shape_of(operand) for operand in line.inputs]
     if "p" in long_roles(weight.roles, shapes[position]):
         return None
@@ -90,7 +90,7 @@ def _product(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> En
         prod(shapes[position][i] for i in ours),
     )
     order = (weight.path, "product", tuple(batch[position]), tuple(contract[position]), shapes[position])
-    return Entry(weight.leaf, "product", order, line, other, weight.scales, line.outputs[0], roles, sizes)
+    return ParameterUse(weight.leaf, "product", order, line, other, weight.scales, line.outputs[0], roles, sizes)
 
 
 def free_axes(line: Line, position: int, shape: tuple[int, ...]) -> list[int]:
@@ -99,7 +99,7 @@ def free_axes(line: Line, position: int, shape: tuple[int, ...]) -> list[int]:
     return [i for i in range(len(shape)) if i not in (*contract[position], *batch[position])]
 
 
-def _convolution(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> Entry | None:
+def _convolution(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> ParameterUse | None:
     params = line.eqn.params
     kernel = shape_of(line.inputs[position])
     if position != 1 or "p" in long_roles(weight.roles, kernel) or params["batch_group_count"] != 1:
@@ -117,10 +117,12 @@ def _convolution(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -
         shape[out[1]] // groups,
     )
     order = (weight.path, "convolution", tuple(spec), groups, kernel)
-    return Entry(weight.leaf, "convolution", order, line, 0, weight.scales, line.outputs[0], "".join(roles), sizes)
+    return ParameterUse(
+        weight.leaf, "convolution", order, line, 0, weight.scales, line.outputs[0], "".join(roles), sizes
+    )
 
 
-def _addition(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> Entry | None:
+def _addition(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> ParameterUse | None:
     before, shape = shape_of(line.inputs[position]), shape_of(line.outputs[0])
     if len(before) != len(shape) or 0 in shape:
         return None
@@ -133,10 +135,10 @@ def _addition(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> E
     inner = [size for size, role in zip(shape, roles, strict=True) if role == "m"]
     sizes = (prod(shape) // prod(inner), 1, 1, prod(inner))
     order = (weight.path, "addition", tuple(inner))
-    return Entry(weight.leaf, "addition", order, line, 1 - position, scales, line.outputs[0], roles, sizes)
+    return ParameterUse(weight.leaf, "addition", order, line, 1 - position, scales, line.outputs[0], roles, sizes)
 
 
-def _rows(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> Entry | None:
+def _rows(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> ParameterUse | None:
     """A look-up of rows, theta[i]."""
     dims: Any = line.eqn.params["dimension_numbers"]
     table = shape_of(line.inputs[position])
@@ -150,7 +152,7 @@ def _rows(shape_of: ShapeOf, line: Line, position: int, weight: Weight) -> Entry
     roles = "".join("m" if axis in dims.offset_dims else "p" for axis in range(out))
     sizes = (prod(indices[:-1]), 1, table[0], prod(table[1:]))
     order = (weight.path, "rows", table)
-    return Entry(weight.leaf, "rows", order, line, 1, weight.scales, line.outputs[0], roles, sizes)
+    return ParameterUse(weight.leaf, "rows", order, line, 1, weight.scales, line.outputs[0], roles, sizes)
 
 
 # What becomes of indices outside the table is known for these.
@@ -160,7 +162,7 @@ _MODES = (
     lax.GatherScatterMode.PROMISE_IN_BOUNDS,
 )
 
-Rule = Callable[[ShapeOf, Line, int, Weight], Entry | None]
+Rule = Callable[[ShapeOf, Line, int, Weight], ParameterUse | None]
 
 RULES: dict[str, Rule] = {
     "dot_general": _product,

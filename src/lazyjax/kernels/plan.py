@@ -12,7 +12,7 @@ import numpy as np
 from lazyjax._core.program import Constant, Line, Program, aval_of, trace
 from lazyjax.kernels.entries import find_entries
 from lazyjax.kernels.factors import Group, group_entries, is_own_product
-from lazyjax.kernels.products import Way
+from lazyjax.kernels.products import Contraction
 
 MEMORY = 2**29
 """Bytes for the factors of the blocks at work, where the result itself is not larger."""
@@ -35,7 +35,7 @@ class PlanPart:
 
     leaves: tuple[str, ...]
     rule: str
-    way: Way
+    way: Contraction
     sizes: tuple[int, int, int, int]
     flops: float
 
@@ -91,7 +91,7 @@ class Choice:
 
     program: Program
     groups: list[Group]
-    ways: list[Way]
+    ways: list[Contraction]
     direct: list[int]
     num_outputs: int
     has_axis: bool
@@ -118,7 +118,7 @@ def choose(model: Any, leaves: Sequence[Any], row: Any, *, method: str, trace_ou
     entries = {} if method == "jacobian" else find_entries(program, len(leaves))
     groups = group_entries(entries)
     size = out.dtype.itemsize
-    chosen: list[Way] = [
+    chosen: list[Contraction] = [
         _cheapest(group, k, trace_outputs=trace_outputs, count=count, itemsize=size) for group in groups
     ]
     direct = [i for i in range(len(leaves)) if i not in entries]
@@ -129,20 +129,20 @@ def choose(model: Any, leaves: Sequence[Any], row: Any, *, method: str, trace_ou
     return Choice(program, groups, chosen, direct, k, out.ndim == 1, out.dtype, size)
 
 
-def _cheapest(group: Group, k: int, *, trace_outputs: bool, count: int, itemsize: int) -> Way:
+def _cheapest(group: Group, k: int, *, trace_outputs: bool, count: int, itemsize: int) -> Contraction:
     """The way of least price, of those whose bytes a block has room for; of least bytes, where none has."""
     costs = _costs(group.sizes, k, trace_outputs=trace_outputs, count=count, rows=group.is_rows)
-    numbers: dict[Way, int] = {way: _numbers(group, way, k) for way in costs}
-    ways: list[Way] = [*costs]
-    fitting: list[Way] = [way for way in ways if itemsize * numbers[way] <= MEMORY // 4]
+    numbers: dict[Contraction, int] = {way: _numbers(group, way, k) for way in costs}
+    ways: list[Contraction] = [*costs]
+    fitting: list[Contraction] = [way for way in ways if itemsize * numbers[way] <= MEMORY // 4]
 
-    def rank(way: Way) -> float:
+    def rank(way: Contraction) -> float:
         return costs[way][0] if fitting else float(numbers[way])
 
     return min(fitting or ways, key=rank)
 
 
-def _numbers(group: Group, way: Way, k: int) -> int:
+def _numbers(group: Group, way: Contraction, k: int) -> int:
     """How many numbers of a group one sample holds."""
     p, g, d, m = group.sizes
     inputs = p if group.is_rows and way == "spatial" else p * g * d
@@ -153,13 +153,13 @@ def _numbers(group: Group, way: Way, k: int) -> int:
 
 def _costs(
     sizes: tuple[int, int, int, int], k: int, *, trace_outputs: bool, count: int, rows: bool
-) -> dict[Way, tuple[float, float]]:
+) -> dict[Contraction, tuple[float, float]]:
     """Price of each way that can be taken, and its multiplications: both a pair of samples."""
     p, g, d, m = (float(size) for size in sizes)
     pairs = k if trace_outputs else k * k
     inner = p * p * g * (1 if rows else d)
     spatial = inner + p * p * g * m * k + p * g * m * pairs
-    costs: dict[Way, tuple[float, float]] = {"spatial": (SPATIAL_PRICE * spatial, spatial)}
+    costs: dict[Contraction, tuple[float, float]] = {"spatial": (SPATIAL_PRICE * spatial, spatial)}
     if p == g == 1 and not rows:
         outer = d + m * pairs
         costs = {"outer": (outer + pairs, outer)}
@@ -168,7 +168,7 @@ def _costs(
     return costs
 
 
-def _sample_bytes(program: Program, groups: list[Group], ways: list[Way], direct: list[Any], k: int) -> int:
+def _sample_bytes(program: Program, groups: list[Group], ways: list[Contraction], direct: list[Any], k: int) -> int:
     """Memory that one sample's factors take while they are made and held, an estimate from above."""
     moving = {program.arguments[-1]}
     for line in program.lines:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lazyjax.kernels.factors import Factors, Group
 
-Way = Literal["outer", "spatial", "jacobian"]
+Contraction = Literal["outer", "spatial", "jacobian"]
 
 SMALL = 128
 """A diagonal block with fewer rows is not split: the products would get too small to be fast."""
@@ -58,7 +58,7 @@ class Rows(eqx.Module):
         return leaf.shape[0], leaf.shape[1]
 
 
-def make_rows(factors: Factors, groups: list[Group], ways: list[Way], dtype: Any, *, trace: bool) -> Rows:
+def make_rows(factors: Factors, groups: list[Group], ways: list[Contraction], dtype: Any, *, trace: bool) -> Rows:
     """Factors of samples (leading axis) in the dtype of the result, each group in its way.
 
     `trace` sums over the outputs.

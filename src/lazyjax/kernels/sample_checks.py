@@ -69,7 +69,7 @@ def _two_samples(x1: Array, x2: Array | None) -> Array | None:
 def _check_independent(f: Model, w: Params, pair: Array) -> None:
     """Refuse a model whose outputs, or their slopes, for two samples together are not those for each alone.
 
-    Slopes, because outputs may all be zero (a centred model, a last layer that starts from zero).
+    Slopes, because outputs may all be zero (a centered model, a last layer that starts from zero).
     """
     together, alone, terms, turned, rounding = _pair(f, *eqx.partition(w, eqx.is_inexact_array), pair)
     if not is_concrete((together, alone, terms, turned, rounding)):
@@ -82,7 +82,7 @@ def _check_independent(f: Model, w: Params, pair: Array) -> None:
     if gap > allowed * float(terms) or float(turned) > max(MIXED, allowed):
         msg = (
             "f must treat every sample by itself, but its outputs for one change with the other samples "
-            f"(by {gap:.1e}, their slopes by {100 * float(turned):.2g} %), as with batch normalisation in training "
+            f"(by {gap:.1e}, their slopes by {100 * float(turned):.2g} %), as with batch normalization in training "
             "mode; use the layer's inference mode."
         )
         raise ValueError(msg)
@@ -92,7 +92,7 @@ def _check_independent(f: Model, w: Params, pair: Array) -> None:
 def _pair(f: Model, coordinates: Params, rest: Params, pair: Array) -> tuple[Array, Array, Array, Array, Array]:
     """Outputs of two samples together and each alone, the size of the terms they sum, change of slopes, rounding.
 
-    The terms, and not the outputs, set the rounding: a mirrored or centred model's outputs cancel. Slopes along a
+    The terms, and not the outputs, set the rounding: a mirrored or centered model's outputs cancel. Slopes along a
     direction without symmetry, of the size of the parameters, show both.
     """
     check_rows(f, eqx.combine(coordinates, rest), pair)

@@ -19,7 +19,7 @@ Eigenvalues = Num[Array, " m"] | Num[np.ndarray, " m"]
 
 def without_rounding(eigenvalues: Float[Array, " m"], rtol: float | None = None) -> Float[Array, " m"]:
     r"""The eigenvalues with an exact 0 for those not above rtol times the largest; None for $\sqrt m\,\epsilon$."""
-    # The customary factor m instead of its root would cut modes that are learnt within any horizon of interest: at
+    # The customary factor m instead of its root would cut modes that are learned within any horizon of interest: at
     # 2560 outputs in float32 all below 3e-4 of the largest.
     if rtol is None:
         rtol = eigenvalues.size**0.5 * float(jnp.finfo(eigenvalues.dtype).eps)
@@ -40,7 +40,7 @@ def check_rtol(rtol: float | None) -> None:
 def condition_number(eigenvalues: Eigenvalues, *, rtol: float | None = None) -> Float[Array, ""]:
     r"""$\lambda_1 / \lambda_r$, the largest eigenvalue over the smallest that is not zero.
 
-    Time to train a tangent model to the end, over the time in which its first mode is learnt; and the loss of digits
+    Time to train a tangent model to the end, over the time in which its first mode is learned; and the loss of digits
     of what is predicted from the kernel at t = inf.
 
     Args:

@@ -76,7 +76,7 @@ def two_layer_lipschitz(
     matrix [[0, side], [side, |a| inner]] of its blocks' norms, and that of the net is the largest over neurons.
 
     Args:
-        f: `two_layer(activation)`, perhaps centred, mirrored or rescaled.
+        f: `two_layer(activation)`, perhaps centered, mirrored or rescaled.
         w0: Its parameters.
         x: Inputs.
         mean: Whether F's metric has the factor 1/n.
@@ -96,7 +96,7 @@ def two_layer_lipschitz(
         Chizat, Oyallon, Bach (2019), supplement A.2; theorem 2.3 takes constants on a ball.
 
     Example:
-        >>> from lazyjax import two_layer
+        >>> from lazyjax.models import two_layer
         >>> w = {"a": jnp.ones(1), "b": jnp.zeros((1, 1))}
         >>> constants = two_layer_lipschitz(two_layer(jnp.sin), w, jnp.ones((1, 1)))
         >>> print(f"{constants.lip_dh(0.0):.3f}")
@@ -104,7 +104,7 @@ def two_layer_lipschitz(
     """
     neurons = neurons_of(without_constant(f), w0, x)
     if neurons is None:
-        msg = f"f must be a two_layer net, centred, mirrored or rescaled, got {type(f).__name__}."
+        msg = f"f must be a two_layer net, centered, mirrored or rescaled, got {type(f).__name__}."
         raise TypeError(msg)
     slope, curvature = _activation_bounds(neurons, bounds)
     loss = square_loss(jnp.zeros(x.shape[0], x.dtype), mean=mean)

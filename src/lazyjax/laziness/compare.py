@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
+from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.field import tree_norm
 from lazyjax.flow.gradient_flow import Flow, gradient_flow
 from lazyjax.losses.losses import Loss
 from lazyjax.losses.user_loss import as_loss
@@ -66,7 +66,7 @@ def compare(
     Returns:
         `Comparison`. Gaps are resolved down to the tolerance of the flows and, where the tangent flow is the closed
         form, to rounding times the stiffness (in float32 at a stiffness of 1000 give `solver=diffrax.Tsit5()`). As
-        alpha grows the true ones fall as 1/alpha (outputs, centred model), 1/alpha^2 (outputs of a mirrored model;
+        alpha grows the true ones fall as 1/alpha (outputs, centered model), 1/alpha^2 (outputs of a mirrored model;
         parameters).
 
     Raises:
@@ -155,7 +155,7 @@ def activation_stability(f: Any, w0: Params, w: Params, x: Array) -> Float[Array
         Chizat, Oyallon, Bach (2019), supplement C.2 and section 3.2.
 
     Example:
-        >>> from lazyjax import two_layer
+        >>> from lazyjax.models import two_layer
         >>> w0, w = ({"a": jnp.ones(2), "b": jnp.array([[1.0], [s]])} for s in (1.0, -1.0))
         >>> print(activation_stability(two_layer(jnp.tanh), w0, w, jnp.ones((3, 1))))
         0.5

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import check_outputs
 from lazyjax._core.lanczos import lanczos
+from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.field import tree_norm
 from lazyjax.losses.losses import Loss
 
 

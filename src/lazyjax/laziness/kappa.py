@@ -13,11 +13,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from lazyjax._core.checks import check_alpha, check_outputs, is_concrete
 from lazyjax._core.lanczos import lanczos_slack
+from lazyjax._core.trees import safe_ratio, tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow.field import check_start, quotient, tree_norm
+from lazyjax.flow.field import check_start
 from lazyjax.laziness.hessian_norm import SecondDerivative, check_starts
 from lazyjax.laziness.kinks import measure_kinks
-from lazyjax.laziness.sample_hessians import on_data
+from lazyjax.laziness.sample_hessians import show_inputs
 from lazyjax.laziness.second_derivative import FAILURE, MATVECS, bracket
 from lazyjax.laziness.two_layer import find_neurons, neuron_bracket
 from lazyjax.losses.losses import SquareLoss, square_loss
@@ -42,7 +43,7 @@ class Kappa(eqx.Module):
         alignment: $\|Dh(w_0)^*r\|/(\|Dh(w_0)\|\|r\|)$ of the residual r, in [0, 1].
         lazy_ratio: $\kappa/(2 \cdot alignment)$, the ratio of relative changes of Dh and F that a small gradient step
             makes: **this one** has to be far below 1, since $\kappa$ is small also where the residual avoids the
-            leading directions of Dh. As `lazyjax.lazy_ratio`; inf at a stationary point.
+            leading directions of Dh. As `lazyjax.laziness.lazy_ratio`; inf at a stationary point.
         kink_share: Of the change of Dh over random steps of 0.3 |w0| the share that $D^2h$ does not explain.
         finite_curvature: $\|[Dh(w_0 + u) - Dh(w_0)]u\|_F/|u|^2$, the largest over these steps, kinks included.
         failure: Probability, over the random starts, that `upper`, `lower` or one of the upper norms does not hold (all
@@ -108,7 +109,7 @@ class Kappa(eqx.Module):
             lines.append(
                 f"  D2h explains {100 * max(0.0, 1 - float(self.kink_share)):.0f} % of the change of Dh over steps of "
                 f"0.3 |w0|, which is {self.finite_curvature:.3g} |u|^2 along u; nothing here shows that h is lazy. "
-                "lazyjax.step_criterion measures a gradient step, kinks included."
+                "lazyjax.laziness.step_criterion measures a gradient step, kinks included."
             )
         elif kind == "affine":
             lines.append("  h is its own tangent model, as far as steps of 0.3 |w0| can tell.")
@@ -132,8 +133,8 @@ def kappa(
 
     $\|D^2h\|$ is the norm of a bilinear map, hard to compute, so both bounds are given. All Hessians are formed for
     small models, those of one neuron for a `two_layer` net. Beyond, the bound from above takes unfoldings by Lanczos:
-    cheap (a few passes over the batch a product) if h shows its inputs, as `functools.partial(f, x=x)`, centred or not,
-    does, and a closure does not. A closure with many outputs and parameters has a much wider bracket; `Kappa.how` says
+    cheap (a few passes over the batch a product) if h shows its inputs, as `on_data(f, x)` does,
+    centered or not, and a closure does not. A closure with many outputs and parameters has a much wider bracket; `Kappa.how` says
     what was done.
 
     Args:
@@ -166,7 +167,7 @@ def kappa(
     out = check_outputs(h, w0)
     initial = jnp.zeros(out.shape, out.dtype) if zero_start else h(w0)
     # All else is in the derivatives.
-    h = on_data(h)
+    h = show_inputs(h)
     form = SecondDerivative(h, w0, loss.weight**0.5)
     _check_precision(form.point().dtype, out.dtype)
     kinks = measure_kinks(form, first)
@@ -216,7 +217,7 @@ def _first_order(
     turned = jnp.where(eps > 0, residual / jnp.where(eps > 0, eps, 1), -loss.minimizer.astype(initial.dtype))
     size = loss.norm(turned)
     pulled = loss.weight * tree_norm(tangent.vjp(turned))
-    return loss.norm(residual), dh_norm, quotient(pulled, size)
+    return loss.norm(residual), dh_norm, safe_ratio(pulled, size)
 
 
 def _assemble(

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from lazyjax._core.checks import check_outputs, split_params
 from lazyjax._core.lanczos import lanczos_slack
+from lazyjax._core.trees import move
 from lazyjax._core.types import Model, Params
-from lazyjax.flow.field import move
 from lazyjax.flow.gradient_flow import Flow
 from lazyjax.laziness.hessian_norm import SecondDerivative, norm_lower
 from lazyjax.laziness.jacobian_change import change_quotient
@@ -158,7 +158,7 @@ def sampled_lipschitz_lower(
         loss: Gives the metric of F.
         w0: Centre.
         radius: Of the ball, positive.
-        samples: Points beside the centre, half of them on the sphere.
+        samples: Points beside the center, half of them on the sphere.
         key: For the points; None for a fixed one.
 
     Returns:

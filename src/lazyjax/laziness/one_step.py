@@ -12,8 +12,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import check_alpha, is_concrete
+from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow.field import ModelField, TangentField, check_start, make_field, tree_norm
+from lazyjax.flow.field import ModelField, TangentField, check_start, make_field
 from lazyjax.laziness.hessian_norm import SecondDerivative, check_starts, norm_lower
 from lazyjax.laziness.jacobian_change import change_quotient
 from lazyjax.losses.losses import Loss

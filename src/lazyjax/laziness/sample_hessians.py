@@ -46,7 +46,7 @@ def as_samples(h: Model) -> tuple[Model, Array] | None:
     return None
 
 
-def on_data(h: Model) -> Model:
+def show_inputs(h: Model) -> Model:
     """The same up to a constant, with the inputs as an argument of its programs where it shows them.
 
     Two partials of one f then share theirs.
@@ -56,7 +56,7 @@ def on_data(h: Model) -> Model:
 
 
 def _without_start(f: Model) -> Model:
-    """A centred model changes as its own f does."""
+    """A centered model changes as its own f does."""
     if isinstance(f, Centered):
         return _without_start(f.f)
     return dataclasses.replace(f, f=_without_start(f.f)) if isinstance(f, Rescaled | Symmetrized) else f

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_inputs, split_params
+from lazyjax._core.trees import safe_ratio, tree_norm
 from lazyjax._core.types import Model, Params
 from lazyjax.difference.finite_jvp import finite_value_and_jvp
-from lazyjax.flow.field import quotient, tree_norm
 from lazyjax.kernels.gram import gram
 from lazyjax.laziness.compare import activation_stability
 
@@ -62,7 +62,7 @@ class Tracker(eqx.Module):
         return _measure(self, w)
 
 
-def track(f: Model, w0: Params, x: Any, *, kernel: bool = True, difference: str = "finite") -> Tracker:
+def track(f: Model, w0: Params, x: Any, *, kernel: bool = True, difference: str = "exact") -> Tracker:
     r"""Measure how lazy a training is, in any training loop: a jitted function of the current parameters.
 
     The loop may be in plain optax, Flax, Equinox or another library: all that is needed is the batch function f and
@@ -75,7 +75,7 @@ def track(f: Model, w0: Params, x: Any, *, kernel: bool = True, difference: str 
             (`donate_argnums`) needs a copy for itself.
         x: Inputs to probe with, samples first; some tens are enough.
         kernel: Measure the tangent kernel's drift and alignment, at the price of about three Grams of the probe.
-        difference: "finite": what changes by less than rounding keeps its digits (`finite_jvp`). "plain": values at w
+        difference: "exact": what changes by less than rounding keeps its digits (`finite_jvp`). "plain": values at w
             less values at w0, for models with a primitive that `finite_jvp` has no rule for; changes are resolved
             down to rounding, and the kernel's costs two Grams.
 
@@ -90,18 +90,18 @@ def track(f: Model, w0: Params, x: Any, *, kernel: bool = True, difference: str 
 
     Example:
         >>> import jax.random as jr
-        >>> from lazyjax import init_two_layer, two_layer
-        >>> w0, x = init_two_layer(jr.key(0), 3, 8), jr.normal(jr.key(1), (5, 3))
+        >>> from lazyjax.models import two_layer
+        >>> w0, x = two_layer().init(jr.key(0), d=3, width=8), jr.normal(jr.key(1), (5, 3))
         >>> tracker = track(two_layer(jnp.tanh), w0, x)
-        >>> w = jax.tree.map(lambda leaf: 1.001 * leaf, w0)  # a step of anyone's optimiser
+        >>> w = jax.tree.map(lambda leaf: 1.001 * leaf, w0)  # a step of anyone's optimizer
         >>> now = tracker(w)
         >>> print(f"moved {now.relative_displacement:.1e}, stability {now.stability:.2f}")
         moved 1.0e-03, stability 1.00
         >>> bool(now.relative_error < 1e-3), bool(now.kernel_drift < 1e-2), bool(now.kernel_alignment > 0.9999)
         (True, True, True)
     """
-    if difference not in ("finite", "plain"):
-        msg = f'difference must be "finite" or "plain", got {difference!r}.'
+    if difference not in ("exact", "plain"):
+        msg = f'difference must be "exact" or "plain", got {difference!r}.'
         raise ValueError(msg)
     split_params(w0)
     x, _ = check_inputs(f, w0, x, "x")
@@ -120,7 +120,7 @@ def _check_alike(now: Params, start: Params) -> None:
     if got != expected:
         msg = (
             f"w must have the structure and shapes of w0, expected {expected[0]} with shapes {expected[1]}, got "
-            f"{got[0]} with shapes {got[1]}; give the trained parameters alone, without the optimiser's state."
+            f"{got[0]} with shapes {got[1]}; give the trained parameters alone, without the optimizer's state."
         )
         raise ValueError(msg)
 
@@ -142,10 +142,10 @@ def _measure(tracker: Tracker, w: Params) -> Laziness:
         drift, alignment = _kernel(tracker, start, rest, step)
     return Laziness(
         displacement=tree_norm(step),
-        relative_displacement=quotient(tree_norm(step), tree_norm(start)),
+        relative_displacement=safe_ratio(tree_norm(step), tree_norm(start)),
         output_change=moved,
         linearization_error=error,
-        relative_error=quotient(error, moved),
+        relative_error=safe_ratio(error, moved),
         kernel_drift=drift,
         kernel_alignment=alignment,
         stability=_stability(tracker, w),
@@ -154,7 +154,7 @@ def _measure(tracker: Tracker, w: Params) -> Laziness:
 
 def _change(tracker: Tracker, function: Any, start: Params, step: Params) -> tuple[Array, Array]:
     """A function at w0, and its change to w."""
-    if tracker.difference == "finite":
+    if tracker.difference == "exact":
         return finite_value_and_jvp(function, start, step, 1.0)
     before = function(start)
     return before, function(jtu.tree_map(jnp.add, start, step)) - before
@@ -168,7 +168,7 @@ def _kernel(tracker: Tracker, start: Params, rest: Params, step: Params) -> tupl
 
     before, change = _change(tracker, kernel, start, step)
     first, moved, now = tree_norm(before), tree_norm(change), tree_norm(before + change)
-    return quotient(moved, first), quotient(jnp.sum(before * (before + change)), first * now)
+    return safe_ratio(moved, first), safe_ratio(jnp.sum(before * (before + change)), first * now)
 
 
 def _stability(tracker: Tracker, w: Params) -> Array | None:

@@ -54,7 +54,7 @@ class Neuron(eqx.Module):
     second: Float[Array, " n"]
     x: Float[Array, "n d"]
 
-    def image(self, u: Float[Array, " p"]) -> Float[Array, " n"]:
+    def matvec(self, u: Float[Array, " p"]) -> Float[Array, " n"]:
         """B(u, u)."""
         along = self.x @ u[1:]
         return (2 * u[0] * self.first + self.second * along) * along
@@ -141,7 +141,7 @@ class Neurons(eqx.Module):
 
 
 def find_neurons(h: Model, w0: Params) -> Neurons | None:
-    """The neurons of a model that shows it is a `two_layer` on data, perhaps centred, mirrored or rescaled."""
+    """The neurons of a model that shows it is a `two_layer` on data, perhaps centered, mirrored or rescaled."""
     found = as_samples(h)
     return None if found is None else neurons_of(unwrapped(found[0]), w0, found[1])
 
@@ -258,7 +258,7 @@ def two_layer_curvature(
     A problem of d + 1 numbers a neuron instead of m(d + 1). `kappa` does this by itself where h shows f and x.
 
     Args:
-        f: `two_layer(activation)`, perhaps centred, mirrored or rescaled; smooth (kinks are not seen).
+        f: `two_layer(activation)`, perhaps centered, mirrored or rescaled; smooth (kinks are not seen).
         w0: Its parameters.
         x: Inputs.
         mean: Whether F's metric has the factor 1/n.
@@ -276,7 +276,7 @@ def two_layer_curvature(
         Chizat, Oyallon, Bach (2019), supplement A.2 (where it bounds the norm).
 
     Example:
-        >>> from lazyjax import two_layer
+        >>> from lazyjax.models import two_layer
         >>> w = {"a": jnp.array([0.0, 0.0]), "b": jnp.zeros((2, 1))}
         >>> found = two_layer_curvature(two_layer(jnp.tanh), w, jnp.array([[1.0], [2.0]]), mean=False)
         >>> print(f"{found.upper[0]:.3f}")
@@ -285,7 +285,9 @@ def two_layer_curvature(
     check_starts(starts)
     neurons = neurons_of(without_constant(f), w0, x)
     if neurons is None:
-        msg = f"f must be a two_layer net, centred, mirrored or rescaled, got {type(f).__name__}; use kappa for others."
+        msg = (
+            f"f must be a two_layer net, centered, mirrored or rescaled, got {type(f).__name__}; use kappa for others."
+        )
         raise TypeError(msg)
     cost = neurons.a.size * (neurons.upper_cost + neurons.search_cost(starts))
     if cost > 20 * BUDGET:

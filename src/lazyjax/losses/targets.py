@@ -14,7 +14,7 @@ Accuracy = Callable[[Array], Array]
 
 
 class Task(NamedTuple):
-    """What is to be learnt.
+    """What is to be learned.
 
     Attributes:
         build: The loss on the targets of any of the samples.

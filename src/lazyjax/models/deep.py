@@ -53,6 +53,53 @@ class VGG(eqx.Module):
                 x = jax.nn.relu(hidden[-1])
         return _head(next(layers), x), hidden
 
+    def init(
+        self,
+        key: PRNGKeyArray,
+        *,
+        width: float | int = 1.0,
+        shape: Sequence[int] = (32, 32, 3),
+        outputs: int = 10,
+        gain: RealScalar = 1.0,
+        dtype: Any = None,
+    ) -> list[Layer]:
+        r"""Draw Xavier normal weights; biases are zero.
+
+        Args:
+            key: Random key.
+            width: Times the channels of every convolution (64 to 512), rounded. At width 1, with three input channels
+                of 32 x 32 and ten outputs: 9,220,480 parameters of convolutions and 5,130 of the last layer.
+            shape: (height, width, channels) of an image, at least 32 x 32; pad smaller ones.
+            outputs: k.
+            gain: g in $W \sim N(0, g^2 \cdot 2/(s^2 (c_{in} + c_{out})))$ for an s x s convolution; s = 1 for the last
+                layer.
+            dtype: Floating dtype; None for JAX's default. Convolutions in float64 are slow.
+
+        Returns:
+            A list of eight layers {"weight": (3, 3, in, out), "bias": (out,)} and a last one {"weight": (k, in), "bias":
+            (k,)}.
+
+        Raises:
+            ValueError: images too small, or a size, width or gain that is not positive.
+
+        Source:
+            Chizat, Oyallon, Bach (2019), section 3.2; their code has gain 1 for Figure 3(a), the paper 1.3 for 3(b).
+
+        Example:
+            >>> sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(vgg11().init, jax.random.key(0))))
+            9225610
+        """
+        _check_init(width, shape, outputs, gain)
+        if min(shape[:2]) < HALVINGS:
+            msg = f"shape must be at least 32 x 32, which five poolings halve, got {tuple(shape)}; pad the images."
+            raise ValueError(msg)
+        make, layers, channels = Maker(key, gain, dtype), [], shape[2]
+        for step in VGG11:
+            if isinstance(step, int):
+                layers.append(make.convolution(3, channels, _widen(step, width)))
+                channels = _widen(step, width)
+        return [*layers, make.last(channels * (shape[0] // HALVINGS) * (shape[1] // HALVINGS), outputs)]
+
 
 class ResNet(eqx.Module):
     """ResNet-18 without BatchNorm; made by `resnet18`."""
@@ -79,75 +126,77 @@ class ResNet(eqx.Module):
             x = jax.nn.relu(hidden[-1])
         return _head(w["last"], jnp.mean(x, axis=(1, 2))), hidden
 
+    def init(
+        self,
+        key: PRNGKeyArray,
+        *,
+        width: float | int = 1.0,
+        shape: Sequence[int] = (32, 32, 3),
+        outputs: int = 10,
+        gain: RealScalar = 1.0,
+        dtype: Any = None,
+    ) -> dict[str, Any]:
+        r"""Draw Xavier normal weights; biases are zero.
+
+        Args:
+            key: Random key.
+            width: Times the channels of every convolution (64 to 512), rounded. At width 1, with three input channels
+                and ten outputs: 11,169,162 parameters.
+            shape: (height, width, channels) of an image.
+            outputs: k.
+            gain: As in `VGG.init`.
+            dtype: Floating dtype; None for JAX's default. Convolutions in float64 are slow.
+
+        Returns:
+            {"first": layer, "blocks": [{"first", "second"[, "shortcut"]} x 8], "last": layer}, layers as in `VGG.init`.
+
+        Raises:
+            ValueError: a size, width or gain that is not positive.
+
+        Source:
+            Chizat, Oyallon, Bach (2019), section 3.2; the paper has gain 1.2 for Figure 3(b).
+
+        Example:
+            >>> w = jax.eval_shape(resnet18().init, jax.random.key(0))
+            >>> ["shortcut" in block for block in w["blocks"]]
+            [False, False, True, False, True, False, True, False]
+        """
+        _check_init(width, shape, outputs, gain)
+        make, channels = Maker(key, gain, dtype), _widen(64, width)
+        first, blocks = make.convolution(3, shape[2], channels), []
+        for target, stride in RESNET18:
+            wide = _widen(target, width)
+            block = {"first": make.convolution(3, channels, wide), "second": make.convolution(3, wide, wide)}
+            if stride > 1 or wide != channels:
+                block["shortcut"] = make.convolution(1, channels, wide)
+            blocks.append(block)
+            channels = wide
+        return {"first": first, "blocks": blocks, "last": make.last(channels, outputs)}
+
 
 def vgg11(*, patches: bool | None = None) -> VGG:
-    r"""VGG-11 without BatchNorm: eight 3 x 3 convolutions with ReLU, five 2 x 2 maximum poolings, one affine layer.
+    r"""Make VGG-11 without BatchNorm: eight 3 x 3 convolutions with ReLU, five 2 x 2 max poolings, an affine layer.
 
     Args:
         patches: How convolutions are computed, see `convolve`; None chooses by the platform.
 
     Returns:
-        f(w, x) with w from `init_vgg11`, x (n, height, width, channels), outputs (n, k); and `f.preactivations`.
+        `net` with `net(w, x)` for w from `net.init`, x (n, height, width, channels), outputs (n, k); `net.init`;
+        and `net.preactivations`.
 
     Source:
         Simonyan, Zisserman (2015); Chizat, Oyallon, Bach (2019), section 3.2.
 
     Example:
-        >>> w = init_vgg11(jax.random.key(0), width=1 / 32)
-        >>> vgg11()(w, jnp.ones((2, 32, 32, 3))).shape
+        >>> net = vgg11()
+        >>> net(net.init(jax.random.key(0), width=1 / 32), jnp.ones((2, 32, 32, 3))).shape
         (2, 10)
     """
     return VGG(patches)
 
 
-def init_vgg11(
-    key: PRNGKeyArray,
-    *,
-    width: float | int = 1.0,
-    shape: Sequence[int] = (32, 32, 3),
-    outputs: int = 10,
-    gain: RealScalar = 1.0,
-    dtype: Any = None,
-) -> list[Layer]:
-    r"""Parameters of `vgg11`: Xavier normal weights, zero biases.
-
-    Args:
-        key: Random key.
-        width: Times the channels of every convolution (64 to 512), rounded. At width 1, with three input channels of
-            32 x 32 and ten outputs: 9,220,480 parameters of convolutions and 5,130 of the last layer.
-        shape: (height, width, channels) of an image, at least 32 x 32; pad smaller ones.
-        outputs: k.
-        gain: g in $W \sim N(0, g^2 \cdot 2/(s^2 (c_{in} + c_{out})))$ for an s x s convolution; s = 1 for the last
-            layer.
-        dtype: Floating dtype; None for JAX's default. Convolutions in float64 are slow.
-
-    Returns:
-        A list of eight layers {"weight": (3, 3, in, out), "bias": (out,)} and a last one {"weight": (k, in), "bias"}.
-
-    Raises:
-        ValueError: images too small, or a size, width or gain that is not positive.
-
-    Source:
-        Chizat, Oyallon, Bach (2019), section 3.2; their code has gain 1 for Figure 3(a), the paper 1.3 for 3(b).
-
-    Example:
-        >>> sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init_vgg11, jax.random.key(0))))
-        9225610
-    """
-    _check_init(width, shape, outputs, gain)
-    if min(shape[:2]) < HALVINGS:
-        msg = f"shape must be at least 32 x 32, which five poolings halve, got {tuple(shape)}; pad the images."
-        raise ValueError(msg)
-    make, layers, channels = Maker(key, gain, dtype), [], shape[2]
-    for step in VGG11:
-        if isinstance(step, int):
-            layers.append(make.convolution(3, channels, _widen(step, width)))
-            channels = _widen(step, width)
-    return [*layers, make.last(channels * (shape[0] // HALVINGS) * (shape[1] // HALVINGS), outputs)]
-
-
 def resnet18(*, patches: bool | None = None) -> ResNet:
-    r"""ResNet-18 for small images, without BatchNorm: $x \mapsto \mathrm{relu}(C_2\,\mathrm{relu}(C_1 x) + S x)$.
+    r"""Make ResNet-18 for small images, without BatchNorm: $x \mapsto \mathrm{relu}(C_2\,\mathrm{relu}(C_1 x) + S x)$.
 
     A first 3 x 3 convolution, eight such blocks, the mean over pixels, one affine layer. S is the identity, or where
     channels or size change a 1 x 1 convolution with bias.
@@ -156,80 +205,31 @@ def resnet18(*, patches: bool | None = None) -> ResNet:
         patches: How convolutions are computed, see `convolve`; None chooses by the platform.
 
     Returns:
-        f(w, x) with w from `init_resnet18`, x (n, height, width, channels), outputs (n, k); and `f.preactivations`.
+        `net` with `net(w, x)` for w from `net.init`, x (n, height, width, channels), outputs (n, k); `net.init`;
+        and `net.preactivations`.
 
     Source:
         He et al. (2016); Chizat, Oyallon, Bach (2019), section 3.2 and their code.
 
     Example:
-        >>> w = init_resnet18(jax.random.key(0), width=1 / 32)
-        >>> resnet18()(w, jnp.ones((2, 32, 32, 3))).shape
+        >>> net = resnet18()
+        >>> net(net.init(jax.random.key(0), width=1 / 32), jnp.ones((2, 32, 32, 3))).shape
         (2, 10)
     """
     return ResNet(patches)
 
 
-def init_resnet18(
-    key: PRNGKeyArray,
-    *,
-    width: float | int = 1.0,
-    shape: Sequence[int] = (32, 32, 3),
-    outputs: int = 10,
-    gain: RealScalar = 1.0,
-    dtype: Any = None,
-) -> dict[str, Any]:
-    r"""Parameters of `resnet18`: Xavier normal weights, zero biases.
-
-    Args:
-        key: Random key.
-        width: Times the channels of every convolution (64 to 512), rounded. At width 1, with three input channels and
-            ten outputs: 11,169,162 parameters.
-        shape: (height, width, channels) of an image.
-        outputs: k.
-        gain: As in `init_vgg11`.
-        dtype: Floating dtype; None for JAX's default. Convolutions in float64 are slow.
-
-    Returns:
-        {"first": layer, "blocks": [{"first", "second"[, "shortcut"]} x 8], "last": layer}, layers as in `init_vgg11`.
-
-    Raises:
-        ValueError: a size, width or gain that is not positive.
-
-    Source:
-        Chizat, Oyallon, Bach (2019), section 3.2; the paper has gain 1.2 for Figure 3(b).
-
-    Example:
-        >>> w = jax.eval_shape(init_resnet18, jax.random.key(0))
-        >>> ["shortcut" in block for block in w["blocks"]]
-        [False, False, True, False, True, False, True, False]
-    """
-    _check_init(width, shape, outputs, gain)
-    make, channels = Maker(key, gain, dtype), _widen(64, width)
-    first, blocks = make.convolution(3, shape[2], channels), []
-    for target, stride in RESNET18:
-        wide = _widen(target, width)
-        block = {"first": make.convolution(3, channels, wide), "second": make.convolution(3, wide, wide)}
-        if stride > 1 or wide != channels:
-            block["shortcut"] = make.convolution(1, channels, wide)
-        blocks.append(block)
-        channels = wide
-    return {"first": first, "blocks": blocks, "last": make.last(channels, outputs)}
+NETWORKS: dict[str, Callable[..., Any]] = {"vgg11": vgg11, "resnet18": resnet18}
 
 
-NETWORKS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "vgg11": (vgg11, init_vgg11),
-    "resnet18": (resnet18, init_resnet18),
-}
-
-
-def find_network(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The maker of a network and that of its parameters, by name.
+def find_network(name: str) -> Callable[..., Any]:
+    """Find the maker of a network by its name.
 
     Raises:
         ValueError: no such network; the message has the nearest name.
 
     Example:
-        >>> find_network("vgg11")[0] is vgg11
+        >>> find_network("vgg11") is vgg11
         True
     """
     if name not in NETWORKS:

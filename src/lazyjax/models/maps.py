@@ -1,9 +1,9 @@
 r"""Maps from model to model: `center`, `symmetrize`, `rescale`, each of h(w) or of f(w, x).
 
 **Zero must be zero.** The lazy limit needs $h(w_0) = 0$, and at $\alpha = 10^7$ a rounding residue of
-$10^{-8}$ in $h(w_0)$ becomes 0.1 in $\alpha h(w_0)$. So a centred or symmetrized model *declares* that it
+$10^{-8}$ in $h(w_0)$ becomes 0.1 in $\alpha h(w_0)$. So a centered or symmetrized model *declares* that it
 vanishes at $w_0$ (`declares_zero`), and the flows start from exact zeros. To keep the declaration when the
-inputs are fixed, use `functools.partial(f, x=x)` rather than a lambda.
+inputs are fixed, use `on_data(f, x)` rather than a lambda.
 """
 
 import functools
@@ -32,7 +32,7 @@ class Centered(eqx.Module):
         return _gap(self.f, w, self.w0, *args, **kwargs)
 
     def declares_zero(self, w: Params) -> bool:
-        """Whether w is the w0 that the model was centred at."""
+        """Whether w is the w0 that the model was centered at."""
         return same_params(w, self.w0)
 
     @property
@@ -42,7 +42,7 @@ class Centered(eqx.Module):
 
 
 def center(h: Model, w0: Params) -> Centered:
-    r"""The centred model $w \mapsto h(w) - h(w_0)$: zero at w0, the same Dh.
+    r"""The centered model $w \mapsto h(w) - h(w_0)$: zero at w0, the same Dh.
 
     Args:
         h: Model h(w), or f(w, x).
@@ -152,25 +152,50 @@ def rescale(h: Model, factor: RealScalar) -> Rescaled:
 
 
 class OnData(eqx.Module):
-    """$w -> f(w, x)$ with the inputs as part of the model; keeps what f declares.
-
-    Like `functools.partial(f, x=x)` for an f whose second argument has any name.
-    """
+    """$w -> f(w, x)$ with the inputs as part of the model; made by `on_data`."""
 
     f: Model
-    x: Array
+    x: Any
 
     def __call__(self, w: Params) -> Array:
-        """The outputs of f at the inputs."""
+        """Return the outputs of f at the inputs."""
         return self.f(w, self.x)
 
     def declares_zero(self, w: Params) -> bool:
-        """Whether f does."""
+        """Return whether f declares that its outputs at w are zero."""
         return declares_zero(self.f, w)
 
 
+def on_data(f: Model, x: Any) -> OnData:
+    r"""Make the model $h(w) = f(w, x)$ of fixed inputs x.
+
+    Use it instead of `lambda w: f(w, x)`: the inputs are arguments of the compiled programs, so that new data of the
+    same shape compile nothing new, and `gram`, `kappa` and others see that each sample has an output of its own. What
+    f declares (a zero output after `center` or `symmetrize`) stays declared.
+
+    Args:
+        f: Model f(w, x) with outputs (n,) or (n, k).
+        x: Inputs, samples first.
+
+    Returns:
+        A model h(w).
+
+    Raises:
+        TypeError: f is not callable.
+
+    Example:
+        >>> h = on_data(lambda w, x: x @ w, jnp.eye(2))
+        >>> print(h(jnp.ones(2)))
+        [1. 1.]
+    """
+    if not callable(f):
+        msg = f"f must be a model f(w, x), got {type(f).__name__}; the order is on_data(f, x)."
+        raise TypeError(msg)
+    return OnData(f, x)
+
+
 def without_constant(h: Model) -> Model:
-    """A centred model's own f, which changes as it does and costs half."""
+    """A centered model's own f, which changes as it does and costs half."""
     if isinstance(h, Centered):
         return h.f
     if isinstance(h, OnData) and isinstance(h.f, Centered):

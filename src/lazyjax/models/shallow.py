@@ -1,7 +1,7 @@
-r"""The paper's models as plain functions of (parameters, inputs), and their random starts.
+r"""The paper's shallow models: each factory returns a `net` with `net.init(key, ...)` and `net(w, x)`.
 
 A model is any callable `h(w) -> outputs`, the data inside, or `f(w, x) -> outputs`; nothing here is
-needed to use the rest of lazyjax. Maps from model to model are in `lazyjax.maps`.
+needed to use the rest of lazyjax. Maps from model to model are in `lazyjax.models.maps`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,115 +19,154 @@ from lazyjax._core.types import RealScalar
 
 
 class TwoLayer(eqx.Module):
-    r"""$f(w, x) = \sum_{j=1}^m a_j\, \sigma(b_j \cdot x)$; made by `two_layer`."""
+    r"""A two-layer network $f(w, x) = \sum_{j=1}^m a_j\, \sigma(b_j \cdot x)$; made by `two_layer`."""
 
     activation: Callable[[Array], Array]
 
     def __call__(self, w: dict[str, Array], x: Float[Array, "n d"]) -> Float[Array, " n"]:
-        """Outputs (n,)."""
+        """Return the outputs (n,) at parameters {"a": (m,), "b": (m, d)}."""
         return self.activation(x @ w["b"].T) @ w["a"]
 
     def preactivations(self, w: dict[str, Array], x: Float[Array, "n d"]) -> list[Float[Array, "n m"]]:
-        """The one hidden layer before its activation."""
+        """Return the one hidden layer before its activation."""
         return [x @ w["b"].T]
+
+    def init(
+        self,
+        key: PRNGKeyArray,
+        *,
+        d: int,
+        width: int,
+        tau: RealScalar = 1.0,
+        symmetric: bool = False,
+        dtype: Any = None,
+    ) -> dict[str, Array]:
+        r"""Draw parameters $a_j, b_j \sim N(0, \tau^2)$.
+
+        Args:
+            key: Random key.
+            d: Input dimension.
+            width: Number m of hidden units.
+            tau: Standard deviation; large tau is lazy (the poster's captions have it swapped).
+            symmetric: Give the second half of the units the first half's input weights and the negatives of its
+                output weights, $b_{j+m/2} = b_j$, $a_{j+m/2} = -a_j$, so that the outputs vanish up to rounding. For
+                an exact zero at any alpha also use `center`, or `symmetrize`.
+            dtype: Floating dtype; None for JAX's default.
+
+        Returns:
+            {"a": (width,), "b": (width, d)}.
+
+        Raises:
+            ValueError: d or width not positive, tau not positive, or an odd width with `symmetric`.
+
+        Source:
+            Chizat, Oyallon, Bach (2019), section 3.1.
+
+        Example:
+            >>> w = two_layer().init(jr.key(0), d=3, width=4, symmetric=True)
+            >>> bool(w["a"][0] == -w["a"][2])
+            True
+        """
+        if d < 1 or width < 1:
+            msg = f"d and width must be at least 1, got d={d}, width={width}."
+            raise ValueError(msg)
+        check_positive(tau, "tau", "standard deviation")
+        if symmetric and width % 2:
+            msg = f"width must be even for a symmetric start, got {width}; use {width + 1}."
+            raise ValueError(msg)
+        key_a, key_b = jr.split(key)
+        units = width // 2 if symmetric else width
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        scale = jnp.asarray(tau, dtype)
+        a = scale * jr.normal(key_a, (units,), dtype)
+        b = scale * jr.normal(key_b, (units, d), dtype)
+        if symmetric:
+            a, b = jnp.concatenate([a, -a]), jnp.concatenate([b, b])
+        return {"a": a, "b": b}
 
 
 def two_layer(activation: Callable[[Array], Array] = jax.nn.relu) -> TwoLayer:
-    r"""Two-layer network $f(w, x) = \sum_{j=1}^m a_j\, \sigma(b_j \cdot x)$, without a factor 1/m.
+    r"""Make a two-layer network $f(w, x) = \sum_{j=1}^m a_j\, \sigma(b_j \cdot x)$, without a factor 1/m.
 
     Args:
         activation: $\sigma$, elementwise.
 
     Returns:
-        f(w, x) with w = {"a": (m,), "b": (m, d)}, x (n, d), outputs (n,).
+        `net` with `net(w, x)` for w = {"a": (m,), "b": (m, d)}, x (n, d), outputs (n,), and `net.init`.
 
     Source:
         Chizat, Oyallon, Bach (2019), section 3.1 (a is the output layer, b the input layer).
 
     Example:
-        >>> w = init_two_layer(jr.key(0), 3, 4)
-        >>> two_layer(jnp.tanh)(w, jnp.ones((5, 3))).shape
+        >>> net = two_layer(jnp.tanh)
+        >>> w = net.init(jr.key(0), d=3, width=4)
+        >>> net(w, jnp.ones((5, 3))).shape
         (5,)
     """
     return TwoLayer(activation)
 
 
-def init_two_layer(
-    key: PRNGKeyArray,
-    d: int,
-    width: int,
-    *,
-    tau: RealScalar = 1.0,
-    symmetric: bool = False,
-    dtype: Any = None,
-) -> dict[str, Array]:
-    r"""Parameters $a_j, b_j \sim N(0, \tau^2)$ of a two-layer network.
-
-    Args:
-        key: Random key.
-        d: Input dimension.
-        width: Number m of hidden units.
-        tau: Standard deviation; large tau is lazy (the poster's captions have it swapped).
-        symmetric: Mirror the second half of the units, $b_{j+m/2} = b_j$, $a_{j+m/2} = -a_j$, so that the
-            outputs vanish up to rounding. For an exact zero at any alpha also use `center`, or `symmetrize`.
-        dtype: Floating dtype; None for JAX's default.
-
-    Returns:
-        {"a": (width,), "b": (width, d)}.
-
-    Raises:
-        ValueError: d or width not positive, tau not positive, or an odd width with `symmetric`.
-
-    Source:
-        Chizat, Oyallon, Bach (2019), section 3.1.
-
-    Example:
-        >>> w = init_two_layer(jr.key(0), 3, 4, symmetric=True)
-        >>> bool(w["a"][0] == -w["a"][2])
-        True
-    """
-    if d < 1 or width < 1:
-        msg = f"d and width must be at least 1, got d={d}, width={width}."
-        raise ValueError(msg)
-    _check_positive(tau, "tau", "standard deviation")
-    if symmetric and width % 2:
-        msg = f"width must be even for a mirrored (symmetric) init, got {width}; use {width + 1}."
-        raise ValueError(msg)
-    key_a, key_b = jr.split(key)
-    units = width // 2 if symmetric else width
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    scale = jnp.asarray(tau, dtype)
-    a = scale * jr.normal(key_a, (units,), dtype)
-    b = scale * jr.normal(key_b, (units, d), dtype)
-    if symmetric:
-        a, b = jnp.concatenate([a, -a]), jnp.concatenate([b, b])
-    return {"a": a, "b": b}
-
-
-def _check_positive(value: RealScalar, name: str, what: str) -> None:
+def check_positive(value: RealScalar, name: str, what: str) -> None:
+    """Refuse a known number that is not positive."""
     if is_concrete(value) and not float(value) > 0:
         msg = f"{name} must be a positive {what}, got {value}."
         raise ValueError(msg)
 
 
 class MLP(eqx.Module):
-    """Fully connected network, an activation between its layers; made by `mlp`."""
+    """A fully connected network, an activation between its layers; made by `mlp`."""
 
     activation: Callable[[Array], Array]
 
     def __call__(self, w: list[dict[str, Array]], x: Float[Array, "n d"]) -> Float[Array, "n k"]:
-        """Outputs (n, k)."""
+        """Return the outputs (n, k)."""
         for layer in w[:-1]:
             x = self.activation(_affine(layer, x))
         return _affine(w[-1], x)
 
     def preactivations(self, w: list[dict[str, Array]], x: Float[Array, "n d"]) -> list[Float[Array, "n _"]]:
-        """The hidden layers before their activations."""
+        """Return the hidden layers before their activations."""
         hidden = []
         for layer in w[:-1]:
             hidden.append(_affine(layer, x))
             x = self.activation(hidden[-1])
         return hidden
+
+    def init(
+        self, key: PRNGKeyArray, sizes: Sequence[int], *, gain: RealScalar = 1.0, dtype: Any = None
+    ) -> list[dict[str, Array]]:
+        r"""Draw weights $W_l \sim N(0, g^2 \cdot 2/(n_{in} + n_{out}))$ (Xavier); biases are zero.
+
+        Args:
+            key: Random key.
+            sizes: Widths (d, hidden..., k), at least an input and an output.
+            gain: $g$; the standard deviation of every layer is proportional to it.
+            dtype: Floating dtype; None for JAX's default.
+
+        Returns:
+            [{"weight": (out, in), "bias": (out,)}, ...].
+
+        Raises:
+            ValueError: fewer than two sizes, or one that is not positive; gain not positive.
+
+        Source:
+            Chizat, Oyallon, Bach (2019), section 3.2 (Xavier normal weights, zero biases).
+
+        Example:
+            >>> [layer["weight"].shape for layer in mlp().init(jr.key(0), [3, 8, 2])]
+            [(8, 3), (2, 8)]
+        """
+        if len(sizes) < 2 or min(sizes) < 1:
+            msg = f"sizes must be at least two positive widths (input, ..., output), got {tuple(sizes)}."
+            raise ValueError(msg)
+        check_positive(gain, "gain", "factor")
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        keys = jr.split(key, len(sizes) - 1)
+        layers = []
+        for k, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
+            std = jnp.asarray(gain, dtype) * np.sqrt(2 / (n_in + n_out)).astype(dtype)
+            layers.append({"weight": std * jr.normal(k, (n_out, n_in), dtype), "bias": jnp.zeros(n_out, dtype)})
+        return layers
 
 
 def _affine(layer: dict[str, Array], x: Array) -> Array:
@@ -135,86 +174,73 @@ def _affine(layer: dict[str, Array], x: Array) -> Array:
 
 
 def mlp(activation: Callable[[Array], Array] = jax.nn.relu) -> MLP:
-    r"""Multilayer perceptron $x_{l+1} = \sigma(W_l x_l + c_l)$, the last layer affine.
+    r"""Make a multilayer perceptron $x_{l+1} = \sigma(W_l x_l + c_l)$, the last layer affine.
 
     Args:
         activation: $\sigma$, elementwise.
 
     Returns:
-        f(w, x) with w = [{"weight": (out, in), "bias": (out,)}, ...], x (n, d), outputs (n, k).
+        `net` with `net(w, x)` for w = [{"weight": (out, in), "bias": (out,)}, ...], x (n, d), outputs (n, k), and
+        `net.init`.
 
     Example:
-        >>> w = init_mlp(jr.key(0), [3, 8, 2])
-        >>> mlp(jnp.tanh)(w, jnp.ones((5, 3))).shape
+        >>> net = mlp(jnp.tanh)
+        >>> net(net.init(jr.key(0), [3, 8, 2]), jnp.ones((5, 3))).shape
         (5, 2)
     """
     return MLP(activation)
 
 
-def init_mlp(
-    key: PRNGKeyArray, sizes: Sequence[int], *, gain: RealScalar = 1.0, dtype: Any = None
-) -> list[dict[str, Array]]:
-    r"""Parameters of `mlp`: $W_l \sim N(0, g^2 \cdot 2/(n_{in} + n_{out}))$ (Xavier), zero biases.
+class DiagonalLinear(eqx.Module):
+    r"""A diagonal linear network $f(w, x) = x \cdot (u^2 - v^2)$; made by `diagonal_linear`."""
 
-    Args:
-        key: Random key.
-        sizes: Widths (d, hidden..., k), at least an input and an output.
-        gain: $g$; the standard deviation of every layer is proportional to it.
-        dtype: Floating dtype; None for JAX's default.
+    def __call__(self, w: dict[str, Float[Array, " d"]], x: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """Return the outputs (n,) at parameters {"u": (d,), "v": (d,)}."""
+        return x @ (w["u"] ** 2 - w["v"] ** 2)
 
-    Raises:
-        ValueError: fewer than two sizes, or one that is not positive; gain not positive.
+    def init(
+        self, key: PRNGKeyArray | None = None, *, d: int, tau: RealScalar = 1.0, dtype: Any = None
+    ) -> dict[str, Array]:
+        r"""Return the parameters $u_0 = v_0 = \tau 1$, at which the outputs vanish.
+
+        Args:
+            key: Not used, since this start is not random; taken as all networks take one.
+            d: Input dimension.
+            tau: Scale of the start.
+            dtype: Floating dtype; None for JAX's default.
+
+        Returns:
+            {"u": (d,), "v": (d,)}.
+
+        Raises:
+            ValueError: d or tau is not positive.
+
+        Example:
+            >>> diagonal_linear().init(d=2)["u"].shape
+            (2,)
+        """
+        del key
+        if d < 1:
+            msg = f"d must be at least 1, got {d}."
+            raise ValueError(msg)
+        check_positive(tau, "tau", "scale")
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        return {name: jnp.full(d, tau, dtype) for name in ("u", "v")}
+
+
+def diagonal_linear() -> DiagonalLinear:
+    r"""Make a diagonal linear network $f(w, x) = x \cdot (u^2 - v^2)$, linear in x and quadratic in w.
+
+    Returns:
+        `net` with `net(w, x)` for w = {"u": (d,), "v": (d,)}, x (n, d), outputs (n,), and `net.init`. The flow
+        conserves $u_i v_i$.
 
     Source:
-        Chizat, Oyallon, Bach (2019), section 3.2 (Xavier normal weights, zero biases).
+        Woodworth et al. (2020), Kernel and rich regimes in overparametrized models, section 4.
 
     Example:
-        >>> [layer["weight"].shape for layer in init_mlp(jr.key(0), [3, 8, 2])]
-        [(8, 3), (2, 8)]
-    """
-    if len(sizes) < 2 or min(sizes) < 1:
-        msg = f"sizes must be at least two positive widths (input, ..., output), got {tuple(sizes)}."
-        raise ValueError(msg)
-    _check_positive(gain, "gain", "factor")
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    keys = jr.split(key, len(sizes) - 1)
-    layers = []
-    for k, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
-        std = jnp.asarray(gain, dtype) * np.sqrt(2 / (n_in + n_out)).astype(dtype)
-        layers.append({"weight": std * jr.normal(k, (n_out, n_in), dtype), "bias": jnp.zeros(n_out, dtype)})
-    return layers
-
-
-def diagonal_linear(w: dict[str, Float[Array, " d"]], x: Float[Array, "n d"]) -> Float[Array, " n"]:
-    r"""Diagonal linear network $f(w, x) = x \cdot (u^2 - v^2)$, linear in x and quadratic in w.
-
-    Args:
-        w: {"u": (d,), "v": (d,)}, as `init_diagonal_linear` makes them.
-        x: Inputs (n, d).
-
-    Source:
-        Smith's report, section 4, after Woodworth et al. (2020). $u_i v_i$ is conserved by the flow.
-
-    Example:
-        >>> diagonal_linear(init_diagonal_linear(3), jnp.ones((2, 3)))
+        >>> net = diagonal_linear()
+        >>> net(net.init(d=3), jnp.ones((2, 3)))
         Array([0., 0.], dtype=float...)
     """
-    return x @ (w["u"] ** 2 - w["v"] ** 2)
-
-
-def init_diagonal_linear(d: int, *, tau: RealScalar = 1.0, dtype: Any = None) -> dict[str, Array]:
-    r"""Parameters $u_0 = v_0 = \tau 1$ of `diagonal_linear`, so that the outputs vanish.
-
-    Raises:
-        ValueError: d or tau is not positive.
-
-    Example:
-        >>> init_diagonal_linear(2)["u"].shape
-        (2,)
-    """
-    if d < 1:
-        msg = f"d must be at least 1, got {d}."
-        raise ValueError(msg)
-    _check_positive(tau, "tau", "scale")
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    return {name: jnp.full(d, tau, dtype) for name in ("u", "v")}
+    return DiagonalLinear()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-BLUE, ORANGE, BLACK, GREY = "#0072B2", "#D55E00", "#000000", "#999999"
+BLUE, ORANGE, BLACK, GRAY = "#0072B2", "#D55E00", "#000000", "#999999"
 FONT = 8
 """Points, at a figure width of one column."""
 

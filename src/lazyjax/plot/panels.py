@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from lazyjax.plot.axes import BLACK, BLUE, GREY, ORANGE, AlphaAxis, choose_scale, only_positive
+from lazyjax.plot.axes import BLACK, BLUE, GRAY, ORANGE, AlphaAxis, choose_scale, only_positive
 from lazyjax.report.verdict import Slope
 
 PARTS = {"train": (BLUE, "o"), "test": (ORANGE, "s")}
-STYLES = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (BLACK, ":", "^"), (GREY, "-.", "v"))
+STYLES = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (BLACK, ":", "^"), (GRAY, "-.", "v"))
 """Colour, dashes and marker of the spectra of one figure, repeated where there are more."""
 FEW = 30
 """Up to so many eigenvalues each gets a marker."""
@@ -47,7 +47,7 @@ def draw_gap(ax: Any, axis: AlphaAxis, values: np.ndarray, floor: np.ndarray, sl
         bottom = min(ax.get_ylim()[0], float(np.nanmin(floor)) / 3)
         ax.set_ylim(bottom=bottom)
         label = r"numerical floor ($\alpha=\infty$)"
-        ax.fill_between(axis.positions, bottom, floor, color=GREY, alpha=0.35, linewidth=0, label=label)
+        ax.fill_between(axis.positions, bottom, floor, color=GRAY, alpha=0.35, linewidth=0, label=label)
 
 
 def draw_curve(ax: Any, data: Any, name: str, lanes: Sequence[int], colors: Any) -> None:

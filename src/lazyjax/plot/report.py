@@ -1,7 +1,7 @@
 """Results as figures: one function a figure, each one column (3.5 inches) wide.
 
 matplotlib is imported here only, inside the functions, by its object interface: no window, no global state.
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; no line is told by colour alone.
+Colours are those of Okabe and Ito, which color-blind readers can tell apart; no line is told by color alone.
 """
 
 import io
@@ -177,7 +177,7 @@ def plot_curves(report: Source) -> "matplotlib.figure.Figure":
 
 
 def plot_eigenvalues(report: Source) -> "matplotlib.figure.Figure":
-    """Spectrum of the tangent kernel at the start as in Figure 7(b), and which of its modes are learnt in time.
+    """Spectrum of the tangent kernel at the start as in Figure 7(b), and which of its modes are learned in time.
 
     Args:
         report: A `LazinessReport` or its dataset.
@@ -189,8 +189,8 @@ def plot_eigenvalues(report: Source) -> "matplotlib.figure.Figure":
     curve = normalized_spectrum(values, size=data.attrs["num_train"] * data.attrs["outputs"])
     figure, (ax,) = _make_axes(1)
     draw_spectra(ax, {rf"$\lambda_i/\lambda_1$, $\lambda_1={largest:.3g}$": curve})
-    learnt = r"$\lambda_i T=1$: learnt above, by the end $T$"
-    ax.axhline(1 / (largest * data.attrs["horizon"]), color=ORANGE, linestyle="--", linewidth=1, label=learnt)
+    learned = r"$\lambda_i T=1$: learned above, by the end $T$"
+    ax.axhline(1 / (largest * data.attrs["horizon"]), color=ORANGE, linestyle="--", linewidth=1, label=learned)
     ax.set_ylabel("kernel eigenvalue /\nlargest")
     draw_legend(ax, columns=1)
     return figure

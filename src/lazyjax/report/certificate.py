@@ -12,8 +12,8 @@ from jaxtyping import PRNGKeyArray
 
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.laziness.compare import compare_flows
-from lazyjax.models.maps import OnData, center
-from lazyjax.report.lane import SOLVE, Reference, Setting
+from lazyjax.models.maps import center, on_data
+from lazyjax.report.lane import SOLVE, Problem, Reference
 from lazyjax.report.verdict import LAZY, format_table, relative_gap
 from lazyjax.theory.certify import HEAD, Certificate, certify_flows
 from lazyjax.theory.claims import FAILS, HOLDS, UNKNOWN
@@ -26,7 +26,7 @@ EVERY = 4
 
 
 def certify_scale(
-    setting: Setting, data: "xarray.Dataset", reference: Reference, solver: AbstractSolver, key: PRNGKeyArray | None
+    setting: Problem, data: "xarray.Dataset", reference: Reference, solver: AbstractSolver, key: PRNGKeyArray | None
 ) -> tuple[Certificate | None, list[str]]:
     """The certificate at the scale from which on the model is lazy, or the reason why there is none."""
     alpha = choose_scale(data)
@@ -34,7 +34,7 @@ def certify_scale(
         return None, ["no certificate: no flow at a finite alpha has reached the end"]
     if setting.probe is None:
         return None, ["no certificate: the change of Dh cannot be followed through this model, as for the drift"]
-    h, ts = OnData(center(setting.f, setting.w0), setting.x), jnp.asarray(np.asarray(data["time"]))[::EVERY]
+    h, ts = on_data(center(setting.f, setting.w0), setting.x), jnp.asarray(np.asarray(data["time"]))[::EVERY]
     flow = gradient_flow(h, setting.loss, setting.w0, ts, alpha=alpha, solver=solver, **SOLVE)
     # The tangent's displacement is the same at every alpha, and followed at the same tolerance.
     outputs = reference.outputs[::EVERY]

@@ -15,17 +15,17 @@ from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
 from lazyjax._core.checks import check_alpha
+from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Params
-from lazyjax.flow.field import tree_norm
 from lazyjax.laziness.one_step import lazy_ratio
 from lazyjax.losses.losses import Loss
-from lazyjax.models.maps import OnData, center
+from lazyjax.models.maps import center, on_data
 from lazyjax.report.certificate import certify_scale, format_certificate
 from lazyjax.report.kernel_prediction import describe_kernel, predict
 from lazyjax.report.lane import (
     MEASURES,
+    Problem,
     Reference,
-    Setting,
     Spectrum,
     add_probe,
     check_horizon,
@@ -113,7 +113,7 @@ def diagnose(
 ) -> LazinessReport:
     r"""Train a model and its tangent model at many scales alpha, and tell how lazily it trains.
 
-    The model is centred (its output at w0 is subtracted), so that every alpha up to inf makes sense.
+    The model is centered (its output at w0 is subtracted), so that every alpha up to inf makes sense.
 
     Args:
         f: Model f(w, x) with outputs (n,) or (n, k). If it has `preactivations(w, x)`, the stability of its
@@ -141,9 +141,10 @@ def diagnose(
 
     Example:
         >>> import jax.random as jr
-        >>> from lazyjax import init_two_layer, two_layer
+        >>> from lazyjax.models import two_layer
         >>> x = jr.normal(jr.key(1), (8, 3))
-        >>> report = diagnose(two_layer(jnp.tanh), init_two_layer(jr.key(0), 3, 8), x, x[:, 0], alphas=[1.0, 1e4])
+        >>> net = two_layer(jnp.tanh)
+        >>> report = diagnose(net, net.init(jr.key(0), d=3, width=8), x, x[:, 0], alphas=[1.0, 1e4])
         >>> report.verdict.startswith("At alpha = 1 this model")
         True
     """
@@ -200,7 +201,7 @@ def _check_alphas(alphas: Sequence[float]) -> list[float]:
 
 
 def _complete(
-    data: "xarray.Dataset", s: Setting, reference: Reference, spectrum: Spectrum, key: PRNGKeyArray | None
+    data: "xarray.Dataset", s: Problem, reference: Reference, spectrum: Spectrum, key: PRNGKeyArray | None
 ) -> None:
     """Add to the lanes what is the same for all of them: the tangent model's curves, the kernel, the settings."""
     for name, values in measure(s, reference.outputs, reference.test_outputs).items():
@@ -229,9 +230,9 @@ def _complete(
 
 
 @eqx.filter_jit
-def _measure_lazy_ratio(s: Setting, key: PRNGKeyArray | None) -> Array:
+def _measure_lazy_ratio(s: Problem, key: PRNGKeyArray | None) -> Array:
     """As one program: operation by operation it compiles three times as long."""
-    return lazy_ratio(OnData(center(s.f, s.w0), s.x), s.loss, s.w0, starts=4, key=key)
+    return lazy_ratio(on_data(center(s.f, s.w0), s.x), s.loss, s.w0, starts=4, key=key)
 
 
 _UNITS = {

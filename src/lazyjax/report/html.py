@@ -117,7 +117,7 @@ def render_html(report: LazinessReport, figures: Mapping[str, str], settings: Ma
         "parameters": f"{a['num_params']}, norm at the start {a['w0_norm']:.4g}",
         "data": f"{a['num_train']} training and {a['num_test']} test samples, {a['outputs']} output(s) each",
         "loss": f"{a['loss']}, norm of the initial residual {a['initial_residual']:.4g}",
-        "training": f"gradient flow for time {a['horizon']:.4g} in {a['dtype']}; the model is centred, h(w0) = 0",
+        "training": f"gradient flow for time {a['horizon']:.4g} in {a['dtype']}; the model is centered, h(w0) = 0",
         "step criterion": f"{a['lazy_ratio']:.3g} at alpha = 1 (small means lazy)",
     }
     columns = table_columns(report.dataset)

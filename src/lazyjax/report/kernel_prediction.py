@@ -13,9 +13,9 @@ from lazyjax.flow.closed_form import TangentSolution
 from lazyjax.flow.kernel_regression import KernelRegression
 from lazyjax.kernels.spectrum import condition_number, effective_rank, without_rounding
 from lazyjax.losses.losses import SquareLoss
-from lazyjax.models.maps import OnData
+from lazyjax.models.maps import on_data
 from lazyjax.models.tangent import linearize
-from lazyjax.report.lane import Setting, Spectrum, measure
+from lazyjax.report.lane import Problem, Spectrum, measure
 
 STOPS = ("best", "end")
 """When the predicted training stops: where the test loss is smallest, and never."""
@@ -34,7 +34,7 @@ class JacobianTransfer(eqx.Module):
 
     def __call__(self, cotangents: Float[Array, "..."]) -> Float[Array, "..."]:
         """One after the other, as the flows are taken to the test data."""
-        train, test = (linearize(OnData(self.f, x), self.w0) for x in (self.x, self.x_test))
+        train, test = (linearize(on_data(self.f, x), self.w0) for x in (self.x, self.x_test))
         return jax.lax.map(lambda r: test.jvp(train.vjp(r)), cotangents)
 
 
@@ -53,7 +53,7 @@ def _facts(eigenvalues: Array) -> tuple[Array, Array, Array]:
     return condition_number(eigenvalues), rank, effective_rank(eigenvalues)
 
 
-def predict(setting: Setting, spectrum: Spectrum) -> dict[str, tuple[str, np.ndarray]]:
+def predict(setting: Problem, spectrum: Spectrum) -> dict[str, tuple[str, np.ndarray]]:
     """Losses and accuracies of kernel regression over `STOPS`, as variables of a dataset; none for other losses.
 
     The coordinate is "stop", with the flow times in "kernel_time".
@@ -67,12 +67,12 @@ def predict(setting: Setting, spectrum: Spectrum) -> dict[str, tuple[str, np.nda
 
 
 @eqx.filter_jit
-def _predict(s: Setting, solution: TangentSolution) -> tuple[Array, dict[str, Array]]:
+def _predict(s: Problem, solution: TangentSolution) -> tuple[Array, dict[str, Array]]:
     """The flow times of the stops, of the second one alone where nothing tells the first, and what is found there."""
     times = jnp.full(1, jnp.inf, solution.eigenvalues.dtype)
     if s.x_test is None or not isinstance(s.loss_test, SquareLoss):
         return times, measure(s, solution.outputs(times), None)
-    # The report's model is centred: it starts from zero.
+    # The report's model is centered: it starts from zero.
     start = jnp.zeros_like(s.loss_test.minimizer, times.dtype)
     regression = KernelRegression(solution, JacobianTransfer(s.f, s.w0, s.x, s.x_test), start)
     times = jnp.concatenate([regression.best_time(s.loss_test)[0][None], times])

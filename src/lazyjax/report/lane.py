@@ -13,18 +13,19 @@ from jaxtyping import Array
 
 from lazyjax._core.checks import check_inputs
 from lazyjax._core.lanczos import top_eigenvalues
+from lazyjax._core.trees import move, tree_norm
 from lazyjax._core.types import Model, Params
 from lazyjax.difference.finite_jvp import finite_jvp
 from lazyjax.flow.choose_solver import DENSE_OUTPUTS
 from lazyjax.flow.closed_form import TangentSolution, tangent_gram, tangent_solution
 from lazyjax.flow.exponential import TangentExponential
-from lazyjax.flow.field import check_start, make_field, move, tree_norm
+from lazyjax.flow.field import check_start, make_field
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.flow.linear_part import SpectralPart
 from lazyjax.laziness.compare import activation_stability, measure_kernel_drift
 from lazyjax.losses.losses import Loss, SquareLoss
 from lazyjax.losses.targets import Accuracy, make_task
-from lazyjax.models.maps import OnData, center
+from lazyjax.models.maps import center, on_data
 from lazyjax.models.tangent import linearize
 
 PROBE_OUTPUTS = 320
@@ -46,7 +47,7 @@ MEASURES = (
 """What a lane gives at every save time."""
 
 
-class Setting(eqx.Module):
+class Problem(eqx.Module):
     """What all lanes share; `probe` is None where the drift cannot be measured."""
 
     f: Model
@@ -64,7 +65,7 @@ class Setting(eqx.Module):
 
 def prepare(
     f: Model, w0: Params, x: Any, y: Any, loss: str | Callable[[Array], Loss], test: tuple[Any, Any] | None
-) -> Setting:
+) -> Problem:
     x, shape = check_inputs(f, w0, x, "x")
     made, accuracy = make_task(loss, y, shape, "y")
     made.check(shape)
@@ -72,9 +73,9 @@ def prepare(
     if test is not None:
         x_test, test_shape = check_inputs(f, w0, test[0], "x_test")
         loss_test, accuracy_test = make_task(loss, test[1], test_shape, "y_test", like=y)
-    check_start(OnData(center(f, w0), x), made, w0, 1.0, rtol=1e-6)
+    check_start(on_data(center(f, w0), x), made, w0, 1.0, rtol=1e-6)
     name = loss if isinstance(loss, str) else type(made).__name__
-    return Setting(f, w0, x, made, accuracy, x_test, loss_test, accuracy_test, None, name, int(np.prod(shape)))
+    return Problem(f, w0, x, made, accuracy, x_test, loss_test, accuracy_test, None, name, int(np.prod(shape)))
 
 
 class Spectrum(eqx.Module):
@@ -85,7 +86,7 @@ class Spectrum(eqx.Module):
     solver: diffrax.AbstractSolver
 
 
-def diagonalize(setting: Setting) -> Spectrum:
+def diagonalize(setting: Problem) -> Spectrum:
     """The kernel's spectrum, all of it up to 4096 outputs, and what to follow the flows with.
 
     The exponential solver where one eigendecomposition serves all lanes; Tsit5 above that size, and for other losses,
@@ -111,9 +112,9 @@ def diagonalize(setting: Setting) -> Spectrum:
 
 
 @eqx.filter_jit
-def _solve(s: Setting) -> tuple[TangentSolution, TangentExponential]:
+def _solve(s: Problem) -> tuple[TangentSolution, TangentExponential]:
     assert isinstance(s.loss, SquareLoss)
-    h = OnData(center(s.f, s.w0), s.x)
+    h = on_data(center(s.f, s.w0), s.x)
     field = make_field(h, s.loss, s.w0, jnp.inf, zero_start=True)
     solver = TangentExponential(method="dense").attach(field)
     assert isinstance(solver.linear, SpectralPart)
@@ -124,12 +125,12 @@ def _solve(s: Setting) -> tuple[TangentSolution, TangentExponential]:
 
 
 @eqx.filter_jit
-def _all(s: Setting) -> Array:
-    return s.loss.weight * jnp.linalg.eigvalsh(tangent_gram(linearize(OnData(s.f, s.x), s.w0)))[::-1]
+def _all(s: Problem) -> Array:
+    return s.loss.weight * jnp.linalg.eigvalsh(tangent_gram(linearize(on_data(s.f, s.x), s.w0)))[::-1]
 
 
-def _leading(s: Setting) -> Array:
-    tangent = linearize(OnData(s.f, s.x), s.w0)
+def _leading(s: Problem) -> Array:
+    tangent = linearize(on_data(s.f, s.x), s.w0)
     shape, dtype = tangent.outputs.shape, tangent.outputs.dtype
 
     def product(r: Array) -> Array:
@@ -139,7 +140,7 @@ def _leading(s: Setting) -> Array:
 
 
 def choose_horizon(spectrum: Spectrum) -> float:
-    """Flow time at which the tangent model has learnt, at most 1000 over the largest eigenvalue."""
+    """Flow time at which the tangent model has learned, at most 1000 over the largest eigenvalue."""
     eigenvalues, solution = spectrum.eigenvalues, spectrum.solution
     if solution is None:
         return 300 / float(eigenvalues[0])
@@ -194,28 +195,28 @@ exponential solver evaluates the true gradient at every stage, and so corrects i
 
 
 @eqx.filter_jit
-def follow_tangent(setting: Setting, ts: Array, solver: diffrax.AbstractSolver) -> Reference:
+def follow_tangent(setting: Problem, ts: Array, solver: diffrax.AbstractSolver) -> Reference:
     """The tangent model's flow, from a zero start the same for every alpha."""
     model = center(setting.f, setting.w0)
-    tangent = linearize(OnData(model, setting.x), setting.w0)
+    tangent = linearize(on_data(model, setting.x), setting.w0)
     flow = gradient_flow(tangent, setting.loss, setting.w0, ts, alpha=jnp.inf, solver=solver, **SOLVE)
     test_outputs = None
     if setting.x_test is not None:
-        test_outputs = jax.lax.map(linearize(OnData(model, setting.x_test), setting.w0).jvp, flow.displacement)
+        test_outputs = jax.lax.map(linearize(on_data(model, setting.x_test), setting.w0).jvp, flow.displacement)
     return Reference(flow.displacement, flow.outputs, test_outputs)
 
 
 def run_lane(
-    alpha: Array, *, setting: Setting, ts: Array, solver: diffrax.AbstractSolver, reference: Reference
+    alpha: Array, *, setting: Problem, ts: Array, solver: diffrax.AbstractSolver, reference: Reference
 ) -> dict[str, Any]:
     """One scale: the flow, and everything measured along it."""
     s = setting
     model = center(s.f, s.w0)
-    flow = gradient_flow(OnData(model, s.x), s.loss, s.w0, ts, alpha=alpha, solver=solver, throw=False, **SOLVE)
+    flow = gradient_flow(on_data(model, s.x), s.loss, s.w0, ts, alpha=alpha, solver=solver, throw=False, **SOLVE)
     eps = 1 / flow.alpha
     test_outputs = None
     if s.x_test is not None:
-        on_test = OnData(s.f, s.x_test)
+        on_test = on_data(s.f, s.x_test)
         test_outputs = jax.lax.map(lambda u: finite_jvp(on_test, s.w0, u, eps), flow.displacement)
     gap = jax.vmap(tree_norm)(jtu.tree_map(jnp.subtract, flow.displacement, reference.displacement))
     last = jtu.tree_map(lambda leaf: leaf[-1], flow.displacement)
@@ -229,26 +230,26 @@ def run_lane(
         "result": flow.result,
     }
     if s.probe is not None:
-        out["kernel_drift"] = measure_kernel_drift(OnData(s.f, s.probe), s.w0, last, eps)
+        out["kernel_drift"] = measure_kernel_drift(on_data(s.f, s.probe), s.w0, last, eps)
     if hasattr(s.f, "preactivations"):
         coordinates, rest = eqx.partition(s.w0, eqx.is_inexact_array)
         out["stability"] = activation_stability(s.f, s.w0, eqx.combine(move(coordinates, eps, last), rest), s.x)
     return out
 
 
-def add_probe(setting: Setting) -> tuple[Setting, list[str]]:
+def add_probe(setting: Problem) -> tuple[Problem, list[str]]:
     """Measure the kernel's drift where `finite_jvp` can go through the model's derivative, else say why not."""
     k = setting.num_outputs // setting.x.shape[0]
     probe = setting.x[: max(1, PROBE_OUTPUTS // k)]
     zero = jtu.tree_map(jnp.zeros_like, eqx.filter(setting.w0, eqx.is_inexact_array))
     try:
-        eqx.filter_eval_shape(measure_kernel_drift, OnData(setting.f, probe), setting.w0, zero, jnp.ones(()))
+        eqx.filter_eval_shape(measure_kernel_drift, on_data(setting.f, probe), setting.w0, zero, jnp.ones(()))
     except ValueError as error:
         return setting, [f"the kernel's drift is not measured: {error}"]
     return eqx.tree_at(lambda s: s.probe, setting, probe, is_leaf=lambda leaf: leaf is None), []
 
 
-def measure(s: Setting, outputs: Array, test_outputs: Array | None) -> dict[str, Array]:
+def measure(s: Problem, outputs: Array, test_outputs: Array | None) -> dict[str, Array]:
     """Losses and accuracies along a flow."""
     measures: dict[str, tuple[Callable[[Array], Array] | None, Array | None]] = {
         "train_loss": (s.loss, outputs),

@@ -1,4 +1,4 @@
-r"""Many runs as one compiled program: a grid over named axes, in chunks of lanes that fit memory, labelled."""
+r"""Many runs as one compiled program: a grid over named axes, in chunks of lanes that fit memory, labeled."""
 
 import functools
 import hashlib
@@ -241,7 +241,7 @@ def _call(program: Callable[..., Any], arrays: dict[str, Any], points: dict[str,
 
 
 def _checked(out: Any, axes: Mapping[str, Any], dims: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """What one lane returns, refused while tracing if it cannot be labelled."""
+    """What one lane returns, refused while tracing if it cannot be labeled."""
     if not isinstance(out, Mapping):
         msg = f"run must return a dict of named arrays, got {type(out).__name__}."
         raise TypeError(msg)

@@ -19,7 +19,7 @@ class Slope(eqx.Module):
         value: The fitted exponent; NaN if fewer than three points lie between the floor and saturation.
         first, last: The range of alpha fitted.
         points: How many.
-        theory: The exponent that theorem 2.2 gives for a centred model.
+        theory: The exponent that theorem 2.2 gives for a centered model.
     """
 
     value: float
@@ -195,7 +195,7 @@ def rounding_notes(data: "xarray.Dataset") -> list[str]:
     a = data.attrs
     if a["dtype"] == "float64" or "stop" not in data.coords or not (lost := _lost_modes(data)):
         return []
-    # At this time a mode at the edge, the largest that may be missing, would be learnt to a tenth.
+    # At this time a mode at the edge, the largest that may be missing, would be learned to a tenth.
     sure = 0.1 * a["kernel_condition"] / float(data["kernel_eigenvalue"][0])
     return [
         f"{lost} modes of the kernel are zero or below {a['dtype']} rounding and taken for zero, so what kernel "

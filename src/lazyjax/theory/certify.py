@@ -19,7 +19,7 @@ from lazyjax.losses.losses import Loss
 from lazyjax.losses.user_loss import as_loss
 from lazyjax.models.maps import without_constant
 from lazyjax.theory.claims import FAILS, Claim
-from lazyjax.theory.measurements import Facts, measure_facts
+from lazyjax.theory.measurements import Measurements, measure_facts
 from lazyjax.theory.theorems import make_claims
 
 
@@ -33,7 +33,7 @@ class Certificate(eqx.Module):
     """
 
     claims: tuple[Claim, ...]
-    facts: Facts
+    facts: Measurements
     comparison: Comparison
 
     @property

@@ -1,6 +1,6 @@
 """A claim: one bound of one theorem for one flow, what it assumes, what it bounds, what was measured.
 
-Made from `Facts` by pure functions, for one flow or under `jax.vmap` for thousands.
+Made from `Measurements` by pure functions, for one flow or under `jax.vmap` for thousands.
 """
 
 from functools import reduce
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from lazyjax.losses.losses import Loss, SoftmaxCrossEntropy, SquareLoss
-from lazyjax.theory.measurements import Facts
+from lazyjax.theory.measurements import Measurements
 
 HOLDS, UNKNOWN, FAILS = 2, 1, 0
 STATUS = {HOLDS: "holds", UNKNOWN: "unknown", FAILS: "fails"}
@@ -99,7 +99,7 @@ def decided(number: Array, holds: Array) -> Int[Array, "..."]:
     return jnp.where(jnp.isnan(number), UNKNOWN, jnp.where(holds, HOLDS, FAILS))
 
 
-class Ground:
+class Evidence:
     r"""What the theorems share: the facts, what is known of the loss, the assumptions that several of them make.
 
     Attributes:
@@ -110,7 +110,7 @@ class Ground:
         lip_h, lip_dh: The largest $\\|Dh(w)\\|$ and $\\|Dh(w) - Dh(w_0)\\|/|w - w_0|$ met up to each time.
     """
 
-    def __init__(self, facts: Facts, loss: Loss, num_params: int, num_outputs: int, kink_share: Array) -> None:
+    def __init__(self, facts: Measurements, loss: Loss, num_params: int, num_outputs: int, kink_share: Array) -> None:
         self.facts, self.num_params, self.num_outputs = facts, num_params, num_outputs
         self.weight = loss.weight
         self.lip_h, self.lip_dh = (jax.lax.cummax(v, axis=0) for v in (facts.path_dh_norm, facts.quotient))
@@ -153,7 +153,7 @@ class Ground:
         )
 
 
-def _of_loss(name: str, facts: Facts, value: float | None, detail: str) -> Assumption:
+def _of_loss(name: str, facts: Measurements, value: float | None, detail: str) -> Assumption:
     """What a loss says of itself; 0 is that it fails."""
     like = jnp.zeros_like(facts.alpha)
     if value is None:

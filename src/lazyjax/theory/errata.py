@@ -11,7 +11,7 @@ from lazyjax.laziness.compare import compare
 from lazyjax.losses.losses import square_loss
 from lazyjax.theory import bounds
 from lazyjax.theory.certify import certify
-from lazyjax.theory.measurements import Facts
+from lazyjax.theory.measurements import Measurements
 
 CROSSING = (10.0, 30.0, 100.0)
 """Scales of the poster's case."""
@@ -113,7 +113,7 @@ def slow_descent() -> list[Counterexample]:
     ]  # fmt: skip
 
 
-def generalization(facts: Facts) -> Counterexample:
+def generalization(facts: Measurements) -> Counterexample:
     r"""The second term of proposition A.1, $\alpha|f(w, x) - \bar f(w, x)|$, at the end of the flows of a family."""
     assert facts.test_linearization is not None
     assert facts.test_curvature is not None

@@ -13,9 +13,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
 from lazyjax._core.lanczos import lanczos, lanczos_slack
+from lazyjax._core.trees import move, safe_ratio, tree_norm
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.field import move, quotient, tree_norm
 from lazyjax.flow.gradient_flow import Flow
 from lazyjax.laziness.hessian_norm import bend
 from lazyjax.laziness.jacobian_change import differential_change
@@ -37,7 +37,7 @@ SEGMENT = 9
 """Points of the segment from w0 to w(t) where the second derivative is looked at, for proposition A.1."""
 
 
-class Facts(eqx.Module):
+class Measurements(eqx.Module):
     r"""Numbers at the start, and along the flow with the axis of time last; made by `measure_facts`.
 
     Norms in F are in the loss's metric. NaN is what could not be known: $\sigma_{min}$ beyond `DENSE_OUTPUTS`
@@ -105,7 +105,7 @@ def measure_facts(
     test: Model | None = None,
     *,
     tolerance: tuple[float, float],
-) -> Facts:
+) -> Measurements:
     """Everything that the claims need.
 
     Both flows, of the model and of its tangent, hold outputs and displacements, at a finite alpha; `test` is the model
@@ -122,7 +122,7 @@ def measure_facts(
     path = jax.lax.map(lambda item: _at(h, loss, w0, item, eps), (u, outputs))
     gap = jtu.tree_map(jnp.subtract, u, tangent_flow.displacement)
     size = jax.vmap(tree_norm)(u)
-    return Facts(
+    return Measurements(
         time=flow.ts - flow.ts[0],
         alpha=flow.alpha,
         start_loss=flow.loss[0],
@@ -198,7 +198,7 @@ def _at(h: Model, loss: Loss, w0: Params, state: tuple[Params, Outputs], eps: Ar
         "path_dh_norm": here["dh_norm"],
         "path_sigma_min": here["sigma_min"],
         "path_rank": here["rank"],
-        "quotient": quotient(largest, size),
+        "quotient": safe_ratio(largest, size),
         "curvature": loss.norm(second),
         "perturbation": eps * loss.norm(turned),
     }

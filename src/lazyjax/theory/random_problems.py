@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.losses.hessian_root import DiagonalRoot, HessianRoot
 from lazyjax.losses.losses import Loss, logistic_loss, softmax_cross_entropy, square_loss
-from lazyjax.models.maps import OnData, center, symmetrize
-from lazyjax.models.shallow import diagonal_linear, init_diagonal_linear, init_mlp, init_two_layer, mlp, two_layer
+from lazyjax.models.maps import center, on_data, symmetrize
+from lazyjax.models.shallow import diagonal_linear, mlp, two_layer
 
 
 class Instance(NamedTuple):
@@ -82,14 +82,14 @@ class CurvedLoss(Loss):
 def _of_net(
     f: Model, w0: Params, key: PRNGKeyArray, sizes: tuple[int, int], loss: Callable[[PRNGKeyArray, int], Loss], how: str
 ) -> Instance:
-    """A net on n normal inputs in R^d, centred, mirrored or as it is."""
+    """A net on n normal inputs in R^d, centered, mirrored or as it is."""
     n, d = sizes
     first, second, third = jr.split(key, 3)
-    if how == "centred":
+    if how == "centered":
         f = center(f, w0)
     elif how == "mirrored":
         f, w0 = symmetrize(f, w0)
-    return Instance(OnData(f, jr.normal(first, (n, d))), loss(second, n), w0, OnData(f, jr.normal(third, (3, d))))
+    return Instance(on_data(f, jr.normal(first, (n, d))), loss(second, n), w0, on_data(f, jr.normal(third, (3, d))))
 
 
 def _squares(key: PRNGKeyArray, n: int) -> Loss:
@@ -117,11 +117,11 @@ def _shallow(
     width: int,
     sizes: tuple[int, int],
     loss: Callable[[PRNGKeyArray, int], Loss],
-    how: str = "centred",
+    how: str = "centered",
 ) -> Callable[[PRNGKeyArray], Instance]:
     def build(key: PRNGKeyArray) -> Instance:
         start, data = jr.split(key)
-        return _of_net(two_layer(activation), init_two_layer(start, sizes[1], width), data, sizes, loss, how)
+        return _of_net(two_layer(activation), two_layer().init(start, d=sizes[1], width=width), data, sizes, loss, how)
 
     return build
 
@@ -134,14 +134,14 @@ def _deep(
 ) -> Callable[[PRNGKeyArray], Instance]:
     def build(key: PRNGKeyArray) -> Instance:
         start, data = jr.split(key)
-        return _of_net(mlp(activation), init_mlp(start, layers), data, (n, layers[0]), loss, "centred")
+        return _of_net(mlp(activation), mlp().init(start, layers), data, (n, layers[0]), loss, "centered")
 
     return build
 
 
 def _diagonal(key: PRNGKeyArray) -> Instance:
     """$u^2 - v^2$ with more coordinates than equations."""
-    return _of_net(diagonal_linear, init_diagonal_linear(8), key, (4, 8), _squares, "as it is")
+    return _of_net(diagonal_linear(), diagonal_linear().init(d=8), key, (4, 8), _squares, "as it is")
 
 
 def _quadratic(key: PRNGKeyArray) -> Instance:
@@ -158,16 +158,16 @@ def _quadratic(key: PRNGKeyArray) -> Instance:
 
     w0 = jnp.zeros(9)
     f = center(model, w0)
-    return Instance(OnData(f, maps(first)), square_loss(jr.normal(second, (3,))), w0, OnData(f, maps(third)))  # pyright: ignore[reportArgumentType]
+    return Instance(on_data(f, maps(first)), square_loss(jr.normal(second, (3,))), w0, on_data(f, maps(third)))  # pyright: ignore[reportArgumentType]
 
 
 FAMILIES = (
-    Family("two-layer tanh, centred, square loss", _shallow(jnp.tanh, 12, (4, 3), _squares)),
+    Family("two-layer tanh, centered, square loss", _shallow(jnp.tanh, 12, (4, 3), _squares)),
     Family("two-layer tanh, mirrored, square loss", _shallow(jnp.tanh, 10, (4, 3), _squares, "mirrored"), -2.0),
     Family("two-layer sin, h(w0) not zero, square loss", _shallow(jnp.sin, 12, (4, 3), _squares, "as it is"), None),
     Family("two-layer tanh, 1 neuron for 8 outputs, square loss", _shallow(jnp.tanh, 1, (8, 3), _squares)),
-    Family("two-layer erf, centred, curved loss", _shallow(jax.scipy.special.erf, 12, (4, 3), _curved)),
-    Family("two-layer softplus, centred, logistic loss", _shallow(jax.nn.softplus, 12, (5, 3), _two_classes)),
+    Family("two-layer erf, centered, curved loss", _shallow(jax.scipy.special.erf, 12, (4, 3), _curved)),
+    Family("two-layer softplus, centered, logistic loss", _shallow(jax.nn.softplus, 12, (5, 3), _two_classes)),
     Family("three layers, tanh, 2 outputs, square loss", _deep(jnp.tanh, (3, 6, 6, 2), 3, _rows)),
     Family("three layers, softplus, cross-entropy", _deep(jax.nn.softplus, (3, 6, 6, 3), 4, _classes)),
     Family("diagonal linear net", _diagonal, -2.0),

@@ -11,11 +11,11 @@ from jaxtyping import Array
 
 from lazyjax.losses.losses import Loss
 from lazyjax.theory import bounds
-from lazyjax.theory.claims import Assumption, Claim, Ground, decided
-from lazyjax.theory.measurements import Facts
+from lazyjax.theory.claims import Assumption, Claim, Evidence, decided
+from lazyjax.theory.measurements import Measurements
 
 
-def theorem_2_2(g: Ground) -> list[Claim]:
+def theorem_2_2(g: Evidence) -> list[Claim]:
     """Finite horizon, any smooth loss."""
     f = g.facts
     bound = bounds.theorem_2_2(
@@ -25,7 +25,7 @@ def theorem_2_2(g: Ground) -> list[Claim]:
     return _claims(g, "2.2", (g.smooth, g.smooth_loss), bound, ("displacement_norm", "output_gap", "param_gap"))
 
 
-def theorem_2_3(g: Ground) -> list[Claim]:
+def theorem_2_3(g: Evidence) -> list[Claim]:
     """Finite horizon, square loss."""
     f = g.facts
     bound = bounds.theorem_2_3(
@@ -34,7 +34,7 @@ def theorem_2_3(g: Ground) -> list[Claim]:
     return _claims(g, "2.3", (g.smooth, g.square_loss), bound, ("displacement_norm", "output_gap", "param_gap"))
 
 
-def theorem_2_4(g: Ground) -> list[Claim]:
+def theorem_2_4(g: Evidence) -> list[Claim]:
     """All times, Dh(w0) onto."""
     f, lip_dh = g.facts, g.lip_dh[-1]
     bound = bounds.theorem_2_4(
@@ -52,7 +52,7 @@ def theorem_2_4(g: Ground) -> list[Claim]:
     return _claims(g, "2.4", assumptions, bound, names)
 
 
-def theorem_2_5(g: Ground) -> list[Claim]:
+def theorem_2_5(g: Evidence) -> list[Claim]:
     """All times, the rank of Dh locally constant."""
     f = g.facts
     lip_dh = jnp.maximum(g.lip_dh[-1], jnp.max(f.curvature))
@@ -73,7 +73,7 @@ def theorem_2_5(g: Ground) -> list[Claim]:
     return [*claims, g.claim("2.5", "excess loss", assumptions, bound.excess_loss, fallen, "loss")]
 
 
-def _constant_rank(g: Ground) -> Assumption:
+def _constant_rank(g: Evidence) -> Assumption:
     f = g.facts
     full = (f.rank == g.num_outputs) | (f.rank == g.num_params)
     state = jnp.where(full, 2, jnp.where(jnp.all(f.path_rank == f.rank), 1, 0))
@@ -86,7 +86,7 @@ def _constant_rank(g: Ground) -> Assumption:
     )  # fmt: skip
 
 
-def lemmas_b(g: Ground) -> list[Claim]:
+def lemmas_b(g: Evidence) -> list[Claim]:
     """Of the proofs: Lip(Sigma), lemma B.1 and lemma B.2, with what they take measured along the flow."""
     f = g.facts
     moved = f.displacement_norm * f.gradient
@@ -115,7 +115,7 @@ def lemmas_b(g: Ground) -> list[Claim]:
     ]
 
 
-def lecture_notes(g: Ground) -> list[Claim]:
+def lecture_notes(g: Evidence) -> list[Claim]:
     """Theorem 2 and lemmas 4 to 6 of the lecture notes, in their Euclidean metric and time."""
     f, root = g.facts, g.weight**0.5
     lip_dh, start_loss = g.lip_dh[-1] / root, f.start_loss / g.weight
@@ -142,7 +142,7 @@ def lecture_notes(g: Ground) -> list[Claim]:
     return theorem + _lecture_lemmas(g, start_loss, lip_dh)
 
 
-def _lecture_lemmas(g: Ground, start_loss: Array, lip_dh: Array) -> list[Claim]:
+def _lecture_lemmas(g: Evidence, start_loss: Array, lip_dh: Array) -> list[Claim]:
     f, root = g.facts, g.weight**0.5
     lowest = jax.lax.cummin(f.path_sigma_min, axis=0) ** 2
     largest = jnp.maximum(g.lip_h, f.dh_norm) ** 2
@@ -165,7 +165,7 @@ def _lecture_lemmas(g: Ground, start_loss: Array, lip_dh: Array) -> list[Claim]:
     ]
 
 
-def proposition_a_1(g: Ground) -> list[Claim]:
+def proposition_a_1(g: Evidence) -> list[Claim]:
     """Outputs on other inputs, one by one."""
     f = g.facts
     if f.test_gap is None:
@@ -180,7 +180,7 @@ def proposition_a_1(g: Ground) -> list[Claim]:
 
 
 def _claims(
-    g: Ground, theorem: str, assumptions: tuple[Assumption, ...], bound: Any, names: tuple[str, ...]
+    g: Evidence, theorem: str, assumptions: tuple[Assumption, ...], bound: Any, names: tuple[str, ...]
 ) -> list[Claim]:
     """Those of the fields of a bound that are named as what they bound."""
     units = {"residual_norm": "output", "output_gap": "output", "displacement_norm": "params", "param_gap": "params"}
@@ -192,7 +192,7 @@ def _claims(
 THEOREMS = (theorem_2_2, theorem_2_3, theorem_2_4, theorem_2_5, lemmas_b, proposition_a_1, lecture_notes)
 
 
-def make_claims(facts: Facts, loss: Loss, num_params: int, num_outputs: int, kink_share: Array) -> list[Claim]:
+def make_claims(facts: Measurements, loss: Loss, num_params: int, num_outputs: int, kink_share: Array) -> list[Claim]:
     """All of them."""
-    ground = Ground(facts, loss, num_params, num_outputs, kink_share)
+    ground = Evidence(facts, loss, num_params, num_outputs, kink_share)
     return [claim for theorem in THEOREMS for claim in theorem(ground)]

@@ -16,7 +16,7 @@ from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.flow.result import RESULTS
 from lazyjax.models.tangent import linearize, singular_values
 from lazyjax.theory.claims import Claim
-from lazyjax.theory.measurements import Facts, measure_facts
+from lazyjax.theory.measurements import Measurements, measure_facts
 from lazyjax.theory.random_problems import Family
 from lazyjax.theory.theorems import make_claims
 
@@ -45,7 +45,7 @@ class Trials(eqx.Module):
     """
 
     claims: list[Claim]
-    facts: Facts
+    facts: Measurements
     followed: Bool[Array, "..."]
 
 

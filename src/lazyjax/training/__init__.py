@@ -1,1 +1,8 @@
 """Minibatch training at any scale alpha."""
+
+from lazyjax.training.augmentation import pad_and_crop as pad_and_crop
+from lazyjax.training.augmentation import random_flip as random_flip
+from lazyjax.training.schedule import inverse_time_decay as inverse_time_decay
+from lazyjax.training.train import Training as Training
+from lazyjax.training.train import train as train
+from lazyjax.training.train import trained_outputs as trained_outputs

@@ -16,11 +16,11 @@ from lazyjax._core.types import Model, Params
 from lazyjax.flow.field import check_start
 from lazyjax.flow.gradient_descent import check_proportional
 from lazyjax.losses.targets import Task, split_task
-from lazyjax.models.maps import OnData, center, without_constant
-from lazyjax.training.step import Course, Lane
+from lazyjax.models.maps import center, on_data, without_constant
+from lazyjax.training.step import Lane, TrainingSetup
 
 
-class Exam(NamedTuple):
+class TestSet(NamedTuple):
     """What is evaluated after every epoch."""
 
     task: Task
@@ -30,9 +30,9 @@ class Exam(NamedTuple):
 class Prepared(NamedTuple):
     """Everything that `train` was told, checked; `single` says that no argument has an axis of lanes."""
 
-    course: Course
+    course: TrainingSetup
     lanes: Lane
-    exam: Exam | None
+    exam: TestSet | None
     single: bool
 
 
@@ -41,7 +41,7 @@ def prepare(
     w0: Params,
     x: Any,
     y: Any,
-    optimiser: Any,
+    optimizer: Any,
     *,
     loss: Any,
     alpha: Any,
@@ -60,7 +60,7 @@ def prepare(
     if not is_concrete((alpha, w0, key, eqx.filter(x, eqx.is_array))):
         msg = "train runs its epochs from Python: call it outside jit and vmap, with a vector of scales for several."
         raise ValueError(msg)
-    _check_choices(optimiser, augment)
+    _check_choices(optimizer, augment)
     alphas, keys, (coordinates, rest) = _check_alphas(alpha), _check_key(key), split_params(w0)
     check_difference(difference, alphas)
     first = coordinates
@@ -75,14 +75,14 @@ def prepare(
     task = split_task(loss, y, shape)
     _check_batch_size(batch_size, shape[0])
     scan = _may_scan(f, start, x[:batch_size])
-    course = Course(f, rest, optimiser, task, x, augment, int(batch_size), difference == "plain", scan, axes)
+    course = TrainingSetup(f, rest, optimizer, task, x, augment, int(batch_size), difference == "plain", scan, axes)
     _check_batch(course, start, shape)
     exam = None
     if test is not None:
         x_test, test_shape = _check_test(f, start, test)
-        exam = Exam(split_task(loss, test[1], test_shape, "y_test", like=y), x_test)
+        exam = TestSet(split_task(loss, test[1], test_shape, "y_test", like=y), x_test)
     if np.isinf(alphas).any():
-        check_proportional(optimiser, first)
+        check_proportional(optimizer, first)
     _check_range(alphas, [leaf.dtype for leaf in jtu.tree_leaves(first)] + [check_outputs(f, start, x, name="f").dtype])
     return Prepared(course, lanes, exam, single)
 
@@ -93,23 +93,23 @@ def check_difference(difference: Any, alpha: Any) -> None:
     Raises:
         ValueError: another name; "plain" and an infinite alpha.
     """
-    if difference not in ("finite", "plain"):
-        msg = f'difference must be "finite" or "plain", got {difference!r}.'
+    if difference not in ("exact", "plain"):
+        msg = f'difference must be "exact" or "plain", got {difference!r}.'
         raise ValueError(msg)
     if difference == "plain" and np.isinf(np.asarray(alpha)).any():
-        msg = 'difference="plain" needs finite alpha, got inf; use difference="finite", which has that limit.'
+        msg = 'difference="plain" needs finite alpha, got inf; use difference="exact", which has that limit.'
         raise ValueError(msg)
 
 
-def _check_choices(optimiser: Any, augment: Any) -> None:
+def _check_choices(optimizer: Any, augment: Any) -> None:
     if augment is not None and not callable(augment):
         msg = (
             "augment must be a function of (key, x) that returns a batch of changed inputs, got "
             f"{type(augment).__name__}."
         )
         raise TypeError(msg)
-    if not isinstance(optimiser, optax.GradientTransformation):
-        msg = f"optimiser must be an optax optimiser such as optax.sgd(0.1), got {type(optimiser).__name__}."
+    if not isinstance(optimizer, optax.GradientTransformation):
+        msg = f"optimizer must be an optax optimizer such as optax.sgd(0.1), got {type(optimizer).__name__}."
         raise TypeError(msg)
 
 
@@ -186,7 +186,7 @@ def _may_scan(f: Model, w0: Params, x: Array) -> bool:
     return "conv_general_dilated" not in str(program)
 
 
-def _check_batch(course: Course, w0: Params, shape: tuple[int, ...]) -> None:
+def _check_batch(course: TrainingSetup, w0: Params, shape: tuple[int, ...]) -> None:
     """Refuse, at the price of one gradient, what goes wrong on the first batch."""
     x, targets = course.x[: course.batch_size], course.task.targets[: course.batch_size]
     expected = (course.batch_size, *shape[1:])
@@ -199,7 +199,7 @@ def _check_batch(course: Course, w0: Params, shape: tuple[int, ...]) -> None:
                 f"them, {getattr(changed, 'shape', changed)}, to {found.shape}."
             )
             raise ValueError(msg)
-    check_start(OnData(center(course.f, w0), x), course.task.build(targets), w0, 1.0, rtol=1e-6)
+    check_start(on_data(center(course.f, w0), x), course.task.build(targets), w0, 1.0, rtol=1e-6)
 
 
 def _check_test(f: Model, w0: Params, test: Any) -> tuple[Array, tuple[int, ...]]:

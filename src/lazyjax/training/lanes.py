@@ -14,11 +14,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array
 
-from lazyjax.training.arguments import Exam
+from lazyjax.training.arguments import TestSet
 from lazyjax.training.step import (
-    Course,
     Lane,
     State,
+    TrainingSetup,
     batch_rows,
     outputs_of,
     over_lanes,
@@ -38,25 +38,25 @@ _NEEDS: dict[str, int] = {}
 
 
 @eqx.filter_jit
-def begin(course: Course, lanes: Lane) -> State:
+def begin(course: TrainingSetup, lanes: Lane) -> State:
     """The states of some lanes before the first step."""
     return over_lanes(lambda lane: start(course, lane), course.axes, lanes)
 
 
 # The course is kept, the states are handed over.
 @eqx.filter_jit(donate="all-except-first")
-def _epoch(kept: tuple[Course, Lane, Array], states: State) -> tuple[State, dict[str, Array], Array]:
+def _epoch(kept: tuple[TrainingSetup, Lane, Array], states: State) -> tuple[State, dict[str, Array], Array]:
     course, lanes, epoch = kept
     return over_lanes(lambda lane, state: train_epoch(course, lane, state, epoch), course.axes, lanes, states)
 
 
 @eqx.filter_jit
-def _plan(course: Course, lanes: Lane, epoch: Array) -> tuple[Array, Array]:
+def _plan(course: TrainingSetup, lanes: Lane, epoch: Array) -> tuple[Array, Array]:
     return over_lanes(lambda lane: plan(course, lane, epoch), course.axes, lanes)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _step(kept: tuple[Course, Lane, Any, Array], states: State) -> tuple[State, dict[str, Array]]:
+def _step(kept: tuple[TrainingSetup, Lane, Any, Array], states: State) -> tuple[State, dict[str, Array]]:
     course, lanes, batches, i = kept
 
     def one(lane: Lane, state: State, batches: Any) -> tuple[State, dict[str, Array]]:
@@ -71,7 +71,7 @@ def _sum_up(states: State, measures: list[dict[str, Array]]) -> tuple[dict[str, 
     return jax.vmap(sum_up)(states, together)
 
 
-def _epoch_by_steps(kept: tuple[Course, Lane, Array], states: State) -> tuple[State, dict[str, Array], Array]:
+def _epoch_by_steps(kept: tuple[TrainingSetup, Lane, Array], states: State) -> tuple[State, dict[str, Array], Array]:
     """As `_epoch`, a program a step."""
     course, lanes, epoch = kept
     batches, measures = _plan(course, lanes, epoch), []
@@ -82,14 +82,14 @@ def _epoch_by_steps(kept: tuple[Course, Lane, Array], states: State) -> tuple[St
 
 
 @eqx.filter_jit
-def _outputs(course: Course, lanes: Lane, states: State, x: Array, first: Array) -> Array:
+def _outputs(course: TrainingSetup, lanes: Lane, states: State, x: Array, first: Array) -> Array:
     """The outputs on a batch of x."""
     some = x[batch_rows(first, course.batch_size, x.shape[0])]
     return over_lanes(lambda lane, state: outputs_of(course, lane, state.position, some), course.axes, lanes, states)
 
 
 @eqx.filter_jit
-def _judge(exam: Exam, outputs: list[Array]) -> dict[str, Array]:
+def _judge(exam: TestSet, outputs: list[Array]) -> dict[str, Array]:
     """Loss and share of right answers on the test data."""
     targets = exam.task.targets
 
@@ -103,7 +103,7 @@ def _judge(exam: Exam, outputs: list[Array]) -> dict[str, Array]:
 
 
 def run_epoch(
-    course: Course, lanes: Lane, states: State, epoch: int, exam: Exam | None
+    course: TrainingSetup, lanes: Lane, states: State, epoch: int, exam: TestSet | None
 ) -> tuple[State, dict[str, np.ndarray], np.ndarray]:
     """One more epoch of some lanes: their states, what was measured, and whether each is finite throughout."""
     run = _epoch if course.scan else _epoch_by_steps
@@ -118,8 +118,8 @@ def run_epoch(
     return states, measures, finite
 
 
-def program_digest(course: Course, lanes: Lane, states: State) -> str:
-    """A short name of the compiled program: of the model, the loss, the optimiser and the augmentation in it."""
+def program_digest(course: TrainingSetup, lanes: Lane, states: State) -> str:
+    """A short name of the compiled program: of the model, the loss, the optimizer and the augmentation in it."""
     program: Any = _epoch
     text = program.lower((course, lanes, jnp.zeros((), jnp.uint32)), states).as_text()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -144,7 +144,7 @@ def chunks(total: int, size: int) -> list[np.ndarray]:
     return [np.minimum(np.arange(first, first + size), total - 1) for first in range(0, total, size)]
 
 
-def choose_size(course: Course, lanes: Lane, chunk: int | None, memory: int | None) -> int:
+def choose_size(course: TrainingSetup, lanes: Lane, chunk: int | None, memory: int | None) -> int:
     """Lanes in a chunk: as told, or as many as fit the memory.
 
     On a CPU one by one unless a memory is given: side by side they are no faster there, since convolutions whose
@@ -170,7 +170,7 @@ def _free_memory() -> int:
     return int(SHARE * (stats.get("bytes_limit", 8 * 2**30) - stats.get("bytes_in_use", 0)))
 
 
-def memory_of(course: Course, lanes: Lane, size: int) -> int:
+def memory_of(course: TrainingSetup, lanes: Lane, size: int) -> int:
     """Bytes that an epoch of so many lanes side by side takes, the data that all share apart."""
     some = pick(lanes, course.axes, np.minimum(np.arange(size), count_lanes(lanes) - 1))
     states = eqx.filter_eval_shape(begin, course, some)

@@ -3,7 +3,7 @@ r"""Minibatch descent of one lane: a step on a batch, an epoch as one scan, outp
 With $h_B(w) = f(w, x_B) - f(w_0, x_B)$ on a batch B, SGD on $F_\alpha(w) = R(\alpha h_B(w))/\alpha^2$ is SGD in
 $u = \alpha(w - w_0)$ along $-Dh_B(w_0 + \varepsilon u)^T \nabla R(y)$, $\varepsilon = 1/\alpha$, where y comes from
 `finite_jvp` forward and the derivative from a plain vjp of f at $w_0 + \varepsilon u$: the constant $f(w_0, x_B)$ has
-no part in either, so that the batch is centred exactly.
+no part in either, so that the batch is centered exactly.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array
 
+from lazyjax._core.trees import move
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.field import move
 from lazyjax.losses.losses import Loss
 from lazyjax.losses.targets import Task
 from lazyjax.models.maps import Centered
@@ -36,13 +36,13 @@ class Lane(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a lane is: u (or w itself, for the plain difference), and what the optimiser remembers."""
+    """Where a lane is: u (or w itself, for the plain difference), and what the optimizer remembers."""
 
     position: Any
-    optimiser: Any
+    optimizer: Any
 
 
-class Course(eqx.Module):
+class TrainingSetup(eqx.Module):
     """What all lanes share.
 
     `rest` is what of w0 is no coordinate; `plain` stands for the plain difference, `scan` for an epoch in one scan;
@@ -51,7 +51,7 @@ class Course(eqx.Module):
 
     f: Model
     rest: Params
-    optimiser: optax.GradientTransformation
+    optimizer: optax.GradientTransformation
     task: Task
     x: Array
     augment: Augment | None
@@ -70,25 +70,25 @@ class Course(eqx.Module):
         return eqx.combine(coordinates, self.rest)
 
 
-def start(course: Course, lane: Lane) -> State:
+def start(course: TrainingSetup, lane: Lane) -> State:
     """Before the first step."""
     position = lane.coordinates if course.plain else jtu.tree_map(jnp.zeros_like, lane.coordinates)
-    return State(position, course.optimiser.init(lane.coordinates))
+    return State(position, course.optimizer.init(lane.coordinates))
 
 
-def params_of(course: Course, lane: Lane, position: Params) -> Params:
+def params_of(course: TrainingSetup, lane: Lane, position: Params) -> Params:
     """The coordinates of w."""
     return position if course.plain else move(lane.coordinates, 1 / lane.alpha, position)
 
 
-def displacement_of(course: Course, lane: Lane, position: Params) -> Params:
+def displacement_of(course: TrainingSetup, lane: Lane, position: Params) -> Params:
     r"""$u = \alpha(w - w_0)$."""
     if not course.plain:
         return position
     return jtu.tree_map(lambda w, w0: lane.alpha.astype(w.dtype) * (w - w0), position, lane.coordinates)
 
 
-def outputs_of(course: Course, lane: Lane, position: Params, x: Array) -> Outputs:
+def outputs_of(course: TrainingSetup, lane: Lane, position: Params, x: Array) -> Outputs:
     r"""$\alpha h(w)$ on any inputs."""
     w0 = course.at(lane.coordinates)
     if course.plain:
@@ -98,7 +98,7 @@ def outputs_of(course: Course, lane: Lane, position: Params, x: Array) -> Output
 
 
 def _value_and_gradient(
-    course: Course, lane: Lane, position: Params, x: Array, loss: Loss
+    course: TrainingSetup, lane: Lane, position: Params, x: Array, loss: Loss
 ) -> tuple[Array, Outputs, Params]:
     r"""R(y), the outputs y, and $Dh(w)^T \nabla R(y)$."""
     model = Centered(course.f, course.at(lane.coordinates)) if course.plain else course.f
@@ -108,11 +108,11 @@ def _value_and_gradient(
     return loss(y), y, gradient
 
 
-def _step(course: Course, lane: Lane, state: State, x: Array, targets: Array) -> tuple[State, dict[str, Array]]:
-    """One step of the optimiser on a batch, and what was measured before it."""
+def _step(course: TrainingSetup, lane: Lane, state: State, x: Array, targets: Array) -> tuple[State, dict[str, Array]]:
+    """One step of the optimizer on a batch, and what was measured before it."""
     loss = course.task.build(targets)
     value, outputs, gradient = _value_and_gradient(course, lane, state.position, x, loss)
-    # At alpha = inf a proportional optimiser has the same steps in u as at alpha = 1.
+    # At alpha = inf a proportional optimizer has the same steps in u as at alpha = 1.
     scale = jnp.where(jnp.isinf(lane.alpha), 1, lane.alpha)
     gradient = jtu.tree_map(lambda g: g / scale.astype(g.dtype), gradient)
 
@@ -121,9 +121,9 @@ def _step(course: Course, lane: Lane, state: State, x: Array, targets: Array) ->
         y = outputs_of(course, lane, w if course.plain else u, x)
         return loss(y) / scale.astype(y.dtype) ** 2
 
-    updates, memory = optax.with_extra_args_support(course.optimiser).update(
+    updates, memory = optax.with_extra_args_support(course.optimizer).update(
         gradient,
-        state.optimiser,
+        state.optimizer,
         params_of(course, lane, state.position),
         value=value / scale.astype(value.dtype) ** 2,
         grad=gradient,
@@ -137,7 +137,7 @@ def _step(course: Course, lane: Lane, state: State, x: Array, targets: Array) ->
     return State(position, memory), measures
 
 
-def plan(course: Course, lane: Lane, epoch: Array) -> tuple[Array, Array]:
+def plan(course: TrainingSetup, lane: Lane, epoch: Array) -> tuple[Array, Array]:
     """The rows of every batch of an epoch, (steps, batch_size), and the keys of their augmentations.
 
     The samples that fill no batch are left out, others in every epoch.
@@ -147,8 +147,10 @@ def plan(course: Course, lane: Lane, epoch: Array) -> tuple[Array, Array]:
     return order.reshape(course.num_steps, -1), jr.split(key_augment, course.num_steps)
 
 
-def train_step(course: Course, lane: Lane, state: State, batch: tuple[Array, Array]) -> tuple[State, dict[str, Array]]:
-    """One step of the optimiser on a batch of the plan, and what was measured before it."""
+def train_step(
+    course: TrainingSetup, lane: Lane, state: State, batch: tuple[Array, Array]
+) -> tuple[State, dict[str, Array]]:
+    """One step of the optimizer on a batch of the plan, and what was measured before it."""
     rows, key = batch
     x = course.x[rows] if course.augment is None else course.augment(key, course.x[rows])
     return _step(course, lane, state, x, course.task.targets[rows])
@@ -161,7 +163,7 @@ def sum_up(state: State, measures: dict[str, Array]) -> tuple[dict[str, Array], 
     return means, jnp.all(jnp.stack(finite))
 
 
-def train_epoch(course: Course, lane: Lane, state: State, epoch: Array) -> tuple[State, dict[str, Array], Array]:
+def train_epoch(course: TrainingSetup, lane: Lane, state: State, epoch: Array) -> tuple[State, dict[str, Array], Array]:
     """All batches of an epoch in one scan."""
     batches = plan(course, lane, epoch)
     state, measures = jax.lax.scan(lambda state, batch: train_step(course, lane, state, batch), state, batches)

@@ -22,7 +22,7 @@ from lazyjax.training.arguments import Prepared, check_difference, prepare
 from lazyjax.training.checkpoint import Checkpoints
 from lazyjax.training.epochs import Run, begin_run, configuration, run_epochs, split
 from lazyjax.training.lanes import count_lanes, pick
-from lazyjax.training.step import Course, Lane, State, batch_rows, displacement_of, over_lanes, params_of
+from lazyjax.training.step import Lane, State, TrainingSetup, batch_rows, displacement_of, over_lanes, params_of
 
 
 class Training(eqx.Module):
@@ -57,7 +57,7 @@ def train(
     w0: Params,
     x: Any,
     y: Any,
-    optimiser: Any,
+    optimizer: Any,
     *,
     loss: str | Callable[[Array], Loss] = "square",
     alpha: Any = 1.0,
@@ -66,7 +66,7 @@ def train(
     key: Any,
     augment: Any = None,
     test: Any = None,
-    difference: str = "finite",
+    difference: str = "exact",
     stacked: bool = False,
     chunk: Any = None,
     memory: Any = None,
@@ -74,15 +74,15 @@ def train(
     progress: bool = False,
     throw: bool = True,
 ) -> Training:
-    r"""Train $F_\alpha(w) = R(\alpha h(w))/\alpha^2$ on minibatches, h = f - f(w0) the centred model.
+    r"""Train $F_\alpha(w) = R(\alpha h(w))/\alpha^2$ on minibatches, h = f - f(w0) the centered model.
 
     On a batch B, $h_B(w) = f(w, x_B) - f(w_0, x_B)$, exactly zero at w0. The training runs in
     $u = \alpha(w - w_0)$ along $-Dh_B(w_0 + u/\alpha)^T \nabla R(y)$ with $y = \alpha h_B(w)$ from `finite_jvp`, so
     that it keeps its digits at every alpha in float32; at alpha = inf it trains the tangent model. A step at a finite
     alpha costs about two of plain training: two evaluations of f more.
 
-    The optimiser sees the true gradient $\nabla F_\alpha(w)$ and the parameters w, and its updates of w are added to
-    u times alpha. So every optax optimiser takes the steps that it takes in w, up to the rounding of w: SGD, momentum
+    The optimizer sees the true gradient $\nabla F_\alpha(w)$ and the parameters w, and its updates of w are added to
+    u times alpha. So every optax optimizer takes the steps that it takes in w, up to the rounding of w: SGD, momentum
     and schedules are linear in the gradients, and the same in u and w with the same rates. Those that divide by the
     gradient's size (Adam) do not become lazy, since their steps in w do not shrink with alpha; weight decay pulls w
     to 0 and not to w0.
@@ -95,18 +95,18 @@ def train(
         w0: Its parameters; any pytree, the floating arrays are the coordinates.
         x: Training inputs, samples first.
         y: Training targets: classes (n,) or real values of the outputs' shape.
-        optimiser: Any optax optimiser. Schedules count steps, of which an epoch has n // batch_size
+        optimizer: Any optax optimizer. Schedules count steps, of which an epoch has n // batch_size
             (`inverse_time_decay` is the paper's).
         loss: "square" (classes become one-hot rows), "softmax", "logistic" (two classes), or a function of the
             targets of a batch to a loss, such as `lambda y: lj.square_loss(y, mean=False)`.
-        alpha: Output scale in (0, inf], or a vector (lanes,) of them; inf needs an optimiser whose updates are
+        alpha: Output scale in (0, inf], or a vector (lanes,) of them; inf needs an optimizer whose updates are
             proportional to the gradients.
         epochs: How often to go through the data.
         batch_size: Samples in a batch, also of the test data.
         key: Random key of the orders and augmentations, shared by all lanes; or a vector (lanes,) of keys.
         augment: (key, x) to changed inputs of a batch, such as `pad_and_crop`.
         test: (x_test, y_test), for loss and accuracy after every epoch.
-        difference: "finite", or "plain": train w itself, with $\alpha(f(w, x_B) - f(w_0, x_B))$ subtracted plainly as
+        difference: "exact", or "plain": train w itself, with $\alpha(f(w, x_B) - f(w_0, x_B))$ subtracted plainly as
             the paper did. It costs less, is right while alpha times the rounding of f and of w is small, and shows
             what is lost beyond.
         stacked: Whether every floating array of w0 has a first axis (lanes,): a start a lane. Its other arrays are
@@ -134,8 +134,8 @@ def train(
     Example:
         >>> import jax.random as jr
         >>> import optax
-        >>> from lazyjax import init_two_layer, two_layer
-        >>> x, w0 = jr.normal(jr.key(1), (32, 3)), init_two_layer(jr.key(0), 3, 8)
+        >>> from lazyjax.models import two_layer
+        >>> x, w0 = jr.normal(jr.key(1), (32, 3)), two_layer().init(jr.key(0), d=3, width=8)
         >>> options = {"alpha": jnp.array([1.0, jnp.inf]), "epochs": 20, "batch_size": 8, "key": jr.key(2)}
         >>> training = train(two_layer(jnp.tanh), w0, x, x[:, 0], optax.sgd(0.1), **options)
         >>> training.train_loss.shape
@@ -149,7 +149,7 @@ def train(
         w0,
         x,
         y,
-        optimiser,
+        optimizer,
         loss=loss,
         alpha=alpha,
         batch_size=batch_size,
@@ -172,7 +172,7 @@ def train(
 
 
 def trained_outputs(
-    f: Model, w0: Params, training: Training, x: Any, *, batch_size: Any = 128, difference: str = "finite"
+    f: Model, w0: Params, training: Training, x: Any, *, batch_size: Any = 128, difference: str = "exact"
 ) -> Array:
     r"""$\alpha h(w) = \alpha[f(w, x) - f(w_0, x)]$ after a training, on any inputs.
 
@@ -182,7 +182,7 @@ def trained_outputs(
         training: From `train`.
         x: Inputs, samples first.
         batch_size: So many at a time.
-        difference: "finite": from the displacement, with its digits at every alpha. "plain": subtracted plainly at
+        difference: "exact": from the displacement, with its digits at every alpha. "plain": subtracted plainly at
             the final w, as a training with `difference="plain"` measures them, whatever primitives f has.
 
     Returns:
@@ -289,7 +289,7 @@ def _result(failed: Array) -> Any:
 
 
 @eqx.filter_jit
-def _end(course: Course, lanes: Lane, states: State) -> tuple[Params, Params]:
+def _end(course: TrainingSetup, lanes: Lane, states: State) -> tuple[Params, Params]:
     def one(lane: Lane, state: State) -> tuple[Params, Params]:
         return params_of(course, lane, state.position), displacement_of(course, lane, state.position)
 

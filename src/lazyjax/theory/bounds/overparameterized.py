@@ -90,7 +90,7 @@ def theorem_2_4(
 
     Source:
         Chizat, Oyallon, Bach (2019), theorem 2.4 and supplement B.3, which has O(log alpha/alpha^2) for the
-        parameters: the logarithm is an artefact of splitting the integral. The constants of the gaps are ours.
+        parameters: the logarithm is an artifact of splitting the integral. The constants of the gaps are ours.
         Smith's report claims three times the rate, by an inequality that is false (see `smith_inequality`).
 
     Example:

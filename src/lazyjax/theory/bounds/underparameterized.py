@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from lazyjax.theory.bounds.arguments import Number, as_numbers, exponent
 
 _ROUNDS = 8
-"""Times that the distance travelled sharpens the rate; each is a valid bound, and they settle after a few."""
+"""Times that the distance traveled sharpens the rate; each is a valid bound, and they settle after a few."""
 
 
 class UnderparameterizedBounds(eqx.Module):
