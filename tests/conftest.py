@@ -1,8 +1,10 @@
-"""Settings of all tests: float64, no silent promotion, one key a test."""
+"""Settings of all tests: float64, no silent promotion, one key per test, one compilation cache per run."""
 
 import gc
 import os
+import tempfile
 import zlib
+from pathlib import Path
 
 # Before anything imports matplotlib: no test opens a window.
 os.environ["MPLBACKEND"] = "Agg"
@@ -16,15 +18,35 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
+
+MOST_MAPS = 40_000
+"""Memory maps of a process after which compiled programs are forgotten. Each program takes several, Linux allows 65530,
+and XLA crashes without any left."""
+
+
+def pytest_configure(config):
+    """Let all workers of a run, and the commands that they start, share what they compile."""
+    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="lazyjax-tests-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[CACHE].name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure(config):
+    if CACHE in config.stash:
+        config.stash[CACHE].cleanup()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Compiled programs of one file go before the next one begins.
-
-    On a CPU each takes several memory maps, of which Linux allows a process 65530: XLA crashes without any left.
-    """
+    """Forget compiled programs where the memory maps run short."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

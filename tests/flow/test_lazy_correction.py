@@ -19,7 +19,7 @@ from lazyjax.flow.lazy_correction import lazy_correction
 
 def on_data(problem):
     """The numbers as no part of the compiled program."""
-    return problem._replace(h=on_data(problem.f, problem.x))
+    return problem._replace(h=lj.on_data(problem.f, problem.x))
 
 
 def cast(tree, dtype):

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import check_outputs, is_concrete, split_params
+from lazyjax._core.trees import move
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
 from lazyjax.flow.anchored import LinearizationPoint

@@ -173,7 +173,7 @@ def rough_bounds(neurons: Neurons, root: Float[Array, ""]) -> Float[Array, " m"]
 
 
 def _search(one: Neuron, key: PRNGKeyArray, starts: int) -> Array:
-    return dense_norm_lower(one.hessian, one.image, (one.x.shape[0], one.x.dtype), key, starts)
+    return dense_norm_lower(one.hessian, one.matvec, (one.x.shape[0], one.x.dtype), key, starts)
 
 
 @eqx.filter_jit
