@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lazyjax.cli import main as cli
+from lazyjax.cli import command as cli
 from lazyjax.data.datasets import digits
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

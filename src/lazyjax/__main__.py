@@ -1,6 +1,6 @@
-"""`python -m lazyjax` is the command `lazyjax`."""
+"""Run the command `lazyjax` as `python -m lazyjax`."""
 
-from lazyjax.cli.main import main
+from lazyjax.cli import main
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ import pytest
 import xarray
 
 import lazyjax as lj
-from lazyjax.cli import main as cli
+from lazyjax.cli import command as cli
 from lazyjax.data.images import load_images
 from lazyjax.experiments import _deep, catalogue, deep_precision, deep_scale, deep_spectrum, deep_wide
 from lazyjax.models.convolution import Maker, convolve, pool

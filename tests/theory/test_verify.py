@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from lazyjax.cli import main as cli
+from lazyjax.cli import command as cli
 from lazyjax.theory.random_problems import FAMILIES, CurvedLoss
 from lazyjax.theory.verify import verify
 

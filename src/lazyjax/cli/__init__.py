@@ -1,1 +1,20 @@
-"""The command `lazyjax`."""
+"""The command `lazyjax`; `main` is its entry point."""
+
+import os
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line with run-time errors as NaN instead of calls back into Python.
+
+    JAX keeps no compiled program on disk that calls back into Python, so every report would compile all its flows
+    again. The report looks for NaN in every lane anyway. Equinox reads EQX_ON_ERROR when it is imported, so it is set
+    here, before anything imports Equinox; a value that is already set stays.
+
+    Args:
+        argv: Arguments; None for those of the process.
+    """
+    os.environ.setdefault("EQX_ON_ERROR", "nan")
+    from lazyjax.cli import command
+
+    command.main(argv)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import xarray
 
-from lazyjax.cli import main as cli
+from lazyjax.cli import command as cli
 from lazyjax.cli.output import encode_numbers
 from lazyjax.cli.quiet import without_cache_noise
 from lazyjax.cli.user_model import Network, default_model, load_model

@@ -8,7 +8,7 @@ import jax
 import pytest
 import xarray
 
-from lazyjax.cli import main as cli
+from lazyjax.cli import command as cli
 from lazyjax.cli.reproduce import describe_run
 from lazyjax.experiments import catalogue
 
