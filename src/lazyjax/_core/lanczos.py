@@ -11,6 +11,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import is_concrete
+from lazyjax._core.keys import default_key
 
 
 class KrylovSpace(eqx.Module):
@@ -43,7 +44,7 @@ def krylov(
     size, dtype = start.size, start.dtype
     m = min(num_matvecs, size)
     eps = jnp.finfo(dtype).eps
-    fresh_starts = jr.normal(jr.key(0) if key is None else key, (m, size), dtype)
+    fresh_starts = jr.normal(default_key(key), (m, size), dtype)
 
     def orthogonalized(v: Array, basis: Array) -> Array:
         for _ in range(2):  # twice is enough (Kahan, Parlett)
@@ -88,7 +89,7 @@ def lanczos(
     if num_matvecs < 1:
         msg = f"num_matvecs must be at least 1, got {num_matvecs}."
         raise ValueError(msg)
-    key = jr.key(0) if key is None else key
+    key = default_key(key)
     start = jr.normal(key, (min(num_matvecs, size), size), dtype)[-1]
     space = krylov(matvec, start, num_matvecs, key)
     theta, vectors = jnp.linalg.eigh(space.projected)
@@ -121,7 +122,7 @@ def top_eigenvalues(
     """
     product = eqx.filter_closure_convert(matvec, jax.ShapeDtypeStruct((size,), dtype))
     eps = float(jnp.finfo(dtype).eps)
-    stream = jr.key(0) if key is None else key
+    stream = default_key(key)
     steps = 2 * k + 20
     values, vectors = jnp.full(k, -jnp.inf, dtype), jnp.zeros((k, size), dtype)
     while True:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from lazyjax._core.checks import check_alpha, check_outputs, is_concrete
+from lazyjax._core.keys import default_key
 from lazyjax._core.lanczos import lanczos_slack
 from lazyjax._core.trees import safe_ratio, tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
@@ -163,7 +164,7 @@ def kappa(
     check_starts(starts)
     loss = square_loss(target, mean=mean)
     zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
-    first, second, third = jr.split(jr.key(0) if key is None else key, 3)
+    first, second, third = jr.split(default_key(key), 3)
     out = check_outputs(h, w0)
     initial = jnp.zeros(out.shape, out.dtype) if zero_start else h(w0)
     # All else is in the derivatives.

@@ -20,6 +20,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from lazyjax._core.checks import check_outputs, split_params
+from lazyjax._core.keys import default_key
 from lazyjax._core.lanczos import lanczos_slack
 from lazyjax._core.trees import move
 from lazyjax._core.types import Model, Params
@@ -90,7 +91,7 @@ def lipschitz_along(
     loss = as_loss(loss)
     count = flow.ts.shape[0]
     slack, failure = path_slack(check_outputs(h, w0).size, count)
-    keys = jr.split(jr.key(0) if key is None else key, count)
+    keys = jr.split(default_key(key), count)
     found = path_constants(h, loss, w0, flow.displacement, 1 / flow.alpha, keys)
     dh_norm, quotient = (slack * norms for norms in found)
     return PathLipschitz(jnp.max(dh_norm), jnp.max(quotient), dh_norm, quotient, failure)
@@ -184,7 +185,7 @@ def sampled_lipschitz_lower(
         msg = f"samples must be at least 1, got {samples}."
         raise ValueError(msg)
     loss = as_loss(loss)
-    key = jr.key(0) if key is None else key
+    key = default_key(key)
     return SampledLipschitz(*_sampled(without_constant(h), loss, w0, radius, samples, key))
 
 

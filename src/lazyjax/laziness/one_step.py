@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import check_alpha, is_concrete
+from lazyjax._core.keys import default_key
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.flow.field import ModelField, TangentField, check_start, make_field
@@ -147,7 +147,7 @@ def lazy_ratio(
     check_starts(starts)
     loss, field, tangent = _at_start(h, loss, w0, alpha)
     form = SecondDerivative(without_constant(h), w0, loss.weight**0.5)
-    d2h_norm = norm_lower(form, tangent.outputs.size, jr.key(0) if key is None else key, starts)
+    d2h_norm = norm_lower(form, tangent.outputs.size, default_key(key), starts)
     dh_norm = singular_values(tangent, loss, key=key).largest
     gradient = field(jtu.tree_map(jnp.zeros_like, field.coordinates))
     _check_moving(loss(field.start), gradient)

@@ -17,6 +17,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.cost import eigh_cost
+from lazyjax._core.keys import default_key
 from lazyjax._core.types import Model, Params
 from lazyjax.laziness.hessian_norm import check_starts, dense_norm_lower
 from lazyjax.laziness.sample_hessians import as_samples, halves, unwrapped
@@ -298,5 +299,5 @@ def two_layer_curvature(
         )
         raise ValueError(msg)
     weight = 1 / x.shape[0] if mean else 1.0
-    key = jr.key(0) if key is None else key
+    key = default_key(key)
     return NeuronCurvature(*neuron_bounds(neurons, weight, key, starts))

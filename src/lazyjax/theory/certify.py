@@ -5,12 +5,12 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import check_outputs, is_concrete
+from lazyjax._core.keys import default_key
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.laziness.compare import Comparison, compare
 from lazyjax.laziness.hessian_norm import SecondDerivative
@@ -172,7 +172,7 @@ def certify_flows(
     """As `certify`, for two flows that are there already, followed at a tolerance (rtol, atol)."""
     facts = _measure(h, loss, w0, (both.flow, both.tangent_flow), test, tolerance=tolerance)
     form = SecondDerivative(without_constant(h), w0, float(np.sqrt(loss.weight)))
-    kink_share = measure_kinks(form, jr.key(0) if key is None else key)[0]
+    kink_share = measure_kinks(form, default_key(key))[0]
     num_params = sum(leaf.size for leaf in jtu.tree_leaves(eqx.filter(w0, eqx.is_inexact_array)))
     claims = _claims(facts, loss, num_params, check_outputs(h, w0).size, kink_share)
     return Certificate(tuple(claims), facts, both)
