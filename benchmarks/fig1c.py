@@ -21,9 +21,9 @@ import optax
 
 import harness
 import lazyjax as lj
-from lazyjax.experiments import student_scale
-from lazyjax.experiments._descent import descend
-from lazyjax.experiments._student import draw
+from lazyjax.experiments import fig1c_student_scale as student_scale
+from lazyjax.experiments.descent import descend
+from lazyjax.experiments.student import draw
 
 PAPER = student_scale.PRESETS["paper"]
 

@@ -23,7 +23,8 @@ import numpy as np
 
 import gpu_gram
 import harness
-from lazyjax.experiments import _deep, deep_scale
+from lazyjax.experiments import deep
+from lazyjax.experiments import fig3a_fig7a_deep_scale as deep_scale
 from lazyjax.plot.report import encode, plot_experiment
 from lazyjax.training.train import train
 
@@ -42,23 +43,23 @@ SIZES = {
 }
 
 
-def forward_flops(settings: deep_scale.Settings, data: _deep.Images) -> float:
+def forward_flops(settings: deep_scale.Settings, data: deep.Images) -> float:
     """Operations of the network for one image, as XLA counts them."""
-    f, w0 = _deep.start(settings.network, 0, data, width=settings.width, gain=settings.gain)
+    f, w0 = deep.start(settings.network, 0, data, width=settings.width, gain=settings.gain)
     analysis = jax.jit(f).lower(w0, data.x[:1]).cost_analysis()
     return float(analysis["flops"])
 
 
-def epoch_seconds(settings: deep_scale.Settings, data: _deep.Images) -> float:
+def epoch_seconds(settings: deep_scale.Settings, data: deep.Images) -> float:
     """Seconds of an epoch of all lanes, with its test: the difference of three epochs and one of compiled programs."""
-    f, w0 = _deep.start(settings.network, 0, data, width=settings.width, gain=settings.gain)
-    optimizer = _deep.sgd(settings, settings.step, data.x.shape[0])
+    f, w0 = deep.start(settings.network, 0, data, width=settings.width, gain=settings.gain)
+    optimizer = deep.sgd(settings, settings.step, data.x.shape[0])
     times = {}
     for epochs in (1, 1, 3):
         start = time.perf_counter()
         training = train(
-            f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=epochs,
-            batch_size=settings.batch, key=_deep.order_key(0), test=data.test, throw=False,
+            f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, deep.DTYPE), epochs=epochs,
+            batch_size=settings.batch, key=deep.order_key(0), test=data.test, throw=False,
         )  # fmt: skip
         jax.block_until_ready(training.params)
         times[epochs] = time.perf_counter() - start
@@ -70,7 +71,7 @@ def question(settings: deep_scale.Settings, data_dir: Path | None, square: int) 
     start = time.perf_counter()
     found = deep_scale.run(settings, progress=True, data_dir=data_dir)
     wall_s = time.perf_counter() - start
-    data = _deep.load(settings, data_dir)
+    data = deep.load(settings, data_dir)
     epoch_s = epoch_seconds(settings, data)
     images = settings.batch * (data.x.shape[0] // settings.batch) * len(settings.alphas)
     flops, kind = 3 * forward_flops(settings, data) * images, jax.devices()[0].device_kind

@@ -14,7 +14,10 @@ import xarray
 import lazyjax as lj
 from lazyjax.cli import command as cli
 from lazyjax.data.images import load_images
-from lazyjax.experiments import _deep, catalogue, deep_precision, deep_scale, deep_spectrum, deep_wide
+from lazyjax.experiments import catalogue, deep, deep_precision
+from lazyjax.experiments import fig3a_fig7a_deep_scale as deep_scale
+from lazyjax.experiments import fig3b_deep_wide as deep_wide
+from lazyjax.experiments import fig7b_deep_spectrum as deep_spectrum
 from lazyjax.models.convolution import Maker, convolve, pool
 from lazyjax.models.deep import NETWORKS
 from lazyjax.plot import report as plot
@@ -64,8 +67,8 @@ def scale(settings):
 
 
 def start_of(settings, seed=3):
-    data = _deep.load(settings, None)
-    return data, *_deep.start("tiny", seed, data, width=settings.width, gain=1.0)
+    data = deep.load(settings, None)
+    return data, *deep.start("tiny", seed, data, width=settings.width, gain=1.0)
 
 
 # ---- figures 3(a) and 7(a) ----
@@ -95,7 +98,7 @@ def test_a_large_alpha_trains_as_the_tangent_model_and_keeps_its_activations(sca
 def test_the_tangent_model_is_trained_by_hand(scale, settings):
     """Momentum on the linear model f(w0) + Df(w0) u, in its own loop, with the batches that `train` draws."""
     data, f, w0 = start_of(settings)
-    key, targets = _deep.order_key(3), jax.nn.one_hot(data.y, 10, dtype=jnp.float32)
+    key, targets = deep.order_key(3), jax.nn.one_hot(data.y, 10, dtype=jnp.float32)
 
     @jax.jit
     def gradient(u, x, y):
@@ -156,9 +159,9 @@ def test_numbers_and_drawings_of_one_run(scale, tmp_path):
 
 def test_nothing_is_measured_of_a_training_that_diverged(scale, settings):
     """One image beyond all bounds in the last batch of the file; an answer of NaN is class 0, and right by chance."""
-    data = _deep.load(settings, None)
+    data = deep.load(settings, None)
     data = data._replace(x=data.x.at[-1].set(1e30))
-    optimizer = _deep.sgd(settings, settings.step, data.x.shape[0])
+    optimizer = deep.sgd(settings, settings.step, data.x.shape[0])
     measured = deep_scale.run_seed(settings, data, optimizer, 3, None, progress=False)
     assert measured.pop("failed").all()
     assert len(measured) == 5
@@ -189,7 +192,7 @@ def test_the_plateau_begins_where_all_later_means_agree():
 def test_black_is_what_crops_bring_in():
     """With the paper's augmentation a pixel is one of the image's own, or black."""
     data = load_images("digits", num_train=8, dtype=jnp.float32)
-    x = _deep.augment_as("digits")(jr.key(0), data.x)
+    x = deep.augment_as("digits")(jr.key(0), data.x)
     assert x.shape == data.x.shape
     black = -0.3053 / 0.3760
     for old, new in zip(np.asarray(data.x), np.asarray(x), strict=True):
@@ -197,7 +200,7 @@ def test_black_is_what_crops_bring_in():
         assert np.abs(new.ravel()[:, None] - levels[None]).min(axis=1).max() < 1e-5
     assert not np.allclose(x, data.x)
     np.testing.assert_allclose(
-        _deep.augment_as("cifar10")(jr.key(1), jnp.zeros((2, 32, 32, 3)))[0, 16, 16], 0, atol=1e-6
+        deep.augment_as("cifar10")(jr.key(1), jnp.zeros((2, 32, 32, 3)))[0, 16, 16], 0, atol=1e-6
     )
 
 
@@ -205,7 +208,7 @@ def test_stability_is_that_of_all_images_at_once(settings):
     data, f, w0 = start_of(settings)
     w = jtu.tree_map(lambda leaf: leaf + 0.1 * jr.normal(jr.key(1), leaf.shape, leaf.dtype), w0)
     lanes = jtu.tree_map(lambda a, b: jnp.stack([a, b]), w0, w)
-    found = _deep.stability(f, w0, lanes, data.x_test, batch=7)
+    found = deep.stability(f, w0, lanes, data.x_test, batch=7)
     assert float(found[0]) == 1
     np.testing.assert_allclose(found[1], lj.laziness.activation_stability(f, w0, w, data.x_test), rtol=1e-6)
 
@@ -217,8 +220,8 @@ def test_both_spectra_are_those_of_the_gram():
     settings = deep_spectrum.Settings(data="digits", network="tiny", width=1 / 8, train=6)
     data = deep_spectrum.run(settings, seed=1)
     assert data["eigenvalue"].shape == (2, 60)
-    images = _deep.load(settings, None)
-    f, w0 = _deep.start("tiny", 1, images, width=1 / 8, gain=1.0)
+    images = deep.load(settings, None)
+    f, w0 = deep.start("tiny", 1, images, width=1 / 8, gain=1.0)
     values = np.linalg.eigvalsh(np.asarray(lj.gram(f, w0, images.x), np.float64).reshape(60, 60))[::-1]
     np.testing.assert_allclose(data["eigenvalue"].sel(inputs="images"), values, atol=1e-5 * values[0])
     assert not np.allclose(data["eigenvalue"][0], data["eigenvalue"][1], rtol=0.01)

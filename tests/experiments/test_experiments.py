@@ -19,15 +19,23 @@ from lazyjax.experiments import (
     catalogue,
     kappa_width,
     lazy_rates,
-    population_descent,
     sparse_regression,
-    student_scale,
-    student_width,
-    trajectories,
 )
-from lazyjax.experiments._descent import descend, even_frames, log_frames
-from lazyjax.experiments._figure import plain, record
-from lazyjax.experiments._student import draw, risk_at
+from lazyjax.experiments import (
+    fig1ab_fig6_trajectories as trajectories,
+)
+from lazyjax.experiments import (
+    fig1c_student_scale as student_scale,
+)
+from lazyjax.experiments import (
+    fig2a_student_width as student_width,
+)
+from lazyjax.experiments import (
+    fig2b_population_descent as population_descent,
+)
+from lazyjax.experiments.descent import descend, even_frames, log_frames
+from lazyjax.experiments.figure import plain, record
+from lazyjax.experiments.student import draw, risk_at
 from lazyjax.plot import report as plot
 
 # In few dimensions the paper's largest step of 10 is beyond the stability of learned features, and runs are chaotic.

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 
 import lazyjax as lj
-from lazyjax.experiments import limit_kernel
+from lazyjax.experiments import fig4_limit_kernel as limit_kernel
 from lazyjax.experiments._plot_kernel import draw_limit_kernel
-from lazyjax.experiments.limit_kernel import Settings, run, sample_kernels, term_variance
+from lazyjax.experiments.fig4_limit_kernel import Settings, run, sample_kernels, term_variance
 from lazyjax.kernels.infinite_width import arccos_kernel
 from lazyjax.plot import report as plot
 

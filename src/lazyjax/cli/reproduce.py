@@ -12,7 +12,7 @@ import tyro
 
 from lazyjax.cli.output import encode_numbers
 from lazyjax.experiments import catalogue
-from lazyjax.experiments._figure import Number
+from lazyjax.experiments.figure import Number
 from lazyjax.plot.report import encode, plot_experiment
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lazyjax.experiments.limit_kernel import LimitKernel
+from lazyjax.experiments.fig4_limit_kernel import LimitKernel
 from lazyjax.plot.axes import BLACK, BLUE, FONT, GRAY, ORANGE, draw_legend
 
 STYLES = ((GRAY, ":", 1.0), (BLUE, "--", 0.9), (ORANGE, "-", 0.8))
@@ -17,7 +17,7 @@ def draw_limit_kernel(axes: Sequence[Any], result: LimitKernel) -> None:
 
     Args:
         axes: The first gets $K_m(\varphi)$ of single nets and the limit, the second their distance against m.
-        result: From `lazyjax.experiments.limit_kernel.run`.
+        result: From `lazyjax.experiments.fig4_limit_kernel.run`.
     """
     upper, lower = axes
     _draw_realizations(upper, result)

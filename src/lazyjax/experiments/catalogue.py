@@ -7,19 +7,35 @@ from typing import Any
 
 from lazyjax.experiments import (
     deep_precision,
-    deep_scale,
-    deep_spectrum,
-    deep_wide,
     kappa_width,
     lazy_rates,
-    limit_kernel,
-    population_descent,
     sparse_regression,
-    student_scale,
-    student_width,
-    trajectories,
 )
-from lazyjax.experiments._figure import Figure
+from lazyjax.experiments import (
+    fig1ab_fig6_trajectories as trajectories,
+)
+from lazyjax.experiments import (
+    fig1c_student_scale as student_scale,
+)
+from lazyjax.experiments import (
+    fig2a_student_width as student_width,
+)
+from lazyjax.experiments import (
+    fig2b_population_descent as population_descent,
+)
+from lazyjax.experiments import (
+    fig3a_fig7a_deep_scale as deep_scale,
+)
+from lazyjax.experiments import (
+    fig3b_deep_wide as deep_wide,
+)
+from lazyjax.experiments import (
+    fig4_limit_kernel as limit_kernel,
+)
+from lazyjax.experiments import (
+    fig7b_deep_spectrum as deep_spectrum,
+)
+from lazyjax.experiments.figure import Figure
 
 FIGURES: dict[str, Figure] = {
     "fig1a": trajectories.FIGURE_1A,

@@ -18,9 +18,9 @@ from tqdm import trange
 
 from lazyjax._core.types import Model, Params
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.experiments import _deep
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
-from lazyjax.experiments._student import check_double
+from lazyjax.experiments import deep
+from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
+from lazyjax.experiments.student import check_double
 from lazyjax.training.train import Training, train
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ class Settings:
     def __post_init__(self):
         check_counts(self, train=0, test=0, probe=1, epochs=1, batch=1)
         check_positive(self, "width", "gain", "step", "alphas")
-        _deep.check_images(self, self.network)
-        _deep.check_momentum(self)
-        _deep.check_alphas(self)
+        deep.check_images(self, self.network)
+        deep.check_momentum(self)
+        deep.check_alphas(self)
 
 
 PRESETS = {
@@ -98,12 +98,12 @@ def output_errors(f: Model, w0: Params, u: Params, alphas: Array, x: Array) -> d
 
 
 def _train(
-    settings: Settings, data: _deep.Images, f: Model, w0: Params, seed: int, optimizer: Any, *, way: str, epochs: int,
+    settings: Settings, data: deep.Images, f: Model, w0: Params, seed: int, optimizer: Any, *, way: str, epochs: int,
     folder: Path | None, progress: bool,
 ) -> Training:  # fmt: skip
     return train(
-        f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=epochs,
-        batch_size=settings.batch, key=_deep.order_key(seed), test=data.test, difference=way, folder=folder,
+        f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, deep.DTYPE), epochs=epochs,
+        batch_size=settings.batch, key=deep.order_key(seed), test=data.test, difference=way, folder=folder,
         progress=progress, throw=False,
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def run(
 
     check_double()
     settings = Settings() if settings is None else settings
-    data = _deep.load(settings, data_dir)
+    data = deep.load(settings, data_dir)
     with tempfile.TemporaryDirectory() as aside:
         parts = _run_ways(settings, data, seed, Path(aside), folder, progress=progress)
     dims = ("way", "alpha", "epoch")
@@ -153,11 +153,11 @@ def run(
 
 
 def _run_ways(
-    settings: Settings, data: _deep.Images, seed: int, aside: Path, folder: Path | None, *, progress: bool
+    settings: Settings, data: deep.Images, seed: int, aside: Path, folder: Path | None, *, progress: bool
 ) -> dict[str, dict[str, np.ndarray]]:
-    f, w0 = _deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
-    optimizer = _deep.sgd(settings, settings.step, data.x.shape[0])
-    alphas, x = jnp.asarray(settings.alphas, _deep.DTYPE), data.x_test[: settings.probe]
+    f, w0 = deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
+    optimizer = deep.sgd(settings, settings.step, data.x.shape[0])
+    alphas, x = jnp.asarray(settings.alphas, deep.DTYPE), data.x_test[: settings.probe]
     measure = jax.jit(lambda w0, u: output_errors(f, w0, u, alphas, x))
     parts: dict[str, dict[str, np.ndarray]] = {}
     # Accelerators may round products of float32 to fewer digits, which is not what is measured here.

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array
 
 from lazyjax.data.datasets import draw_teacher, sphere
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
-from lazyjax.experiments._student import check_double
+from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
+from lazyjax.experiments.student import check_double
 from lazyjax.laziness.kappa import kappa
 from lazyjax.models.maps import on_data, rescale
 from lazyjax.models.shallow import two_layer

@@ -18,8 +18,8 @@ from jaxtyping import Array
 
 from lazyjax._core.types import Model, Params
 from lazyjax.data.datasets import draw_teacher, sphere
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_even, check_positive, check_rising, record
-from lazyjax.experiments._student import check_double
+from lazyjax.experiments.figure import Figure, Number, check_counts, check_even, check_positive, check_rising, record
+from lazyjax.experiments.student import check_double
 from lazyjax.flow.lazy_correction import lazy_correction
 from lazyjax.laziness.compare import compare
 from lazyjax.losses.losses import square_loss

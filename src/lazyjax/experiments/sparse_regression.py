@@ -19,8 +19,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, check_rising, record
-from lazyjax.experiments._student import check_double
+from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, check_rising, record
+from lazyjax.experiments.student import check_double
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.losses.losses import square_loss
 from lazyjax.models.maps import on_data, rescale

@@ -15,9 +15,9 @@ from lazyjax.experiments._plot_kernel import draw_limit_kernel
 from lazyjax.experiments._plot_rates import draw_kappa_width, draw_rates, draw_sparse_regression
 from lazyjax.experiments._plot_student import draw_population, draw_student_scale, draw_student_width
 from lazyjax.experiments._plot_trajectories import draw_trajectories
-from lazyjax.experiments.deep_wide import reference_of
-from lazyjax.experiments.limit_kernel import LimitKernel, from_table
-from lazyjax.experiments.population_descent import unconverged
+from lazyjax.experiments.fig2b_population_descent import unconverged
+from lazyjax.experiments.fig3b_deep_wide import reference_of
+from lazyjax.experiments.fig4_limit_kernel import LimitKernel, from_table
 from lazyjax.experiments.sparse_regression import excess
 from lazyjax.kernels.spectrum import normalized_spectrum
 from lazyjax.plot.axes import (
@@ -226,7 +226,7 @@ def plot_limit_kernel(result: LimitKernel) -> "matplotlib.figure.Figure":
     """Figure 4: tangent kernels of random two-layer nets beside their limit, and their distance against the width.
 
     Args:
-        result: From `lazyjax.experiments.limit_kernel.run`.
+        result: From `lazyjax.experiments.fig4_limit_kernel.run`.
 
     Source:
         Chizat, Oyallon, Bach (2019), supplement A.2, Figure 4.

@@ -20,8 +20,8 @@ from jaxtyping import Array
 
 from lazyjax._core.types import Params
 from lazyjax.data.population_risk import tangent_population_risk
-from lazyjax.experiments._descent import descend, even_frames, log_frames, mark_lanes
-from lazyjax.experiments._figure import (
+from lazyjax.experiments.descent import descend, even_frames, log_frames, mark_lanes
+from lazyjax.experiments.figure import (
     Figure,
     Number,
     check_counts,
@@ -31,7 +31,7 @@ from lazyjax.experiments._figure import (
     record,
     same_settings,
 )
-from lazyjax.experiments._student import Problem, check_double, draw, risk_at
+from lazyjax.experiments.student import Problem, check_double, draw, risk_at
 from lazyjax.flow.exponential import TangentExponential
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.kernels.gram import gram

@@ -25,8 +25,8 @@ from jaxtyping import Array
 from lazyjax._core.types import Params
 from lazyjax.data.datasets import sphere
 from lazyjax.data.population_risk import population_inner, population_risk
-from lazyjax.experiments._descent import descend, even_frames, mark_lanes
-from lazyjax.experiments._figure import (
+from lazyjax.experiments.descent import descend, even_frames, mark_lanes
+from lazyjax.experiments.figure import (
     Figure,
     Number,
     check_counts,
@@ -37,7 +37,7 @@ from lazyjax.experiments._figure import (
     record,
     same_settings,
 )
-from lazyjax.experiments._student import check_double, draw, risk_at
+from lazyjax.experiments.student import check_double, draw, risk_at
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.losses.losses import square_loss
 from lazyjax.models.shallow import two_layer

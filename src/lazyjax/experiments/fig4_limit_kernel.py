@@ -15,7 +15,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
-from lazyjax.experiments._figure import Figure, Number, record
+from lazyjax.experiments.figure import Figure, Number, record
 from lazyjax.kernels.gram import gram
 from lazyjax.kernels.infinite_width import arccos_kernel
 from lazyjax.models.maps import rescale

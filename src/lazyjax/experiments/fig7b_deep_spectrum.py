@@ -14,8 +14,8 @@ import jax.random as jr
 import numpy as np
 
 from lazyjax.data.images import noise_images
-from lazyjax.experiments import _deep
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
+from lazyjax.experiments import deep
+from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.kernels.gram import spectrum
 from lazyjax.kernels.spectrum import condition_number, effective_rank, normalized_spectrum
 
@@ -49,7 +49,7 @@ class Settings:
     def __post_init__(self):
         check_counts(self, train=5)
         check_positive(self, "width", "gain")
-        _deep.check_images(self, self.network)
+        deep.check_images(self, self.network)
 
     @property
     def test(self) -> int:
@@ -95,9 +95,9 @@ def run(
 
     del folder, progress
     settings = Settings() if settings is None else settings
-    data = _deep.load(settings, data_dir)
-    f, w0 = _deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
-    noise = noise_images(jr.fold_in(jr.key(seed), 2), data.x.shape[0], settings.data, dtype=_deep.DTYPE)
+    data = deep.load(settings, data_dir)
+    f, w0 = deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
+    noise = noise_images(jr.fold_in(jr.key(seed), 2), data.x.shape[0], settings.data, dtype=deep.DTYPE)
     values = [spectrum(f, w0, x) for x in (data.x, noise)]
     curves = [jax.device_get(normalized_spectrum(value)) for value in values]
     index = np.arange(1, values[0].size + 1)

@@ -18,8 +18,8 @@ import optax
 from jaxtyping import Array
 
 from lazyjax._core.types import Params
-from lazyjax.experiments._descent import descend, log_frames
-from lazyjax.experiments._figure import (
+from lazyjax.experiments.descent import descend, log_frames
+from lazyjax.experiments.figure import (
     Figure,
     Number,
     check_counts,
@@ -29,7 +29,7 @@ from lazyjax.experiments._figure import (
     record,
     same_settings,
 )
-from lazyjax.experiments._student import check_double, draw, risk_at
+from lazyjax.experiments.student import check_double, draw, risk_at
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.flow.result import RESULTS
 from lazyjax.losses.losses import square_loss

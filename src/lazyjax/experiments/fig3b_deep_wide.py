@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lazyjax.experiments import _deep
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
+from lazyjax.experiments import deep
+from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.flow.result import RESULTS
 from lazyjax.training.train import train
 
@@ -73,8 +73,8 @@ class Settings:
     def __post_init__(self):
         check_counts(self, train=0, test=0, seeds=1, epochs=1, batch=1)
         check_positive(self, "step", "lazy_step")
-        _deep.check_images(self, *self.networks)
-        _deep.check_momentum(self)
+        deep.check_images(self, *self.networks)
+        deep.check_momentum(self)
         if not self.lazy_alpha > 0:
             msg = f"lazy_alpha must be a scale in (0, inf], got {self.lazy_alpha!r}."
             raise ValueError(msg)
@@ -100,17 +100,17 @@ PRESETS = {
 
 
 def run_network(
-    settings: Settings, data: _deep.Images, place: int, optimizers: dict[str, Any], seed: int, folder: Path | None,
+    settings: Settings, data: deep.Images, place: int, optimizers: dict[str, Any], seed: int, folder: Path | None,
     *, progress: bool,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """One network from one start in both regimes."""
     network, width, gain = settings.networks[place], settings.widths[place], settings.gains[place]
-    f, w0 = _deep.start(network, seed, data, width=width, gain=gain)
+    f, w0 = deep.start(network, seed, data, width=width, gain=gain)
     parts = []
     for regime, alpha in zip(REGIMES, (1.0, settings.lazy_alpha), strict=True):
         training = train(
-            f, w0, data.x, data.y, optimizers[regime], loss="softmax", alpha=jnp.asarray(alpha, _deep.DTYPE),
-            epochs=settings.epochs, batch_size=settings.batch, key=_deep.order_key(seed), test=data.test,
+            f, w0, data.x, data.y, optimizers[regime], loss="softmax", alpha=jnp.asarray(alpha, deep.DTYPE),
+            epochs=settings.epochs, batch_size=settings.batch, key=deep.order_key(seed), test=data.test,
             folder=None if folder is None else folder / f"{network}-{regime}-{seed}", progress=progress, throw=False,
         )  # fmt: skip
         lanes = jax.tree.map(lambda leaf: leaf[None], training.params)
@@ -118,7 +118,7 @@ def run_network(
             name: getattr(training, name) for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
         }
         part["failed"] = training.result != RESULTS.successful
-        part["stability"] = jnp.where(part["failed"], jnp.nan, _deep.stability(f, w0, lanes, data.x_test)[0])
+        part["stability"] = jnp.where(part["failed"], jnp.nan, deep.stability(f, w0, lanes, data.x_test)[0])
         parts.append(jax.tree.map(np.asarray, part))
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
@@ -154,9 +154,9 @@ def run(
     import xarray
 
     settings = Settings() if settings is None else settings
-    data = _deep.load(settings, data_dir)
+    data = deep.load(settings, data_dir)
     steps = {"standard": settings.step, "linearized": settings.lazy_step}
-    optimizers = {regime: _deep.sgd(settings, steps[regime], data.x.shape[0]) for regime in REGIMES}
+    optimizers = {regime: deep.sgd(settings, steps[regime], data.x.shape[0]) for regime in REGIMES}
     seeds = list(range(seed, seed + settings.seeds))
     found = [
         [run_network(settings, data, place, optimizers, s, folder, progress=progress) for s in seeds]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lazyjax.experiments import _deep
-from lazyjax.experiments._figure import Figure, Number, check_counts, check_positive, record
+from lazyjax.experiments import deep
+from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.flow.result import RESULTS
 from lazyjax.training.train import train
 
@@ -66,9 +66,9 @@ class Settings:
     def __post_init__(self):
         check_counts(self, train=0, test=0, seeds=1, epochs=1, batch=1)
         check_positive(self, "width", "gain", "step")
-        _deep.check_images(self, self.network)
-        _deep.check_momentum(self)
-        _deep.check_alphas(self)
+        deep.check_images(self, self.network)
+        deep.check_momentum(self)
+        deep.check_alphas(self)
 
 
 PRESETS = {
@@ -83,18 +83,18 @@ PRESETS = {
 
 
 def run_seed(
-    settings: Settings, data: _deep.Images, optimizer: Any, seed: int, folder: Path | None, *, progress: bool
+    settings: Settings, data: deep.Images, optimizer: Any, seed: int, folder: Path | None, *, progress: bool
 ) -> dict[str, np.ndarray]:
     """All scales from one start."""
-    f, w0 = _deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
+    f, w0 = deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
     training = train(
-        f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, _deep.DTYPE), epochs=settings.epochs,
-        batch_size=settings.batch, key=_deep.order_key(seed), test=data.test, progress=progress, throw=False,
-        augment=_deep.augment_as(settings.data) if settings.augment else None, folder=folder,
+        f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, deep.DTYPE), epochs=settings.epochs,
+        batch_size=settings.batch, key=deep.order_key(seed), test=data.test, progress=progress, throw=False,
+        augment=deep.augment_as(settings.data) if settings.augment else None, folder=folder,
     )  # fmt: skip
     names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     failed = jax.vmap(lambda result: result != RESULTS.successful)(training.result)
-    stability = jnp.where(failed, jnp.nan, _deep.stability(f, w0, training.params, data.x_test))
+    stability = jnp.where(failed, jnp.nan, deep.stability(f, w0, training.params, data.x_test))
     measures = {name: getattr(training, name) for name in names} | {"stability": stability, "failed": failed}
     return {name: np.asarray(values) for name, values in measures.items()}
 
@@ -130,10 +130,10 @@ def run(
     import xarray
 
     settings = Settings() if settings is None else settings
-    data = _deep.load(settings, data_dir)
+    data = deep.load(settings, data_dir)
     seeds = list(range(seed, seed + settings.seeds))
     # One optimizer for all seeds, which share its compiled program.
-    optimizer = _deep.sgd(settings, settings.step, data.x.shape[0])
+    optimizer = deep.sgd(settings, settings.step, data.x.shape[0])
     parts = [
         run_seed(settings, data, optimizer, s, None if folder is None else folder / f"seed-{s}", progress=progress)
         for s in seeds
