@@ -20,7 +20,7 @@ from lazyjax._core.checks import check_outputs, is_concrete, split_params
 from lazyjax._core.trees import move
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.anchored import LinearizationPoint
+from lazyjax.flow.linear_part import LinearizationPoint
 from lazyjax.losses.losses import Loss
 from lazyjax.models.maps import declares_zero, without_constant
 from lazyjax.models.tangent import Tangent

@@ -33,13 +33,12 @@ from lazyjax._core.checks import check_times, is_concrete
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.anchored import LinearizationPoint
 from lazyjax.flow.choose_solver import choose_solver, name_of
 from lazyjax.flow.exponential import TangentExponential
 from lazyjax.flow.field import TangentField, check_start, make_field
 from lazyjax.flow.gradient_flow import Flow, _check_options
 from lazyjax.flow.integrate import Options, integrate
-from lazyjax.flow.linear_part import KrylovPart, SpectralPart
+from lazyjax.flow.linear_part import KrylovPart, LinearizationPoint, SpectralPart
 from lazyjax.flow.result import RESULTS, as_result
 from lazyjax.losses.hessian_root import HessianRoot
 from lazyjax.losses.losses import Loss, SquareLoss

@@ -14,8 +14,7 @@ from jaxtyping import Array
 
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Params
-from lazyjax.flow.anchored import Products
-from lazyjax.flow.linear_part import Expansion, LinearPart, Piece
+from lazyjax.flow.linear_part import Expansion, LinearPart, Piece, Products
 
 
 def last_line(theta: Any, start: Expansion, second: Expansion, third: Expansion, fourth: Expansion) -> list[Piece]:
