@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 import harness
 import lazyjax as lj
 from _problems import Case, Problem
-from lazyjax.flow.integrate import EXPLICIT_PI, EXPONENTIAL_PI, GROWTH
+from lazyjax.flow.gradient_flow import EXPLICIT_PI, EXPONENTIAL_PI, GROWTH
 
 EXPLICIT = {"Tsit5": diffrax.Tsit5(), "Dopri8": diffrax.Dopri8()}
 LEVEL = 1e-4

@@ -19,9 +19,8 @@ import scipy.linalg
 import lazyjax as lj
 from helpers import relative_error
 from lazyjax._core.phi import phi
-from lazyjax.flow.exponential import MOVED, RelinearizationCost
+from lazyjax.flow.exponential import MOVED, RelinearizationCost, contraction
 from lazyjax.flow.linear_part import ritz_part
-from lazyjax.flow.scheme import contraction
 from lazyjax.losses.user_loss import as_loss
 
 DENSE = lj.TangentExponential("dense")

@@ -36,8 +36,7 @@ from lazyjax.difference.finite_jvp import finite_jvp
 from lazyjax.flow.choose_solver import choose_solver, name_of
 from lazyjax.flow.exponential import TangentExponential
 from lazyjax.flow.field import TangentField, check_start, make_field
-from lazyjax.flow.gradient_flow import Flow, _check_options
-from lazyjax.flow.integrate import Options, integrate
+from lazyjax.flow.gradient_flow import Flow, Options, _check_options, integrate
 from lazyjax.flow.linear_part import KrylovPart, LinearizationPoint, SpectralPart
 from lazyjax.flow.result import RESULTS, as_result
 from lazyjax.losses.hessian_root import HessianRoot
