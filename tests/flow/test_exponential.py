@@ -19,9 +19,9 @@ import scipy.linalg
 import lazyjax as lj
 from helpers import relative_error
 from lazyjax._core.phi import phi
-from lazyjax.flow.exponential import MOVED, RelinearizationCost, contraction
+from lazyjax.flow.exponential import LAG_CONTRACTION, RelinearizationCost, contraction
 from lazyjax.flow.linear_part import ritz_part
-from lazyjax.losses.user_loss import as_loss
+from lazyjax.losses.loss import as_loss
 
 DENSE = lj.TangentExponential("dense")
 N, D, WIDTH = 24, 3, 4  # 16 parameters: BB^T is 24 x 24 of rank 16
@@ -268,7 +268,7 @@ def test_the_contraction_of_the_stages_is_that_of_a_scalar_problem():
     x, h = jnp.array([[2.0]]), jnp.array(0.3)
     _, solver, _ = lj.TangentExponential("dense").prepare(Linear(x), lj.square_loss(jnp.ones(1)), jnp.zeros(1))
     linear, delta = solver.linear, 0.5
-    b, lam = linear.anchored.products(), float(linear.top)
+    b, lam = linear.point.products(), float(linear.top)
     expand = lambda d, image: linear.expand(b, d, image)
     second = expand(jnp.array([0.7]), linear.origin())
     moved, _ = linear.combine(b, h, [(second, 0.5, {2: 1.0})])
@@ -282,15 +282,15 @@ def test_the_contraction_of_the_stages_is_that_of_a_scalar_problem():
 
 def test_a_new_linear_part_that_changes_little_doubles_its_price():
     h, start = jnp.array(2.0), RelinearizationCost(0.0, *(jnp.array(number) for number in (0.0, 5.0, jnp.inf)))
-    after = lambda age, *contractions: functools.reduce(
-        lambda a, rho: a.after(jnp.array(rho), h, 4.0), contractions, age
+    stepped = lambda age, *contractions: functools.reduce(
+        lambda a, rho: a.add_step(jnp.array(rho), h, 4.0), contractions, age
     )
-    assert float(after(start, 3.0).price) == 5
-    np.testing.assert_allclose(after(start, 0.5 * MOVED, 4 * MOVED).lost, 0.75)
+    assert float(stepped(start, 3.0).price) == 5
+    np.testing.assert_allclose(stepped(start, 0.5 * LAG_CONTRACTION, 4 * LAG_CONTRACTION).steps_lost, 0.75)
     renewed = RelinearizationCost(0.0, jnp.array(0.0), jnp.array(5.0), jnp.array(0.4))
-    assert float(after(renewed, 0.5).price) == 10
-    assert float(after(renewed, 0.3).price) == 4
-    assert float(after(renewed, 0.5, 0.5).price) == 10
+    assert float(stepped(renewed, 0.5).price) == 10
+    assert float(stepped(renewed, 0.3).price) == 4
+    assert float(stepped(renewed, 0.5, 0.5).price) == 10
 
 
 def test_nothing_is_linearized_anew_along_a_linear_flow():
@@ -305,7 +305,7 @@ def test_nothing_is_linearized_anew_along_a_linear_flow():
         controller = diffrax.PIDController(1e-6, 1e-8)
         saveat = diffrax.SaveAt(t1=True, solver_state=True)
         run = diffrax.diffeqsolve(term, solver, 0.0, 1e4, 1e-3, u0, stepsize_controller=controller, saveat=saveat)
-        assert float(run.solver_state.age.lost) < 0.3 * int(run.stats["num_steps"])  # 0, 1, 2 of 8 or 9
+        assert float(run.solver_state.cost.steps_lost) < 0.3 * int(run.stats["num_steps"])  # 0, 1, 2 of 8 or 9
 
 
 # ---- low rank ----
@@ -313,7 +313,7 @@ def test_nothing_is_linearized_anew_along_a_linear_flow():
 
 def test_ritz_pairs_of_the_linear_part():
     """All of them are the eigenpairs; of a few, functions are those of -B^T V V^T B, whatever V is."""
-    anchored = prepare(2.0, STIFF)[0].vector_field.field.anchored()
+    anchored = prepare(2.0, STIFF)[0].vector_field.field.linearization_point()
     whole, exact = ritz_part(anchored, N), prepare(2.0, STIFF)[1].linear
     np.testing.assert_allclose(whole.values[-16:], exact.values[-16:], rtol=1e-11, atol=1e-13 * float(exact.top))
     few = ritz_part(anchored, 4)
@@ -373,7 +373,7 @@ def test_a_bad_rank_is_refused():
 @eqx.filter_jit
 def phi_of(part, h, direction):
     """h phi_1(hL) d, and B of it."""
-    b = part.anchored.products()
+    b = part.point.products()
     return part.combine(b, h, [(part.expand(b, direction, part.origin()), 1.0, {1: 1.0})])
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import lazyjax as lj
 from helpers import centered_problem, linear_problem, relative_error, symmetrized_problem
-from lazyjax.losses.user_loss import as_loss
+from lazyjax.losses.loss import as_loss
 
 TIMES = jnp.array([0.0, 0.5, 2.0, 8.0])
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}

@@ -8,7 +8,7 @@ import pytest
 
 import lazyjax as lj
 from helpers import relative_error
-from lazyjax.losses.user_loss import as_loss
+from lazyjax.losses.loss import as_loss
 
 N, K = 6, 3
 
@@ -104,7 +104,7 @@ def test_constants_of_the_softmax_loss_bound_its_curvature_on_zero_sum_outputs(k
     v = jr.normal(jr.key(8), y.shape)
     v = v - v.mean(-1, keepdims=True)
     values = quotients(loss, y, v)
-    m = loss.strong_convexity(radius, classes=k)
+    m = loss.zero_sum_convexity(radius, classes=k)
     assert m <= values.min() < values.max() <= loss.smoothness == 0.5
     # M is attained by two equally likely classes of which the others are far.
     far = jnp.where(jnp.arange(k) < 2, 0.0, -800.0)[None].repeat(k, 0)
@@ -112,7 +112,7 @@ def test_constants_of_the_softmax_loss_bound_its_curvature_on_zero_sum_outputs(k
     np.testing.assert_allclose(quotients(loss, far[None], steep[None]), [0.5], rtol=1e-14)
     # The least probability is at least m, so no direction has less; at least 1/2k e^(-2r) of it is there to have.
     assert m >= np.exp(-2 * radius) / k
-    assert loss.strong_convexity(classes=k) == loss.strong_convexity(1e4, classes=k) == 0
+    assert loss.zero_sum_convexity(classes=k) == loss.zero_sum_convexity(1e4, classes=k) == loss.strong_convexity() == 0
     # A shift of all outputs of a sample costs nothing, so zero-sum directions are needed.
     np.testing.assert_allclose(loss.hvp(y[0], jnp.ones((k, k))), 0, atol=1e-15)
     np.testing.assert_allclose(jnp.sum(loss.gradient(y[0]), axis=1), 0, atol=1e-15)
@@ -193,7 +193,7 @@ def test_any_callable_becomes_a_loss_in_the_euclidean_metric():
         (lambda: lj.softmax_cross_entropy(jnp.array([0, 2]))(jnp.zeros((2, 2))), ValueError, r"0..1 for 2 .* got 0..2"),
         (lambda: lj.softmax_cross_entropy(jnp.array([0, 1]))(jnp.zeros((3, 2))), ValueError, r"\(2, k\) for 2 labels"),
         (lambda: lj.softmax_cross_entropy(jnp.array([0, 1])).check((2,)), ValueError, r"\(2, k\) for 2 labels"),
-        (lambda: as_loss(lambda y: y).check((2,)), ValueError, r"loss must map outputs of shape \(2,\) to one number"),
+        (lambda: as_loss(lambda y: y).check((2,)), ValueError, r"loss must map outputs of shape \(2,\) to one real number"),
     ],
 )
 def test_unfit_targets_labels_and_outputs_are_refused(call, error, match):

@@ -22,7 +22,7 @@ from lazyjax.experiments.figure import Figure, Number, check_counts, check_even,
 from lazyjax.experiments.student import check_double
 from lazyjax.flow.lazy_correction import lazy_correction
 from lazyjax.laziness.compare import compare
-from lazyjax.losses.losses import square_loss
+from lazyjax.losses.square import square_loss
 from lazyjax.models.maps import center, on_data, symmetrize
 from lazyjax.models.shallow import two_layer
 from lazyjax.report.sweep import sweep

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, check_rising, record
 from lazyjax.experiments.student import check_double
 from lazyjax.flow.gradient_flow import gradient_flow
-from lazyjax.losses.losses import square_loss
+from lazyjax.losses.square import square_loss
 from lazyjax.models.maps import on_data, rescale
 from lazyjax.models.shallow import diagonal_linear
 from lazyjax.report.sweep import sweep

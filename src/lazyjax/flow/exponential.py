@@ -12,10 +12,13 @@ The scheme is Krogstad's (2005) fourth-order exponential Runge-Kutta method in i
     u_1 = u + h phi_1(hL) f + h (2 phi_2 - 4 phi_3)(hL) (D_2 + D_3) + h (4 phi_3 - phi_2)(hL) D_4
 
 which no choice of L can make inconsistent: a point with f = 0 stays, whatever L is. The error is estimated against
-the method of order 3 with D_5 = N(u_1) - N(u) for D_4, whose f(u_1) is that of the next step, and by the bend of N
-inside the step (`bend`).
+the method of order 3 with D_5 = N(u_1) - N(u) for D_4, whose f(u_1) is that of the next step, and by the curvature of
+N inside the step (`stiff_error_term`).
 
-Source: Krogstad, J. Comput. Phys. 203 (2005), equation (48); Hochbruck, Ostermann, Acta Numerica 19 (2010).
+From top to bottom: the tableau, the dense output, what the scheme misses, when to linearize anew, and the solver.
+
+Source: Krogstad (2005), Generalized integrating factor methods for stiff PDEs, J. Comput. Phys. 203, equation (48);
+Hochbruck, Ostermann (2010), Exponential integrators, Acta Numerica 19.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,13 +30,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import RESULTS
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from lazyjax._core.checks import check_alpha
 from lazyjax._core.cost import dense_cost, method_cost
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow.field import ModelField, TangentField, Velocity, check_start, make_field
+from lazyjax.flow.field import ModelField, ScaledObjective, TangentField
 from lazyjax.flow.linear_part import (
     Expansion,
     LinearPart,
@@ -44,55 +46,75 @@ from lazyjax.flow.linear_part import (
     ritz_part,
     spectral_part,
 )
-from lazyjax.losses.losses import Loss
-from lazyjax.losses.user_loss import as_loss
+from lazyjax.flow.start import check_start
+from lazyjax.losses.loss import Loss, as_loss
+
+# ---- the tableau: each row a list of pieces h b phi_k(c h L) D, written (D, c, {k: b}) ----
 
 
-def last_line(theta: Any, start: Expansion, second: Expansion, third: Expansion, fourth: Expansion) -> list[Piece]:
-    """u(theta h) - u: N replaced by the parabola through its values at 0, h/2 (twice) and h."""
+def stage_2(f: Expansion) -> list[Piece]:
+    """Return U_2 - u."""
+    return [(f, 0.5, {1: 0.5})]
+
+
+def stage_3(f: Expansion, d2: Expansion) -> list[Piece]:
+    """Return U_3 - u."""
+    return [(f, 0.5, {1: 0.5}), (d2, 0.5, {2: 1.0})]
+
+
+def stage_4(f: Expansion, d3: Expansion) -> list[Piece]:
+    """Return U_4 - u."""
+    return [(f, 1.0, {1: 1.0}), (d3, 1.0, {2: 2.0})]
+
+
+def solution(f: Expansion, d2: Expansion, d3: Expansion, d4: Expansion, theta: Any = 1.0) -> list[Piece]:
+    r"""Return $u(\theta h) - u$, with N replaced by the parabola through its values at 0, h/2 (twice) and h."""
     square, cube = theta**2, theta**3
     middle = {2: 2 * square, 3: -4 * cube}
-    return [
-        (start, theta, {1: theta}),
-        (second, theta, middle),
-        (third, theta, middle),
-        (fourth, theta, {2: -square, 3: 4 * cube}),
-    ]
+    return [(f, theta, {1: theta}), (d2, theta, middle), (d3, theta, middle), (d4, theta, {2: -square, 3: 4 * cube})]
+
+
+def embedded_error(defect: Expansion) -> list[Piece]:
+    """Return what replacing D_4 by D_5 changes of u_1; the defect is D_5 - D_4."""
+    return [(defect, 1.0, {2: -1.0, 3: 4.0})]
 
 
 class PhiInterpolation(diffrax.AbstractLocalInterpolation):
-    r"""The solution inside a step: the last line of the scheme with $\theta h$ for h, of order 3 uniformly.
+    r"""The solution inside a step: the last row of the tableau at $\theta h$, of order 3 uniformly.
 
-    Exact where N is a parabola in time, whatever the stiffness; a polynomial through the stages would be wrong there.
+    Exact if N is a parabola in time, whatever the stiffness; a polynomial through the stages would be wrong there.
     """
 
     t0: Any
     t1: Any
     u: Params
     h: Array
-    start: Expansion
-    second: Expansion
-    third: Expansion
-    fourth: Expansion
+    f: Expansion
+    d2: Expansion
+    d3: Expansion
+    d4: Expansion
     linear: LinearPart
 
     def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> Params:
-        """u at t0, or the change from t0 to t1."""
+        """Return u at t0, or the change from t0 to t1."""
         del left
         if t1 is not None:
             return jtu.tree_map(jnp.subtract, self.evaluate(t1), self.evaluate(t0))
         span = self.t1 - self.t0
         # diffrax may ask for the end of an empty step.
         theta = jnp.where(span == 0, 0, (t0 - self.t0) / jnp.where(span == 0, 1, span)).astype(self.h.dtype)
-        pieces = last_line(theta, self.start, self.second, self.third, self.fourth)
-        delta, _ = self.linear.combine(self.linear.anchored.products(), self.h, pieces)
+        pieces = solution(self.f, self.d2, self.d3, self.d4, theta)
+        delta, _ = self.linear.combine(self.linear.point.products(), self.h, pieces)
         return jtu.tree_map(jnp.add, self.u, delta)
 
 
+# ---- what the scheme misses inside a step ----
+
+
 def stiff_error_term(
-    linear: LinearPart, b: Products, h: Array, second: Expansion, third: Expansion, fourth: Expansion
+    linear: LinearPart, b: Products, h: Array, d2: Expansion, d3: Expansion, d4: Expansion
 ) -> list[Piece]:
-    r"""An estimate of what the parabola misses where N bends inside the step, which D_4 and D_5 at its end cannot see.
+    r"""Return an estimate of what the parabola misses if N bends inside the step, which D_4 and D_5 cannot see.
 
     Stiff modes that decay inside it: for N = -\delta r in a mode of eigenvalue $\lambda$ the scheme leaves
     $\delta r/(\lambda^2 h)$ of what should vanish, though D_2 = ... = D_5. Kinks: N is a broken line.
@@ -100,90 +122,129 @@ def stiff_error_term(
     $2e = h (2\varphi_2 - 4\varphi_3)(D_2 + D_3 - D_4)$, twice that residue. By itself e would ask for the steps of an
     order 2 where N is smooth and nothing is stiff. There its weights $\varphi_2 - 2\varphi_3$ give way to
     $2\varphi_2 - \varphi_1/2 - 3\varphi_3$, which vanish like $h\lambda$ and have the same limit at infinity, as far as
-    e is small against what D_4 alone makes, which is O(h). So the estimate keeps its order, and e counts whole where
-    N has nothing but bends.
+    e is small compared with what D_4 alone makes, which is O(h). So the estimate keeps its order, and e counts in full
+    where N does nothing but bend.
     """
     weights = {2: 1.0, 3: -2.0}
-    # Only the images are used: no product is taken for them.
-    _, bent = linear.combine(b, h, _difference(second, third, fourth, weights))
-    _, whole = linear.combine(b, h, [(fourth, 1.0, weights)])
+    # Only B times the sums is used: no product is taken for them.
+    _, bent = linear.combine(b, h, _curvature(d2, d3, d4, weights))
+    _, whole = linear.combine(b, h, [(d4, 1.0, weights)])
     # No derivative: the choice of steps has none, and that of a norm at 0 would be NaN.
-    size, other = (jnp.linalg.norm(jax.lax.stop_gradient(image)) for image in (bent, whole))
+    size, other = (jnp.linalg.norm(jax.lax.stop_gradient(product)) for product in (bent, whole))
     share = jnp.where(size > 0, size / jnp.where(size > 0, size + other, 1), 0)
-    return _difference(second, third, fourth, {1: 0.5 * share - 0.5, 2: 2 - share, 3: share - 3})
+    return _curvature(d2, d3, d4, {1: 0.5 * share - 0.5, 2: 2 - share, 3: share - 3})
+
+
+def _curvature(d2: Expansion, d3: Expansion, d4: Expansion, weights: Mapping[int, Any]) -> list[Piece]:
+    """Return the pieces of D_2 + D_3 - D_4: zero if N is a line in time."""
+    minus = {k: -weight for k, weight in weights.items()}
+    return [(d2, 1.0, weights), (d3, 1.0, weights), (d4, 1.0, minus)]
 
 
 def contraction(
-    linear: LinearPart,
-    b: Products,
-    h: Array,
-    start: Expansion,
-    second: Expansion,
-    third: Expansion,
-    moved: Params,
-) -> Array:
-    r"""By how much the stages contract: $|h \varphi_2(hL/2)(D_3 - D_2)| / |U_3 - U_2|$.
+    linear: LinearPart, b: Products, h: Array, f: Expansion, d2: Expansion, d3: Expansion, moved: Params
+) -> Float[Array, ""]:
+    r"""Return by how much the stages contract: $|h \varphi_2(hL/2)(D_3 - D_2)| / |U_3 - U_2|$.
 
     U_3 is U_2 moved by $h \varphi_2(hL/2) D_2$, so that this is what N' makes of it in a step: h |L_1 - L| / 2 at most,
-    for the linear part L_1 of the present point. 0 where D_2 is no more than the rounding of f.
+    for the linear part L_1 of the present point. 0 if D_2 is no more than the rounding of f.
     """
-    change, _ = linear.combine(b, h, [(third, 0.5, {2: 1.0}), (second, 0.5, {2: -1.0})])
-    size, whole, f = (tree_norm(jax.lax.stop_gradient(tree)) for tree in (change, moved, start.direct))
-    real = whole > 32 * jnp.finfo(whole.dtype).eps * h * f
+    change, _ = linear.combine(b, h, [(d3, 0.5, {2: 1.0}), (d2, 0.5, {2: -1.0})])
+    size, whole, slope = (tree_norm(jax.lax.stop_gradient(tree)) for tree in (change, moved, f.direct))
+    real = whole > 32 * jnp.finfo(whole.dtype).eps * h * slope
     return jnp.where(real, size / jnp.where(real, whole, 1), 0)
 
 
-def _difference(second: Expansion, third: Expansion, fourth: Expansion, weights: Mapping[int, Any]) -> list[Piece]:
-    """The pieces of D_2 + D_3 - D_4."""
-    minus = {k: -weight for k, weight in weights.items()}
-    return [(second, 1.0, weights), (third, 1.0, weights), (fourth, 1.0, minus)]
+# ---- when a new linear part is worth its price ----
 
-
-MOVED = 0.03
-"""Contraction of the stages (`contraction`) from which on a linear part that lags behind is said to cost steps.
+LAG_CONTRACTION = 0.03
+"""Contraction of the stages above which a linear part that lags behind the flow is taken to cost steps.
 
 It is near 1 at the stability bound, but the order of the method falls to 2 long before. (A flow at alpha = 1 and rtol
 1e-6: 0.1 takes four times the steps and makes six times the error, 0.01 the same as this.)
 """
 
 
-class State(eqx.Module):
-    """Between steps: f(u) in coordinates; where the method re-linearizes, also its linear part and its age."""
-
-    start: Expansion
-    linear: LinearPart | None = None
-    age: "RelinearizationCost | None" = None
-
-
 class RelinearizationCost(eqx.Module):
-    """Of a linear part: the steps that its lag has cost, and those that a new one is worth.
+    r"""The steps lost by keeping the present linear part, next to the price of a new one, also in steps.
 
-    `begin` is when the flow began, `former` how fast the stages contracted just before it was new, until that is
-    compared; infinite from then on.
+    A step in which the stages contract by $\rho$ loses the share $1 - \rho_0/\rho$, with $\rho_0$ the
+    `LAG_CONTRACTION`: about $\rho/\rho_0$ times as many are taken as with a linear part that is up to date.
+
+    Attributes:
+        flow_start: Time at which the flow began.
+        steps_lost: Steps lost to the lag of the linear part since it was taken.
+        price: Steps that must be lost before a new one is worth it; doubled if the last one changed little.
+        rate_before: Contraction rate rho/h just before the linear part was taken, until the first step after it is
+            compared with it; infinite from then on.
     """
 
-    begin: Any
-    lost: Array
-    price: Array
-    former: Array
+    flow_start: Any
+    steps_lost: Float[Array, ""]
+    price: Float[Array, ""]
+    rate_before: Float[Array, ""]
 
-    def after(self, rho: Array, h: Array, least: float) -> "RelinearizationCost":
-        """A step of length h on, in which the stages contracted by rho; a new linear part is worth `least` or more."""
-        # Where a new one changed little, curvature holds the steps, or stiffness that a low rank leaves out.
-        judged = jnp.where(rho > 0.5 * h * self.former, 2 * self.price, least)
-        price = jnp.where(jnp.isinf(self.former), self.price, judged)
-        return RelinearizationCost(
-            self.begin, self.lost + 1 - MOVED / jnp.maximum(rho, MOVED), price, jnp.full_like(rho, jnp.inf)
-        )
+    @classmethod
+    def at_start(cls, flow_start: Any, price: float, like: Array) -> "RelinearizationCost":
+        """Return the cost at the start of a flow: nothing is lost, there is no rate to compare with."""
+        return cls(flow_start, jnp.zeros_like(like), jnp.full_like(like, price), jnp.full_like(like, jnp.inf))
+
+    def add_step(self, rho: Array, h: Array, least_price: float) -> "RelinearizationCost":
+        """Return the cost after a step of length h in which the stages contracted by rho."""
+        # If the new linear part changed little, the curvature of N holds the steps, or stiffness that a low rank
+        # leaves out, and the next one will change little too.
+        changed_little = rho > 0.5 * h * self.rate_before
+        judged = jnp.where(changed_little, 2 * self.price, least_price)
+        price = jnp.where(jnp.isinf(self.rate_before), self.price, judged)
+        lost = 1 - LAG_CONTRACTION / jnp.maximum(rho, LAG_CONTRACTION)
+        return RelinearizationCost(self.flow_start, self.steps_lost + lost, price, jnp.full_like(rho, jnp.inf))
+
+    def is_due(self, steps_left: Array) -> Array:
+        """Return whether a new linear part is worth it: its price is lost already, and that many steps are left.
+
+        Like renting skis until the rent has paid for a pair: at most about twice the cost of knowing the flow ahead.
+        """
+        return (self.steps_lost > self.price) & (steps_left > self.price)
+
+    def renewed(self, rate: Array) -> "RelinearizationCost":
+        """Return the cost with a new linear part, taken at this contraction rate."""
+        return RelinearizationCost(self.flow_start, jnp.zeros_like(rate), self.price, rate)
+
+
+# ---- the solver ----
+
+
+class Velocity(eqx.Module):
+    """A field as the vector field of a `diffrax.ODETerm`."""
+
+    field: ModelField | TangentField
+
+    def __call__(self, t: Any, u: Params, args: Any) -> Params:
+        """Return $u'$, whatever t and args."""
+        del t, args
+        return _velocity(self.field, u)
+
+
+@eqx.filter_jit  # the stages of a step share one trace
+def _velocity(field: ModelField | TangentField, u: Params) -> Params:
+    return field(u)
+
+
+class State(eqx.Module):
+    """What passes from step to step: f(u) in coordinates; for a method that re-linearizes, its linear part and cost."""
+
+    f: Expansion
+    linear: LinearPart | None = None
+    cost: RelinearizationCost | None = None
 
 
 class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
-    r"""Exponential Runge-Kutta method of order 4 about the tangent model, for gradient flows.
+    r"""An exponential Runge-Kutta method of order 4 about the tangent model, for gradient flows.
 
     A diffrax solver: any step-size controller, event, progress meter and `SaveAt(ts=..., dense=True)` work. Give it
     to `gradient_flow`, or call `prepare` and give what it returns to `diffrax.diffeqsolve`.
 
-    Order 4 where nothing is stiff; 2 where the eigenvalue of a stiff mode itself moves, with an error that falls like
+    Order 4 if nothing is stiff; 2 if the eigenvalue of a stiff mode itself moves, with an error that falls like
     1/alpha^2 (both measured).
 
     Attributes:
@@ -193,13 +254,13 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             of the error estimate.
         relinearize: Move the linear part to the present parameters once the steps that it has cost, by the measured
             nonlinearity, are worth a new one. Not under `jax.vmap`, where every lane would pay at every step. Take it
-            where the linear part does not last (alpha = 1 over long times, cross-entropies, whose Hessian fades): what
+            if the linear part does not last (alpha = 1 over long times, cross-entropies, whose Hessian fades): what
             is stiff in L alone damps the error estimate, and the error can exceed rtol by two orders of magnitude.
-        rank: Of the dense method: keep only so many of the leading eigenvectors, by subspace iteration and without
+        rank: For the dense method: keep only so many of the leading eigenvectors, by subspace iteration and without
             the Gram; what is left out is not stiff, or holds the steps to 3 over its largest eigenvalue. None: all.
 
     Source:
-        Krogstad, J. Comput. Phys. 203 (2005); Hochbruck, Ostermann, Acta Numerica 19 (2010).
+        Krogstad (2005), J. Comput. Phys. 203; Hochbruck, Ostermann (2010), Acta Numerica 19.
     """
 
     method: Literal["auto", "dense", "lanczos"] = eqx.field(static=True, default="auto")
@@ -210,6 +271,9 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
     field: ModelField | TangentField | None = None
     horizon: RealScalar = float("inf")
     refresh_price: float = eqx.field(static=True, default=0.0)
+
+    term_structure: ClassVar[Any] = diffrax.AbstractTerm
+    interpolation_cls: ClassVar[Callable[..., PhiInterpolation]] = PhiInterpolation
 
     def __check_init__(self) -> None:
         if self.method not in ("auto", "dense", "lanczos"):
@@ -225,20 +289,17 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             msg = f"num_lanczos must be at least 2, got {self.num_lanczos}."
             raise ValueError(msg)
 
-    term_structure: ClassVar[Any] = diffrax.AbstractTerm
-    interpolation_cls: ClassVar[Callable[..., PhiInterpolation]] = PhiInterpolation
-
     def order(self, terms: Any) -> int:
-        """4; 3 for the embedded method."""
+        """Return 4; the embedded method has order 3."""
         del terms
         return 4
 
     def func(self, terms: Any, t0: Any, y0: Params, args: Any) -> Params:
-        """f(u)."""
+        """Return f(u)."""
         return terms.vf(t0, y0, args)
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Params, args: Any) -> State:
-        """f(u) at the start."""
+        """Return f(u) at the start, with the linear part and its cost if they are to move."""
         del t1
         if self.linear is None:
             msg = (
@@ -247,82 +308,74 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             )
             raise ValueError(msg)
         linear = self.linear
-        start = linear.expand(linear.anchored.products(), terms.vf(t0, y0, args), linear.origin())
-        return State(start, linear, self._age(t0, linear)) if self.relinearize else State(start)
+        f = linear.expand(linear.point.products(), terms.vf(t0, y0, args), linear.origin())
+        if not self.relinearize:
+            return State(f)
+        return State(f, linear, RelinearizationCost.at_start(t0, self.refresh_price, linear.top))
 
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: Params, args: Any, solver_state: State, made_jump: Any
     ) -> tuple[Params, Params, dict[str, Any], State, RESULTS]:
-        """One step of the scheme above."""
+        """Take one step of the scheme above."""
         del made_jump  # f is that of a flow: autonomous and continuous
         linear = solver_state.linear if self.relinearize else self.linear
         assert linear is not None
-        b = linear.anchored.products()
+        b = linear.point.products()
         h = jnp.asarray(terms.contr(t0, t1), linear.origin().dtype)
-        middle, start = t0 + 0.5 * (t1 - t0), solver_state.start
+        middle, f = t0 + 0.5 * (t1 - t0), solver_state.f
 
-        def stage(t: Any, pieces: list[Piece]) -> tuple[Expansion, Params]:
-            delta, image = linear.combine(b, h, pieces)
-            f = terms.vf(t, jtu.tree_map(jnp.add, y0, delta), args)
-            return linear.expand(b, jtu.tree_map(jnp.subtract, f, start.direct), image), delta
+        def increment(t: Any, row: list[Piece]) -> tuple[Expansion, Params]:
+            """Return D_i = N(U_i) - N(u) = f(U_i) - f(u) - L(U_i - u), and U_i - u, for a row of the tableau."""
+            delta, b_delta = linear.combine(b, h, row)
+            f_i = terms.vf(t, jtu.tree_map(jnp.add, y0, delta), args)
+            return linear.expand(b, jtu.tree_map(jnp.subtract, f_i, f.direct), b_delta), delta
 
-        second, to_second = stage(middle, [(start, 0.5, {1: 0.5})])
-        third, to_third = stage(middle, [(start, 0.5, {1: 0.5}), (second, 0.5, {2: 1.0})])
-        fourth, _ = stage(t1, [(start, 1.0, {1: 1.0}), (third, 1.0, {2: 2.0})])
-        pieces = last_line(1.0, start, second, third, fourth)
-        delta, image = linear.combine(b, h, pieces)
+        d2, to_u2 = increment(middle, stage_2(f))
+        d3, to_u3 = increment(middle, stage_3(f, d2))
+        d4, _ = increment(t1, stage_4(f, d3))
+        row = solution(f, d2, d3, d4)
+        delta, b_delta = linear.combine(b, h, row)
         y1 = jtu.tree_map(jnp.add, y0, delta)
-        f1 = terms.vf(t1, y1, args)
-        after = linear.expand(b, f1, linear.origin())
-        defect = linear.subtract(b, after, [start, fourth], image)
-        error, _ = linear.combine(
-            b, h, [(defect, 1.0, {2: -1.0, 3: 4.0}), *stiff_error_term(linear, b, h, second, third, fourth)]
-        )
-        error = linear.truncated(b, h, pieces, error)
-        info = {"u": y0, "h": h, "start": start, "second": second, "third": third, "fourth": fourth, "linear": linear}
-        state = State(after)
-        if self.relinearize:
-            assert solver_state.age is not None
-            moved = jtu.tree_map(jnp.subtract, to_third, to_second)
-            rho = contraction(linear, b, h, start, second, third, moved).astype(h.dtype)
-            age = solver_state.age.after(rho, h, self.refresh_price)
-            left = (self.horizon - (t1 - age.begin)) / (t1 - t0)
-            state = self._refresh(State(after, linear, age), y1, rho / h, left)
+        f1 = linear.expand(b, terms.vf(t1, y1, args), linear.origin())
+
+        defect = linear.subtract(b, f1, [f, d4], b_delta)  # D_5 - D_4
+        error, _ = linear.combine(b, h, [*embedded_error(defect), *stiff_error_term(linear, b, h, d2, d3, d4)])
+        error = linear.truncated(b, h, row, error)
+        info = {"u": y0, "h": h, "f": f, "d2": d2, "d3": d3, "d4": d4, "linear": linear}
+        if not self.relinearize:
+            return y1, error, info, State(f1), RESULTS.successful
+        assert solver_state.cost is not None
+        rho = contraction(linear, b, h, f, d2, d3, jtu.tree_map(jnp.subtract, to_u3, to_u2)).astype(h.dtype)
+        cost = solver_state.cost.add_step(rho, h, self.refresh_price)
+        steps_left = (self.horizon - (t1 - cost.flow_start)) / (t1 - t0)
+        state = self._refresh(State(f1, linear, cost), cost, y1, rho / h, steps_left)
         return y1, error, info, state, RESULTS.successful
 
-    def _age(self, begin: Any, linear: LinearPart) -> RelinearizationCost:
-        number = jnp.ones_like(linear.top)
-        return RelinearizationCost(begin, 0 * number, self.refresh_price * number, jnp.inf * number)
-
-    def _refresh(self, state: State, u: Params, rate: Array, left: Array) -> State:
-        """Linearize anew at u, once the steps lost are worth it, if those left at this pace are.
-
-        Like renting skis until the rent has paid for a pair: about twice the cost of knowing the flow ahead at most.
-        (A step that is rejected afterwards has paid in vain: the solver is not told.)
-        """
-        age = state.age
-        assert age is not None
+    def _refresh(
+        self, state: State, cost: RelinearizationCost, u: Params, rate: Array, steps_left: Array
+    ) -> State:
+        """Linearize anew at u if that is due. (A step that is rejected afterwards has paid: the solver is not told.)"""
 
         def move() -> State:
             moved = self._build(u, state.linear)
-            start = moved.expand(moved.anchored.products(), state.start.direct, moved.origin())
-            return State(start, moved, RelinearizationCost(age.begin, jnp.zeros_like(rate), age.price, rate))
+            f = moved.expand(moved.point.products(), state.f.direct, moved.origin())
+            return State(f, moved, cost.renewed(rate))
 
-        return jax.lax.cond((age.lost > age.price) & (left > age.price), move, lambda: state)
+        return jax.lax.cond(cost.is_due(steps_left), move, lambda: state)
 
     def _build(self, u: Params | None = None, former: LinearPart | None = None) -> LinearPart:
         assert self.field is not None
-        anchored = self.field.anchored(u)
+        point = self.field.linearization_point(u)
         if self.method == "lanczos":
-            return krylov_part(anchored, self.num_lanczos)
+            return krylov_part(point, self.num_lanczos)
         if self.rank is None:
-            return spectral_part(anchored)
-        return ritz_part(anchored, self.rank, former.vectors if isinstance(former, SpectralPart) else None)
+            return spectral_part(point)
+        return ritz_part(point, self.rank, former.vectors if isinstance(former, SpectralPart) else None)
 
     def attach(self, field: ModelField | TangentField, horizon: RealScalar = float("inf")) -> "TangentExponential":
-        """This solver with the linear part of a field at u = 0, for a flow of this length; call it inside the jit."""
+        """Return this solver with the linear part of a field at u = 0, for a flow of this length; call it under jit."""
         size = field.start.size
-        flops = field.anchored().flops()
+        flops = field.linearization_point().flops()
         method, rank = self.method, self.rank if self.rank is not None and self.rank < size else None
         if method == "auto":
             method = method_cost(flops, size, self.num_lanczos)[0] if rank is None else "dense"
@@ -334,7 +387,7 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
     def prepare(
         self, h: Model, loss: Loss | Callable[[Outputs], RealScalar], w0: Params, *, alpha: RealScalar = 1.0
     ) -> tuple[diffrax.ODETerm, "TangentExponential", Params]:
-        r"""What `diffrax.diffeqsolve` needs to follow a gradient flow in displacement coordinates.
+        r"""Return what `diffrax.diffeqsolve` needs to follow a gradient flow in displacement coordinates.
 
         Args:
             h: Model h(w), or a `Tangent`.
@@ -357,15 +410,14 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             0.632
         """
         loss = as_loss(loss)
-        check_alpha(alpha)
         zero_start = check_start(h, loss, w0, alpha, 1e-6)
-        field, solver = _prepare(self, h, loss, w0, jnp.asarray(alpha, float), zero_start)
-        return diffrax.ODETerm(Velocity(field)), solver, jtu.tree_map(jnp.zeros_like, field.coordinates)
+        field, solver, u0 = _prepare(self, ScaledObjective.of(h, loss, w0, alpha, zero_start))
+        return diffrax.ODETerm(Velocity(field)), solver, u0
 
 
 @eqx.filter_jit
 def _prepare(
-    solver: TangentExponential, h: Model, loss: Loss, w0: Params, alpha: Array, zero_start: bool
-) -> tuple[ModelField | TangentField, TangentExponential]:
-    field = make_field(h, loss, w0, alpha, zero_start=zero_start)
-    return field, solver.attach(field)
+    solver: TangentExponential, objective: ScaledObjective
+) -> tuple[ModelField | TangentField, TangentExponential, Params]:
+    field = objective.field()
+    return field, solver.attach(field), jtu.tree_map(jnp.zeros_like, field.coordinates)

@@ -1,6 +1,5 @@
 r"""Gradient descent on $F_\alpha$ by any optax optimizer, in the displacement coordinates of the flows."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +14,11 @@ from diffrax import RESULTS
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_alpha, is_concrete
-from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow.field import check_start, make_field
-from lazyjax.losses.losses import Loss
-from lazyjax.losses.user_loss import as_loss
+from lazyjax.flow.displacement_step import check_optimizer, check_proportional, displacement_step
+from lazyjax.flow.field import make_field
+from lazyjax.flow.start import check_start
+from lazyjax.losses.loss import Loss, as_loss
 from lazyjax.models.tangent import Tangent, linearize
 
 
@@ -30,25 +29,41 @@ class Descent(eqx.Module):
         params: The final w, of w0's structure.
         displacement: The final $u = \alpha(w - w_0)$, a tree of w0's coordinates: exact where w - w0 rounds.
         outputs: The final $\alpha h(w)$, (n,) or (n, k).
-        losses: $R(\alpha h(w))$ before each step, (steps,).
+        loss: $R(\alpha h(w))$ before each step, (steps,).
         alpha: The scale.
-        result: `diffrax.RESULTS.successful`, or `nonfinite`.
+        result: `RESULTS.successful`, or `RESULTS.nonfinite` if the loss or the outputs became NaN or infinite.
     """
 
     params: Params
     displacement: Params
     outputs: Outputs
-    losses: Float[Array, " steps"]
+    loss: Float[Array, " steps"]
     alpha: Float[Array, ""]
     result: RESULTS
+
+    def __str__(self) -> str:
+        """Return the loss at the first and the last step, in a line per lane if there are lanes."""
+        if not is_concrete(self):
+            return eqx.tree_pformat(self)
+        alphas, results = np.ravel(self.alpha), np.ravel(jtu.tree_leaves(self.result)[0])
+        losses = np.reshape(self.loss, (alphas.size, -1))
+        (fine,) = jtu.tree_leaves(RESULTS.successful)
+        lines = [
+            f"  alpha = {alpha:<8.4g} loss {one[0]:.4g} at the first step, {one[-1]:.4g} at the last"
+            + ("" if result == fine else " (became NaN or infinite)")
+            for alpha, one, result in zip(alphas, losses, results, strict=True)
+        ]
+        return "\n".join([f"Descent of {losses.shape[1]} steps", *lines])
+
+    __repr__ = __str__
 
 
 def gradient_descent(
     h: Model,
     loss: Loss | Callable[[Outputs], RealScalar],
     w0: Params,
-    optimizer: Any,
-    steps: Any,
+    optimizer: optax.GradientTransformation,
+    steps: int,
     *,
     alpha: RealScalar = 1.0,
     progress: bool = False,
@@ -66,7 +81,7 @@ def gradient_descent(
         w0: Start; any pytree, its floating arrays are the coordinates.
         optimizer: Any optax optimizer. Those that divide by the gradient's size (Adam) do not become lazy:
             their steps in w do not shrink with alpha. A line search (as in `optax.lbfgs`) asks for the objective
-            at parameters w, and w - w0 rounds: use it where alpha times rounding is small.
+            at parameters w, and w - w0 rounds: use it only if alpha times rounding is small.
         steps: Number of steps.
         alpha: Output scale in (0, inf]; inf needs h(w0) = 0 and an optimizer whose updates are proportional to
             the gradients (SGD with or without momentum), which has a limit.
@@ -94,9 +109,7 @@ def gradient_descent(
     if not isinstance(steps, (int, np.integer)) or steps < 1:
         msg = f"steps must be a whole number of at least 1, got {steps!r}."
         raise ValueError(msg)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        msg = f"optimizer must be an optax optimizer such as optax.sgd(0.1), got {type(optimizer).__name__}."
-        raise TypeError(msg)
+    check_optimizer(optimizer)
     zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
     if is_concrete((alpha, w0)) and bool(np.isinf(alpha)):
         check_proportional(optimizer, eqx.filter(w0, eqx.is_inexact_array))
@@ -106,62 +119,6 @@ def gradient_descent(
         model, loss, w0, optimizer, int(steps), scale, zero_start=zero_start, progress=progress, throw=throw
     )
     return descent.result.error_if(descent, descent.result != RESULTS.successful) if throw else descent
-
-
-PROBES = 64
-"""Updates to wait for one that moves: the rate of a warm-up may begin at zero, gradients may be gathered first."""
-
-REACH = 2.0**40
-"""By how much the probing gradients are larger and smaller than 1: no clipping and no epsilon lies beyond."""
-
-
-def check_proportional(optimizer: optax.GradientTransformation, coordinates: Params) -> None:
-    """Refuse, at alpha = inf, an optimizer whose updates are not those for other gradients times their ratio.
-
-    Seen from parameters 1, whatever w0: there a weight decay shows itself, though no gradient does.
-    """
-    with jax.ensure_compile_time_eval():  # values, even inside a user's jit
-        # Never in half precision, which the small and large gradients are beyond.
-        params = jtu.tree_map(lambda w: jnp.ones(w.shape, max(w.dtype, jnp.float32, key=_bits)), coordinates)
-        states = [optimizer.init(params)] * 4
-        for _ in range(PROBES):
-            sizes, states = _probe(optimizer, states, params)
-            still, once, small, large = map(float, sizes)
-            # Written so that NaN is refused.
-            if not (still == 0 and small <= 1e-3 * once and large <= 1e-3 * once):
-                msg = (
-                    "alpha=inf needs an optimizer whose updates are proportional to the gradients, such as optax.sgd "
-                    "with or without momentum; adaptive steps, clipping and weight decay have no limit there. "
-                    "Use a finite alpha."
-                )
-                raise ValueError(msg)
-            if once > 0:
-                return
-
-
-def _bits(dtype: Any) -> int:
-    return jnp.finfo(dtype).bits
-
-
-@eqx.filter_jit  # compiled once an optimizer
-def _probe(optimizer: optax.GradientTransformation, states: list[Any], params: Params) -> tuple[Any, list[Any]]:
-    """Sizes of the updates for gradients 0 and 1, errors of those for 1/REACH and REACH, and all states after them."""
-
-    def update(factor: float, state: Any) -> tuple[Params, Any]:
-        gradient = jtu.tree_map(lambda w: jnp.full_like(w, factor), params)
-
-        def value(w: Params) -> Array:
-            return functools.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(lambda g, v: jnp.sum(g * v), gradient, w)))
-
-        line_search = {"value": value(params), "grad": gradient, "value_fn": value}
-        return optax.with_extra_args_support(optimizer).update(gradient, state, params, **line_search)
-
-    def error(updates: Params, factor: float) -> Array:
-        return tree_norm(jtu.tree_map(lambda a, b: factor * a - b, updates, once))
-
-    factors = (0.0, 1.0, 1 / REACH, REACH)
-    (still, once, small, large), later = zip(*map(update, factors, states), strict=True)
-    return (tree_norm(still), tree_norm(once), error(small, REACH), error(large, 1 / REACH)), list(later)
 
 
 @eqx.filter_jit
@@ -181,29 +138,25 @@ def _gradient_descent(
     h = h if anchor is None else linearize(h, anchor)
     field = make_field(h, loss, w0, alpha, zero_start=zero_start, throw=throw)
     alpha = jnp.asarray(alpha, field.start.dtype)
-    # At alpha = inf a proportional optimizer has the same steps in u as at alpha = 1.
-    scale = jnp.where(jnp.isinf(alpha), 1, alpha)
-    extended = optax.with_extra_args_support(optimizer)
     meter: Any = diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
 
-    def objective(w: Params) -> Array:
-        u = jtu.tree_map(lambda a, b: scale.astype(b.dtype) * (a - b), w, field.coordinates)
-        return loss(field.outputs(u)) / scale**2
+    def value_of(u: Params) -> Array:
+        return loss(field.outputs(u))
 
     def step(carry: tuple[Params, Any, Any], i: Array) -> tuple[tuple[Params, Any, Any], Array]:
         u, state, meter_state = carry
-        w = field.moved(u)
-        value = loss(field.outputs(u))
-        gradient = jtu.tree_map(lambda g: -g / scale.astype(g.dtype), field(u))
-        updates, state = extended.update(gradient, state, w, value=value / scale**2, grad=gradient, value_fn=objective)
-        u = jtu.tree_map(lambda v, d: v + scale.astype(v.dtype) * d.astype(v.dtype), u, updates)
+        value = value_of(u)
+        slope = jtu.tree_map(jnp.negative, field(u))
+        u, state = displacement_step(
+            optimizer, state, u, slope, w0=field.coordinates, alpha=alpha, value=value, value_of=value_of
+        )
         return (u, state, meter.step(meter_state, i / steps)), value
 
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
     carry = (u0, optimizer.init(field.coordinates), meter.init())
-    (u, _, meter_state), losses = jax.lax.scan(step, carry, jnp.arange(steps))
+    (u, _, meter_state), values = jax.lax.scan(step, carry, jnp.arange(steps))
     meter.close(meter_state)
     outputs = field.outputs(u)
-    finite = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(outputs))
+    finite = jnp.all(jnp.isfinite(values)) & jnp.all(jnp.isfinite(outputs))
     result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)  # pyright: ignore[reportArgumentType]
-    return Descent(eqx.combine(field.moved(u), field.rest), u, outputs, losses, alpha, result)
+    return Descent(eqx.combine(field.moved(u), field.rest), u, outputs, values, alpha, result)

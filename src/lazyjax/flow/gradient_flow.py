@@ -11,25 +11,27 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
-from lazyjax._core.checks import check_alpha, check_times, is_concrete
+from lazyjax._core.checks import check_times, is_concrete
+from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow import result as results
 from lazyjax.flow.choose_solver import DENSE_OUTPUTS, choose_solver, name_of
 from lazyjax.flow.closed_form import solve_tangent, tangent_gram
-from lazyjax.flow.exponential import TangentExponential
-from lazyjax.flow.field import ModelField, TangentField, Velocity, check_start, make_field
-from lazyjax.flow.result import RESULTS, SOLVERS, Result, as_result
+from lazyjax.flow.exponential import TangentExponential, Velocity
+from lazyjax.flow.field import ModelField, ScaledObjective, TangentField
+from lazyjax.flow.result import RESULTS, SOLVERS, Result, as_result, check_successful, is_array
+from lazyjax.flow.start import check_start
 from lazyjax.flow.step_collapse import COLLAPSED, WatchedController
-from lazyjax.losses.losses import Loss, SquareLoss
-from lazyjax.losses.user_loss import as_loss
-from lazyjax.models.tangent import Tangent, linearize
+from lazyjax.losses.loss import Loss, as_loss
+from lazyjax.losses.square import SquareLoss
+from lazyjax.models.tangent import Tangent
 
 EXPLICIT_PI, EXPONENTIAL_PI = {"pcoeff": 0.4, "icoeff": 0.3}, {"pcoeff": 0.3, "icoeff": 0.7}
-"""Of the step-size controller: at a stability bound and at kinks it rejects a third of the steps that an I controller
-does (0 and 1, diffrax's default), and errors are smaller. The steps of the exponential solver must be free to grow."""
+"""Coefficients of the step-size controller: at a stability bound and at kinks it rejects a third of the steps that an I
+controller does (0 and 1, diffrax's default), and errors are smaller. The steps of the exponential solver must be free
+to grow."""
 
-GROWTH = 100.0
+EXPONENTIAL_GROWTH = 100.0
 """Most that a step of the exponential solver may grow by. Its rounding errors are eps h |f|, and |f| falls as 1/t:
 with this much they stay below 1e-5 in float32 for any horizon."""
 
@@ -63,6 +65,31 @@ class Flow(eqx.Module):
     alpha: Float[Array, ""]
     result: Result
     stats: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Return the scale, the times, the first and last loss, what was saved, and how it ended, in a few lines."""
+        if not all(is_array(a) for a in (self.ts, self.loss, self.alpha, *jtu.tree_leaves((self.result, self.stats)))):
+            return eqx.tree_pformat(self)
+        loss, ts, steps = np.asarray(self.loss), np.asarray(self.ts), np.asarray(self.stats["num_steps"])
+        lanes = "".join(f", {size} lanes" for size in loss.shape[:-1])
+        rows = [("loss", f"{in_words(loss[..., 0])} at the start, {in_words(loss[..., -1])} at the end")]
+        for name in ("outputs", "displacement", "params"):
+            saved = jtu.tree_leaves(eqx.filter(getattr(self, name), eqx.is_array))
+            if saved:
+                rows.append((name, ", ".join(str(leaf.shape) for leaf in saved)))
+        rows.append(("result", str(self.result)))
+        rows.append(("solver", f"{np.unique(SOLVERS[self.stats['solver']]).item(0)}, {in_words(steps)} steps"))
+        table = "\n  ".join(format_table(rows).splitlines())
+        times = f"{ts.shape[-1]} times from {in_words(ts[..., 0])} to {in_words(ts[..., -1])}"
+        return f"Flow at alpha = {in_words(self.alpha)}, {times}{lanes}\n  {table}"
+
+    __str__ = __repr__
+
+
+def in_words(values: Any) -> str:
+    """Return a number as text; for several lanes the smallest and the largest."""
+    low, high = (f"{number(np.asarray(values)):.4g}" for number in (np.min, np.max))
+    return low if low == high else f"{low} to {high}"
 
 
 def gradient_flow(
@@ -132,35 +159,25 @@ def gradient_flow(
         0.368
     """
     loss = as_loss(loss)
-    check_alpha(alpha)
     check_times(ts)
-    _check_options(save, rtol, atol, max_steps)
+    check_options(save, rtol, atol, max_steps)
     zero_start = check_start(h, loss, w0, alpha, rtol)
-    to_infinity = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
-    # A Tangent is linearized again inside: its residuals from outside would be compiled in as constants.
-    model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
-    # As arrays, so that another alpha or tolerance is another argument of the same compiled program.
-    scale, relative, absolute = (jnp.asarray(value, float) for value in (alpha, rtol, atol))
+    objective = ScaledObjective.of(h, loss, w0, alpha, zero_start)
     if solver is None and not _has_closed_form(h, loss):
-        solver = choose_solver(model, loss, w0, ts, scale, zero_start=zero_start)
-    # A start declared zero has nothing to throw at.
-    inside = throw and not zero_start
-    options = Options(solver, stepsize_controller, dt0, relative, absolute, tuple(save), max_steps, progress, inside)
-    flow = _gradient_flow(model, loss, w0, jnp.asarray(ts), scale, options, zero_start, to_infinity)
-    return flow.result.error_if(flow, flow.result != RESULTS.successful) if throw else flow
-
-
-def _check_options(save: Sequence[str], rtol: float, atol: float, max_steps: int) -> None:
-    unknown = [name for name in save if name not in ("outputs", "displacement", "params")]
-    if isinstance(save, str) or unknown:
-        msg = f'save must be a tuple of "outputs", "displacement", "params", got {save!r}.'
-        raise ValueError(msg)
-    if not rtol > 0 or not atol >= 0:
-        msg = f"rtol must be positive and atol not negative, got rtol={rtol}, atol={atol}."
-        raise ValueError(msg)
-    if max_steps < 1:
-        msg = f"max_steps must be at least 1, got {max_steps}."
-        raise ValueError(msg)
+        solver = choose_solver(objective, ts)
+    options = Options(
+        solver,
+        stepsize_controller,
+        dt0,
+        jnp.asarray(rtol, float),
+        jnp.asarray(atol, float),
+        tuple(save),
+        max_steps,
+        progress,
+        throw and not zero_start,  # a start declared zero has nothing to throw at
+    )
+    flow = _follow(objective, jnp.asarray(ts), options, ends_at_infinity(ts))
+    return check_successful(flow.result, flow) if throw else flow
 
 
 class Options(eqx.Module):
@@ -177,32 +194,44 @@ class Options(eqx.Module):
     throw: bool = eqx.field(static=True)
 
 
+def check_options(save: Sequence[str], rtol: float, atol: float, max_steps: int) -> None:
+    """Check what is to be saved, the tolerances and the number of steps.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+    unknown = [name for name in save if name not in ("outputs", "displacement", "params")]
+    if isinstance(save, str) or unknown:
+        msg = f'save must be a tuple of "outputs", "displacement", "params", got {save!r}.'
+        raise ValueError(msg)
+    if not rtol > 0 or not atol >= 0:
+        msg = f"rtol must be positive and atol not negative, got rtol={rtol}, atol={atol}."
+        raise ValueError(msg)
+    if max_steps < 1:
+        msg = f"max_steps must be at least 1, got {max_steps}."
+        raise ValueError(msg)
+
+
+def ends_at_infinity(ts: Array) -> bool:
+    """Return whether the last time is known to be infinite."""
+    return is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
+
+
+def _has_closed_form(h: Model, loss: Loss) -> bool:
+    return isinstance(h, Tangent) and isinstance(loss, SquareLoss) and h.outputs.size <= DENSE_OUTPUTS
+
+
 @eqx.filter_jit
-def _gradient_flow(
-    model: tuple[Model, Params | None],
-    loss: Loss,
-    w0: Params,
-    ts: Array,
-    alpha: RealScalar,
-    options: Options,
-    zero_start: bool,
-    to_infinity: bool,
-) -> Flow:
-    h, anchor = model
-    h = h if anchor is None else linearize(h, anchor)
-    field = make_field(h, loss, w0, alpha, zero_start=zero_start, throw=options.throw)
+def _follow(objective: ScaledObjective, ts: Array, options: Options, to_infinity: bool) -> Flow:
+    field = objective.field(throw=options.throw)
     dtype = field.start.dtype
     ts = ts.astype(dtype)
     if options.solver is None:
-        assert isinstance(h, Tangent)
         assert isinstance(field, TangentField)
-        saved, result, stats = _closed_form(h, field, ts)
+        saved, result, stats = _closed_form(field, ts)
     else:
         saved, result, stats = integrate(field, options.solver, ts, options, to_infinity=to_infinity)
-        stats["solver"] = name_of(options.solver)
-    values = jax.vmap(loss)(saved["outputs"])
-    broken = (result == RESULTS.successful) & ~jnp.all(jnp.isfinite(values))
-    result = as_result(RESULTS.where(broken, RESULTS.nonfinite, result))  # pyright: ignore[reportArgumentType]
+    values = jax.vmap(field.loss)(saved["outputs"])
     displacement = saved["displacement"]
     return Flow(
         ts=ts,
@@ -210,16 +239,22 @@ def _gradient_flow(
         displacement=displacement if "displacement" in options.save else None,
         params=eqx.combine(jax.vmap(field.moved)(displacement), field.rest) if "params" in options.save else None,
         loss=values,
-        alpha=jnp.asarray(alpha, dtype),
-        result=result,
+        alpha=jnp.asarray(objective.alpha, dtype),
+        result=nonfinite_unless(jnp.all(jnp.isfinite(values)), result),
         stats=stats,
     )
 
 
-def _closed_form(tangent: Tangent, field: TangentField, ts: Array) -> tuple[dict[str, Any], Result, dict[str, Any]]:
+def nonfinite_unless(finite: Array, result: Result) -> Result:
+    """Return the result, but `nonfinite` instead of `successful` if what was computed is not finite."""
+    broken = (result == RESULTS.successful) & ~finite
+    return as_result(RESULTS.where(broken, RESULTS.nonfinite, result))  # pyright: ignore[reportArgumentType]
+
+
+def _closed_form(field: TangentField, ts: Array) -> tuple[dict[str, Any], Result, dict[str, Any]]:
     loss = field.loss
     assert isinstance(loss, SquareLoss)
-    solution = solve_tangent(tangent_gram(tangent), field.start, loss.minimizer, loss.weight)
+    solution = solve_tangent(tangent_gram(field.tangent), field.start, loss.minimizer, loss.weight)
     times = ts - ts[0]
     saved = {
         "outputs": jax.vmap(solution.outputs)(times),
@@ -230,20 +265,16 @@ def _closed_form(tangent: Tangent, field: TangentField, ts: Array) -> tuple[dict
     return saved, as_result(RESULTS.successful), stats | {"solver": SOLVERS.closed_form}
 
 
-def _has_closed_form(h: Model, loss: Loss) -> bool:
-    return isinstance(h, Tangent) and isinstance(loss, SquareLoss) and h.outputs.size <= DENSE_OUTPUTS
-
-
 def integrate(
     field: ModelField | TangentField, solver: diffrax.AbstractSolver, ts: Array, options: Options, *, to_infinity: bool
-) -> tuple[dict[str, Any], results.Result, dict[str, Any]]:
-    """What is saved along u' = field(u) at ts, how the solve ended, and what it took."""
+) -> tuple[dict[str, Any], Result, dict[str, Any]]:
+    """Return what is saved along u' = field(u) at ts, how the solve ended, and what it took."""
     finite = ts[:-1] if to_infinity else ts
     dt0 = options.dt0
     if isinstance(solver, TangentExponential):
         solver = solver if solver.linear is not None else solver.attach(field, ts[-1] - ts[0])
         assert solver.linear is not None
-        # A kernel that is zero sets no time; neither does an to_infinity flow.
+        # A kernel that is zero sets no time; neither does a flow without an end.
         top = solver.linear.top
         scale = jnp.where(top > 0, 1 / jnp.where(top > 0, top, 1), 1).astype(ts.dtype)
         first = jnp.minimum(scale, finite[-1] - finite[0]) if finite.size > 1 else scale
@@ -284,18 +315,18 @@ def _controller(solver: diffrax.AbstractSolver, finite: Array, rtol: Array, opti
     span = finite[-1] - finite[0] if finite.size > 1 else jnp.zeros((), finite.dtype)
     dtmin = 1e-6 * float(jnp.finfo(finite.dtype).eps) * span
     exponential = isinstance(solver, TangentExponential)
-    growth = GROWTH if exponential else 10.0
+    growth = EXPONENTIAL_GROWTH if exponential else 10.0
     coefficients: dict[str, Any] = EXPONENTIAL_PI if exponential else EXPLICIT_PI
     pid = diffrax.PIDController(
         rtol, options.atol.astype(rtol.dtype), dtmin=dtmin, force_dtmin=False, factormax=growth, **coefficients
-    )  # fmt: skip
+    )
     # Polynomial dense output is too rough for gaps at large alpha: step exactly onto the save times.
     controller = pid if exponential else diffrax.ClipStepSizeController(pid, step_ts=finite)
     return WatchedController(controller, options.max_steps)
 
 
 def _stationary(field: ModelField | TangentField, start: Params, after: Array, rtol: Array) -> Any:
-    """Event: the gradient has fallen to rtol of its start, not before the last finite save time."""
+    """Return the event that the gradient has fallen to rtol of its start, not before the last finite save time."""
     bound = rtol * tree_norm(start)
 
     def reached(t: Any, u: Params, args: Any, **kwargs: Any) -> Array:
@@ -306,19 +337,16 @@ def _stationary(field: ModelField | TangentField, start: Params, after: Array, r
     return reached
 
 
-def _result(result: RESULTS) -> results.Result:
-    ours = results.RESULTS.promote(result)
+def _result(result: diffrax.RESULTS) -> Result:
+    theirs, ours = diffrax.RESULTS, as_result(result)
     # The event is the arrival at a stationary point; without it, max_steps ended the search for one.
-    for found, meant in (
-        (RESULTS.event_occurred, results.RESULTS.successful),
-        (COLLAPSED, results.RESULTS.steps_collapsed),
-    ):
-        ours = results.RESULTS.where(result == found, meant, ours)  # pyright: ignore[reportArgumentType]
-    return results.as_result(ours)
+    for found, meant in ((theirs.event_occurred, RESULTS.successful), (COLLAPSED, RESULTS.steps_collapsed)):
+        ours = RESULTS.where(result == found, meant, ours)  # pyright: ignore[reportArgumentType]
+    return as_result(ours)
 
 
 def _count(stats: dict[str, Any], solver: diffrax.AbstractSolver) -> dict[str, Any]:
-    """diffrax's step counts, and the vector-field evaluations they stand for."""
+    """Return diffrax's step counts, the vector-field evaluations they stand for, and the solver."""
     evaluations = jnp.asarray(-1)
     tableau = getattr(solver, "tableau", None)
     if isinstance(solver, TangentExponential):
@@ -329,4 +357,4 @@ def _count(stats: dict[str, Any], solver: diffrax.AbstractSolver) -> dict[str, A
     elif isinstance(solver, diffrax.Euler):
         evaluations = stats["num_steps"]
     names = ("num_steps", "num_accepted_steps", "num_rejected_steps")
-    return {**{name: stats[name] for name in names}, "num_vector_field": evaluations}
+    return {**{name: stats[name] for name in names}, "num_vector_field": evaluations, "solver": name_of(solver)}

@@ -17,10 +17,12 @@ from jaxtyping import Array, Float, Int, Shaped
 from lazyjax._core.checks import check_alpha, check_finite
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.flow.closed_form import Numbers, TangentSolution, tangent_solution
-from lazyjax.flow.field import check_start, make_field
+from lazyjax.flow.field import make_field
+from lazyjax.flow.start import check_start
 from lazyjax.kernels.gram import gram
 from lazyjax.kernels.spectrum import check_rtol, effective_rank
-from lazyjax.losses.losses import Loss, SquareLoss
+from lazyjax.losses.loss import Loss
+from lazyjax.losses.square import SquareLoss
 from lazyjax.models.maps import on_data, without_constant
 
 PER_DECADE = 16

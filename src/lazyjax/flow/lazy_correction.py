@@ -33,15 +33,16 @@ from lazyjax._core.checks import check_times, is_concrete
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.flow.choose_solver import choose_solver, name_of
+from lazyjax.flow.choose_solver import choose_solver
 from lazyjax.flow.exponential import TangentExponential
-from lazyjax.flow.field import TangentField, check_start, make_field
-from lazyjax.flow.gradient_flow import Flow, Options, _check_options, integrate
+from lazyjax.flow.field import ScaledObjective, TangentField, make_field
+from lazyjax.flow.gradient_flow import Flow, Options, check_options, ends_at_infinity, integrate, nonfinite_unless
 from lazyjax.flow.linear_part import KrylovPart, LinearizationPoint, SpectralPart
-from lazyjax.flow.result import RESULTS, as_result
+from lazyjax.flow.result import check_successful
+from lazyjax.flow.start import check_start
 from lazyjax.losses.hessian_root import HessianRoot
-from lazyjax.losses.losses import Loss, SquareLoss
-from lazyjax.losses.user_loss import as_loss
+from lazyjax.losses.loss import Loss, as_loss
+from lazyjax.losses.square import SquareLoss
 from lazyjax.models.maps import without_constant
 from lazyjax.models.tangent import linearize
 
@@ -127,22 +128,19 @@ def lazy_correction(
     """
     loss = as_loss(loss)
     check_times(ts)
-    _check_options(("outputs", "displacement"), rtol, atol, max_steps)
+    check_options(("outputs", "displacement"), rtol, atol, max_steps)
     zero_start = check_start(h, loss, w0, jnp.inf, rtol)
     _check_smooth(h, loss, w0)
-    to_infinity = is_concrete(ts) and bool(np.isinf(np.asarray(ts)[-1]))
     if solver is None:
-        infinity = jnp.asarray(jnp.inf, float)
-        solver = choose_solver((h, None), loss, w0, ts, infinity, zero_start=zero_start)
+        solver = choose_solver(ScaledObjective.of(h, loss, w0, jnp.inf, zero_start), ts)
         if isinstance(solver, TangentExponential) and isinstance(loss, SquareLoss):
             # The linear part at the start is that of all times.
             solver = dataclasses.replace(solver, relinearize=False)
     relative, absolute = jnp.asarray(rtol, float), jnp.asarray(atol, float)
     inside = throw and not zero_start
     options = Options(solver, None, None, relative, absolute, ("outputs", "displacement"), max_steps, False, inside)
-    out = _lazy_correction(h, loss, w0, jnp.asarray(ts), options, zero_start, to_infinity)
-    result = out.tangent_flow.result
-    return result.error_if(out, result != RESULTS.successful) if throw else out
+    out = _lazy_correction(h, loss, w0, jnp.asarray(ts), options, zero_start, ends_at_infinity(ts))
+    return check_successful(out.tangent_flow.result, out) if throw else out
 
 
 class PairField(TangentField):
@@ -167,7 +165,7 @@ class PairField(TangentField):
         slope, bend = jax.jvp(lambda w: jax.jvp(model, (w,), (displacement,))[1], (w0,), (displacement,))
         return self.start + jnp.concatenate([slope, self.tangent.jvp(v) + 0.5 * bend])
 
-    def anchored(self, u: Params | None = None) -> LinearizationPoint:
+    def linearization_point(self, u: Params | None = None) -> LinearizationPoint:
         """The model at w0, twice; the loss where u has taken the outputs of the tangent model."""
         outputs = self.start if u is None else self.outputs(u)
         root = self.loss.root(jnp.split(outputs, 2)[0])
@@ -216,13 +214,13 @@ def _attach(solver: TangentExponential, single: TangentField, pair: PairField, h
         rank = None if solver.rank is None else 2 * solver.rank
         return dataclasses.replace(solver, rank=rank).attach(pair, horizon)
     solver = solver.attach(single, horizon)
-    part, anchored = solver.linear, jax.lax.stop_gradient(pair.anchored())
+    part, point = solver.linear, jax.lax.stop_gradient(pair.linearization_point())
     if isinstance(part, SpectralPart):
         vectors = jsl.block_diag(part.vectors, part.vectors)
-        twice = SpectralPart(anchored, part.top, jnp.tile(part.values, 2), vectors)
+        twice = SpectralPart(point, part.top, jnp.tile(part.values, 2), vectors)
     else:
         assert isinstance(part, KrylovPart)
-        twice = KrylovPart(anchored, part.top, part.num_lanczos, 2 * part.size, part.dtype)
+        twice = KrylovPart(point, part.top, part.num_lanczos, 2 * part.size, part.dtype)
     return eqx.tree_at(lambda s: s.linear, solver, twice)
 
 
@@ -243,9 +241,7 @@ def _lazy_correction(
     saved, result, stats = integrate(pair, solver, ts, options, to_infinity=to_infinity)
     outputs, limit = jnp.split(saved["outputs"], 2, axis=1)
     displacement, v = saved["displacement"]
-    broken = (result == RESULTS.successful) & ~jnp.all(jnp.isfinite(saved["outputs"]))
-    result = as_result(RESULTS.where(broken, RESULTS.nonfinite, result))  # pyright: ignore[reportArgumentType]
-    stats["solver"] = name_of(solver)
+    result = nonfinite_unless(jnp.all(jnp.isfinite(saved["outputs"])), result)
     alpha = jnp.asarray(jnp.inf, start.dtype)
     flow = Flow(ts, outputs, displacement, None, jax.vmap(loss)(outputs), alpha, result, stats)
     return Correction(ts, limit, v, jax.vmap(loss.norm)(limit), jax.vmap(tree_norm)(v), flow)

@@ -17,13 +17,13 @@ from lazyjax._core.lanczos import lanczos
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.difference.finite_jvp import finite_jvp
-from lazyjax.losses.losses import Loss
+from lazyjax.losses.loss import Loss
 
 
 def differential_change(
     h: Model, w0: Params, u: Params, eps: Float[Array, ""]
 ) -> tuple[Callable[[Params], Outputs], Callable[[Outputs], Params]]:
-    """The products v -> E v and r -> E^T r (plain transpose) with the change of Dh from w0 to w0 + eps u, over eps."""
+    """Return the products v -> E v and r -> E^T r (plain transpose) with the change of Dh to w0 + eps u, over eps."""
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
 
     def difference(v: Params) -> Outputs:
@@ -36,7 +36,7 @@ def differential_change(
     return difference, lambda r: transpose(r)[0]
 
 
-def change_quotient(
+def relative_change(
     h: Model,
     loss: Loss,
     w0: Params,
@@ -46,13 +46,13 @@ def change_quotient(
     num_matvecs: int,
     key: PRNGKeyArray | None,
 ) -> Float[Array, ""]:
-    r"""$\|Dh(w_0 + \varepsilon u) - Dh(w_0)\|/|\varepsilon u|$ in F's metric, by Lanczos from below; 0 for u = 0.
+    r"""Return $\|Dh(w_0 + \varepsilon u) - Dh(w_0)\|/|\varepsilon u|$ in F's metric, by Lanczos from below; 0 for u = 0.
 
-    At eps = 0 its limit, $\|D^2h(w_0)(u, \cdot)\|/|u|$.
+    At eps = 0 it is the limit, $\|D^2h(w_0)(u, \cdot)\|/|u|$.
     """
     out = check_outputs(h, w0)
     length = tree_norm(u)
-    # Of unit length, so that no square of E underflows.
+    # At unit length no square of E underflows.
     unit = jtu.tree_map(lambda leaf: leaf / jnp.where(length == 0, 1, length).astype(leaf.dtype), u)
     difference, transpose = differential_change(h, w0, unit, eps * length.astype(eps.dtype))
     weight = jnp.asarray(loss.weight, out.dtype)

@@ -1,8 +1,9 @@
 r"""What one gradient step already tells: how much faster the objective changes than the differential.
 
-Norms in F are in the metric of the loss (see `lazyjax.loss`), norms of parameters are Euclidean.
+Norms in F are in the metric of the loss (see `lazyjax.losses`), norms of parameters are Euclidean.
 """
 
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -12,15 +13,17 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import check_alpha, is_concrete
 from lazyjax._core.keys import default_key
+from lazyjax._core.show import show
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow.field import ModelField, TangentField, check_start, make_field
+from lazyjax.flow.field import make_field
+from lazyjax.flow.start import check_start
 from lazyjax.laziness.hessian_norm import SecondDerivative, check_starts, norm_lower
-from lazyjax.laziness.jacobian_change import change_quotient
-from lazyjax.losses.losses import Loss
-from lazyjax.losses.user_loss import as_loss
+from lazyjax.laziness.jacobian_change import relative_change
+from lazyjax.laziness.sample_hessians import inputs_as_arguments
+from lazyjax.losses.loss import Loss, as_loss
 from lazyjax.models.maps import without_constant
-from lazyjax.models.tangent import Tangent, linearize, singular_values
+from lazyjax.models.tangent import linearize, singular_values
 
 
 class StepCriterion(eqx.Module):
@@ -37,6 +40,21 @@ class StepCriterion(eqx.Module):
     objective_change: Float[Array, ""]
     jacobian_change: Float[Array, ""]
     ratio: Float[Array, ""]
+
+    def __str__(self) -> str:
+        """Show the ratio and the two changes."""
+        return show(
+            self,
+            self.ratio,
+            0,
+            lambda: (
+                f"one gradient step of size {self.step_size:.3g}: jacobian_change / objective_change = "
+                f"{self.ratio:.3g}\n"
+                f"  F changes by {self.objective_change:.3g} of itself, Dh by {self.jacobian_change:.3g}"
+            ),
+        )
+
+    __repr__ = __str__
 
 
 def step_criterion(
@@ -73,42 +91,61 @@ def step_criterion(
         >>> bool(step.ratio < 1e-6)
         True
     """
-    loss, field, tangent = _at_start(h, loss, w0, alpha)
-    dh_norm = singular_values(tangent, loss, key=key).largest
-    if step_size is None:
-        step_size = 1 / (getattr(loss, "smoothness", 1.0) * dh_norm**2)
-    eta = jnp.asarray(step_size, dh_norm.dtype)
-    if is_concrete(eta) and not eta > 0:
+    if step_size is not None and is_concrete(step_size) and not step_size > 0:
         msg = f"step_size must be positive, got {step_size}."
         raise ValueError(msg)
+    h, loss, scale, zero_start = _check_problem(h, loss, w0, alpha)
+    eta = None if step_size is None else jnp.asarray(step_size, float)
+    found, value, gradient_norm = _step(h, loss, w0, scale, eta, key, zero_start)
+    _check_moving(value, gradient_norm)
+    return found
+
+
+@eqx.filter_jit
+def _step(
+    h: Model, loss: Loss, w0: Params, alpha: Array, eta: Array | None, key: PRNGKeyArray | None, zero_start: bool
+) -> tuple[StepCriterion, Array, Array]:
+    """Return the criterion, and the loss and the norm of the gradient at the start."""
+    field = make_field(h, loss, w0, alpha, zero_start=zero_start)
+    dh_norm = singular_values(linearize(h, w0), loss, key=key).largest
+    if eta is None:
+        eta = 1 / (_smoothness(loss) * dh_norm**2)
+    eta = eta.astype(dh_norm.dtype)
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
-    u1 = jtu.tree_map(lambda g: eta.astype(g.dtype) * g, field(u0))
+    velocity = field(u0)
+    u1 = jtu.tree_map(lambda g: eta.astype(g.dtype) * g, velocity)
     before, after = loss(field.outputs(u0)), loss(field.outputs(u1))
-    _check_moving(before, field(u0))
     objective_change = jnp.abs(after - before) / before
-    quotient = change_quotient(h, loss, w0, u1, field.eps, num_matvecs=50, key=key)
-    jacobian_change = quotient * field.eps * tree_norm(u1) / dh_norm
-    return StepCriterion(eta, objective_change, jacobian_change, jacobian_change / objective_change)
+    change = relative_change(h, loss, w0, u1, field.eps, num_matvecs=50, key=key)
+    jacobian_change = change * field.eps * tree_norm(u1) / dh_norm
+    found = StepCriterion(eta, objective_change, jacobian_change, jacobian_change / objective_change)
+    return found, before, tree_norm(velocity)
 
 
-def _check_moving(value: Array, gradient: Params) -> None:
-    """Refuse a start where nothing is left to train: the ratios would be 0/0."""
-    if is_concrete((value, gradient)) and not (value > 0 and tree_norm(gradient) > 0):
+def _smoothness(loss: Loss) -> float:
+    """Return the smoothness M that a loss declares, 1 if it declares none."""
+    declared = loss.smoothness
+    return declared if declared is not None and math.isfinite(declared) else 1.0
+
+
+def _check_moving(value: Array, gradient_norm: Array) -> None:
+    """Refuse a start at which nothing is left to train: the ratios would be 0/0."""
+    if is_concrete((value, gradient_norm)) and not (float(value) > 0 and float(gradient_norm) > 0):
         msg = (
             f"w0 must not be a stationary point, but R = {float(value):.3g} there and the gradient's norm is "
-            f"{float(tree_norm(gradient)):.3g}; start from another w0."
+            f"{float(gradient_norm):.3g}; start from another w0."
         )
         raise ValueError(msg)
 
 
-def _at_start(
+def _check_problem(
     h: Model, loss: Loss | Callable[[Outputs], RealScalar], w0: Params, alpha: RealScalar
-) -> tuple[Loss, ModelField | TangentField, Tangent]:
-    loss = as_loss(loss)
+) -> tuple[Model, Loss, Array, bool]:
+    """Check the arguments; return model, loss and scale for the compiled programs, and whether the start is zero."""
+    h, loss = inputs_as_arguments(h), as_loss(loss)
     check_alpha(alpha)
     zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
-    field = make_field(h, loss, w0, alpha, zero_start=zero_start)
-    return loss, field, linearize(h, w0)
+    return h, loss, jnp.asarray(alpha, float), zero_start
 
 
 def lazy_ratio(
@@ -120,7 +157,7 @@ def lazy_ratio(
     starts: int = 10,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, ""]:
-    r"""$F_\alpha \|D^2(\alpha h)\| / (\|\nabla F_\alpha\| \|D(\alpha h)\|)$ at w0: far below 1 is lazy.
+    r"""Return $F_\alpha \|D^2(\alpha h)\| / (\|\nabla F_\alpha\| \|D(\alpha h)\|)$ at w0: far below 1 is lazy.
 
     Unlike $\kappa$, it sees whether the residual is aligned with Dh: always lazy_ratio >= kappa/2 for the square
     loss. $\|D^2h\|$ is the largest found in a search, so the value is a lower estimate; `kappa` gives an upper one.
@@ -132,6 +169,9 @@ def lazy_ratio(
         alpha: Output scale in (0, inf].
         starts: Random starts of the search; one alone often misses the maximum.
         key: For the random starts; None for a fixed one.
+
+    Returns:
+        The ratio, a number.
 
     Raises:
         ValueError, TypeError: as `gradient_flow`; `starts` below 1.
@@ -145,11 +185,21 @@ def lazy_ratio(
         1.000
     """
     check_starts(starts)
-    loss, field, tangent = _at_start(h, loss, w0, alpha)
+    h, loss, scale, zero_start = _check_problem(h, loss, w0, alpha)
+    ratio, value, gradient_norm = _ratio(h, loss, w0, scale, starts, key, zero_start)
+    _check_moving(value, gradient_norm)
+    return ratio
+
+
+@eqx.filter_jit
+def _ratio(
+    h: Model, loss: Loss, w0: Params, alpha: Array, starts: int, key: PRNGKeyArray | None, zero_start: bool
+) -> tuple[Array, Array, Array]:
+    """Return the lazy ratio, and the loss and the norm of the gradient at the start."""
+    field, tangent = make_field(h, loss, w0, alpha, zero_start=zero_start), linearize(h, w0)
     form = SecondDerivative(without_constant(h), w0, loss.weight**0.5)
     d2h_norm = norm_lower(form, tangent.outputs.size, default_key(key), starts)
     dh_norm = singular_values(tangent, loss, key=key).largest
-    gradient = field(jtu.tree_map(jnp.zeros_like, field.coordinates))
-    _check_moving(loss(field.start), gradient)
-    gradient_norm = tree_norm(gradient)
-    return field.eps * loss(field.start) * d2h_norm / (gradient_norm * dh_norm)
+    gradient_norm = tree_norm(field(jtu.tree_map(jnp.zeros_like, field.coordinates)))
+    value = loss(field.start)
+    return field.eps * value * d2h_norm / (gradient_norm * dh_norm), value, gradient_norm

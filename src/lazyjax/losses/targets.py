@@ -8,7 +8,10 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from lazyjax._core.checks import check_finite
-from lazyjax.losses.losses import Loss, logistic_loss, softmax_cross_entropy, square_loss
+from lazyjax.losses.cross_entropy import softmax_cross_entropy
+from lazyjax.losses.logistic import logistic_loss
+from lazyjax.losses.loss import Loss
+from lazyjax.losses.square import square_loss
 
 Accuracy = Callable[[Array], Array]
 

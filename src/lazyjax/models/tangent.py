@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lazyjax._core.checks import check_outputs, split_params
 from lazyjax._core.lanczos import lanczos
 from lazyjax._core.types import Model, Outputs, Params
-from lazyjax.losses.losses import Loss
+from lazyjax.losses.loss import Loss
 from lazyjax.models.maps import declares_zero, same_params
 
 

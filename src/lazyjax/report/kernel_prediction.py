@@ -1,79 +1,191 @@
-"""What the kernel at w0 tells without any flow, for a report: condition, effective rank, the end and the best stop."""
+"""What the kernel at w0 tells without any flow: how stiff and how long the flows are, and how training ends."""
 
+import math
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lazyjax._core.types import Model, Params
-from lazyjax.flow.closed_form import TangentSolution
+from lazyjax._core.lanczos import top_eigenvalues
+from lazyjax.flow.choose_solver import DENSE_OUTPUTS
+from lazyjax.flow.closed_form import TangentSolution, tangent_gram, tangent_solution
+from lazyjax.flow.exponential import TangentExponential
+from lazyjax.flow.field import make_field
 from lazyjax.flow.kernel_regression import KernelRegression
+from lazyjax.flow.linear_part import SpectralPart
 from lazyjax.kernels.spectrum import condition_number, effective_rank, without_rounding
-from lazyjax.losses.losses import SquareLoss
-from lazyjax.models.maps import on_data
-from lazyjax.models.tangent import linearize
-from lazyjax.report.lane import Problem, Spectrum, measure
+from lazyjax.losses.loss import Loss
+from lazyjax.losses.square import SquareLoss
+from lazyjax.report.lane import SOLVE
+from lazyjax.report.problem import Problem
+
+LEADING = 20
+"""So many eigenvalues of the kernel are computed if it is too large to diagonalize."""
+
+GRID = np.concatenate([np.zeros(1), np.geomspace(1, 1000, 400)])
+"""Flow times from which `choose_horizon` chooses, times the largest eigenvalue; the first is the start."""
 
 STOPS = ("best", "end")
-"""When the predicted training stops: where the test loss is smallest, and never."""
+"""When the predicted training stops: when the test loss is smallest, and never."""
 
 
-class JacobianTransfer(eqx.Module):
-    """Cotangents on the training data to changes of the test outputs, by a vjp and a jvp each.
+class Spectrum(eqx.Module):
+    """The kernel at w0, and the solver that it allows; made by `diagonalize`.
 
-    For the few tens that a report needs that is cheaper than the cross Gram of all test points.
+    Attributes:
+        eigenvalues: In F's metric, falling: all of them, or the largest.
+        solution: The tangent flow in closed form, for the square loss.
+        solver: What to follow the flows with.
+        summary: Condition number, rank and effective rank if all eigenvalues are known, else empty.
+        losses: Training loss of the tangent model at the flow times `GRID` over the largest eigenvalue; empty without
+            a closed form.
     """
 
-    f: Model
-    w0: Params
-    x: Array
-    x_test: Array
-
-    def __call__(self, cotangents: Float[Array, "..."]) -> Float[Array, "..."]:
-        """One after the other, as the flows are taken to the test data."""
-        train, test = (linearize(on_data(self.f, x), self.w0) for x in (self.x, self.x_test))
-        return jax.lax.map(lambda r: test.jvp(train.vjp(r)), cotangents)
+    eigenvalues: np.ndarray
+    solution: TangentSolution | None
+    solver: diffrax.AbstractSolver
+    summary: dict[str, float]
+    losses: np.ndarray
 
 
-def describe_kernel(spectrum: Spectrum, num_outputs: int) -> dict[str, Any]:
-    """Condition number, rank and effective rank, where all eigenvalues are known."""
-    eigenvalues = jnp.asarray(spectrum.eigenvalues)
-    if eigenvalues.size < num_outputs:
-        return {}
-    condition, rank, effective = _facts(eigenvalues)
-    return {"kernel_condition": float(condition), "kernel_rank": int(rank), "kernel_effective_rank": float(effective)}
+def diagonalize(problem: Problem) -> Spectrum:
+    """Compute the spectrum of the kernel, all of it up to 4096 outputs, and choose what to follow the flows with.
+
+    The exponential solver if one eigendecomposition serves all lanes; Tsit5 above that size, and for other losses,
+    whose Hessian fades as they are fitted, and the stiffness with it.
+
+    Raises:
+        ValueError: the kernel is zero: no first-order change of the outputs, nothing for a tangent model to learn.
+    """
+    solution, solver, losses = None, diffrax.Tsit5(), np.zeros(0)
+    if math.prod(problem.shape) > DENSE_OUTPUTS:
+        eigenvalues, found = _compute_leading(problem), {}
+    elif isinstance(problem.loss, SquareLoss):
+        solution, solver, found, losses = _solve(problem)
+        eigenvalues = solution.eigenvalues
+    else:
+        eigenvalues, found = _compute_all(problem)
+    summary = {name: value.item() for name, value in found.items()}
+    spectrum = Spectrum(np.asarray(eigenvalues), solution, solver, summary, np.asarray(losses))
+    if not spectrum.eigenvalues[0] > 0:
+        msg = (
+            "f must depend on w0 to first order, but its tangent kernel on x is zero at w0 (all parameters zero, or "
+            "every unit dead?); start from another w0."
+        )
+        raise ValueError(msg)
+    return spectrum
 
 
 @eqx.filter_jit
-def _facts(eigenvalues: Array) -> tuple[Array, Array, Array]:
-    rank = jnp.sum(without_rounding(eigenvalues) > 0)
-    return condition_number(eigenvalues), rank, effective_rank(eigenvalues)
+def _solve(problem: Problem) -> tuple[TangentSolution, TangentExponential, dict[str, Array], Array]:
+    assert isinstance(problem.loss, SquareLoss)
+    loss = problem.loss
+    field = make_field(problem.model, loss, problem.w0, jnp.inf, zero_start=True)
+    solver = TangentExponential(method="dense").attach(field)
+    assert isinstance(solver.linear, SpectralPart)
+    values, vectors = solver.linear.values, solver.linear.vectors
+    solution = tangent_solution(values, vectors, jnp.zeros_like(field.start), loss.minimizer, loss.weight)
+    times = jnp.asarray(GRID, values.dtype) / solution.eigenvalues[0]
+    # The flows of the lanes have fields of their own.
+    solver = TangentExponential(method="dense", linear=solver.linear)
+    return solution, solver, _summarize(solution.eigenvalues), solution.loss(times)
 
 
-def predict(setting: Problem, spectrum: Spectrum) -> dict[str, tuple[str, np.ndarray]]:
-    """Losses and accuracies of kernel regression over `STOPS`, as variables of a dataset; none for other losses.
+@eqx.filter_jit
+def _compute_all(problem: Problem) -> tuple[Array, dict[str, Array]]:
+    eigenvalues = problem.loss.weight * jnp.linalg.eigvalsh(tangent_gram(problem.tangent))[::-1]
+    return eigenvalues, _summarize(eigenvalues)
 
-    The coordinate is "stop", with the flow times in "kernel_time".
+
+@eqx.filter_jit
+def _compute_leading(problem: Problem) -> Array:
+    tangent, weight = problem.tangent, problem.loss.weight
+    shape, dtype = tangent.outputs.shape, tangent.outputs.dtype
+
+    def product(r: Array) -> Array:
+        return weight * tangent.jvp(tangent.vjp(r.reshape(shape))).ravel()
+
+    return top_eigenvalues(product, tangent.outputs.size, LEADING, dtype=dtype)
+
+
+def _summarize(eigenvalues: Array) -> dict[str, Array]:
+    return {
+        "kernel_condition": condition_number(eigenvalues),
+        "kernel_rank": jnp.sum(without_rounding(eigenvalues) > 0),
+        "kernel_effective_rank": effective_rank(eigenvalues),
+    }
+
+
+def choose_horizon(spectrum: Spectrum) -> float:
+    """Return the flow time in which the tangent model has learned, at most 1000 over the largest eigenvalue.
+
+    Without a closed form, 300 over the largest eigenvalue.
+    """
+    if spectrum.solution is None:
+        return 300 / float(spectrum.eigenvalues[0])
+    losses = spectrum.losses
+    learned = losses[1:] <= max(0.01 * losses[0], losses[-1])
+    return float(GRID[1:][np.argmax(learned)] / float(spectrum.eigenvalues[0]))
+
+
+def check_horizon(horizon: float, spectrum: Spectrum, loss: Loss) -> None:
+    """Check that an explicit solver can reach a flow time within its steps, each about 3 over the stiffness.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if isinstance(spectrum.solver, TangentExponential):
+        return
+    largest = float(spectrum.eigenvalues[0])
+    stiffness = (loss.smoothness or 1.0) * largest
+    longest = 2.5 * SOLVE["max_steps"] / stiffness if stiffness > 0 else np.inf
+    if horizon > longest:
+        msg = (
+            f"time must be at most {longest:.3g} for this model, whose kernel's largest eigenvalue is {largest:.3g}, "
+            f"got {horizon:.3g}; an explicit solver cannot go further in {SOLVE['max_steps']} steps."
+        )
+        raise ValueError(msg)
+
+
+def choose_solver(spectrum: Spectrum, horizon: float) -> diffrax.AbstractSolver:
+    """Return the solver for flows of this length: the exponential one takes only what is stiff over it."""
+    solver = spectrum.solver
+    if not isinstance(solver, TangentExponential):
+        return solver
+    assert isinstance(solver.linear, SpectralPart)
+    return TangentExponential(method="dense", linear=solver.linear.leading(horizon))
+
+
+def predict(problem: Problem, spectrum: Spectrum) -> dict[str, tuple[str, np.ndarray]]:
+    """Return losses and accuracies of kernel regression over `STOPS`, as variables of a dataset.
+
+    The coordinate is "stop", with the flow times in "kernel_time". For losses other than the square one there are none.
     """
     if spectrum.solution is None:
         return {}
-    times, measures = _predict(setting, spectrum.solution)
-    values = {"time": times, **measures}
+    times, measures = _predict(problem, spectrum.solution)
+    values: dict[str, Any] = {"time": times, **measures}
     found = {f"kernel_{name}": ("stop", np.asarray(value)) for name, value in values.items()}
     return {"stop": ("stop", np.asarray(STOPS[-times.size :])), **found}
 
 
 @eqx.filter_jit
-def _predict(s: Problem, solution: TangentSolution) -> tuple[Array, dict[str, Array]]:
-    """The flow times of the stops, of the second one alone where nothing tells the first, and what is found there."""
+def _predict(problem: Problem, solution: TangentSolution) -> tuple[Array, dict[str, Array]]:
+    """Return the flow times of the stops, of "end" alone if nothing tells the best one, and what is found there."""
     times = jnp.full(1, jnp.inf, solution.eigenvalues.dtype)
-    if s.x_test is None or not isinstance(s.loss_test, SquareLoss):
-        return times, measure(s, solution.outputs(times), None)
-    # The report's model is centered: it starts from zero.
-    start = jnp.zeros_like(s.loss_test.minimizer, times.dtype)
-    regression = KernelRegression(solution, JacobianTransfer(s.f, s.w0, s.x, s.x_test), start)
-    times = jnp.concatenate([regression.best_time(s.loss_test)[0][None], times])
-    return times, measure(s, regression.outputs(times), regression.test_outputs(times))
+    if not isinstance(problem.test_loss, SquareLoss):
+        return times, problem.measure(solution.outputs(times), None)
+    train, test = problem.tangent, problem.test_tangent
+
+    def transfer(cotangents: Float[Array, "..."]) -> Float[Array, "..."]:
+        # One vjp and one jvp for each of a few tens, which is cheaper than the cross Gram of all test points.
+        return jax.lax.map(lambda r: test.jvp(train.vjp(r)), cotangents)
+
+    # The model is centered: it starts from zero.
+    regression = KernelRegression(solution, transfer, jnp.zeros_like(problem.test_loss.minimizer, times.dtype))
+    times = jnp.concatenate([regression.best_time(problem.test_loss)[0][None], times])
+    return times, problem.measure(regression.outputs(times), regression.test_outputs(times))

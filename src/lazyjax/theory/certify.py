@@ -14,9 +14,8 @@ from lazyjax._core.keys import default_key
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.laziness.compare import Comparison, compare
 from lazyjax.laziness.hessian_norm import SecondDerivative
-from lazyjax.laziness.kinks import measure_kinks
-from lazyjax.losses.losses import Loss
-from lazyjax.losses.user_loss import as_loss
+from lazyjax.laziness.kappa import measure_kinks
+from lazyjax.losses.loss import Loss, as_loss
 from lazyjax.models.maps import without_constant
 from lazyjax.theory.claims import FAILS, Claim
 from lazyjax.theory.measurements import Measurements, measure_facts

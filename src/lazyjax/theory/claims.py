@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from lazyjax.losses.losses import Loss, SoftmaxCrossEntropy, SquareLoss
+from lazyjax.losses.loss import Loss
+from lazyjax.losses.square import SquareLoss
 from lazyjax.theory.measurements import Measurements
 
 HOLDS, UNKNOWN, FAILS = 2, 1, 0
@@ -114,8 +115,7 @@ class Evidence:
         self.facts, self.num_params, self.num_outputs = facts, num_params, num_outputs
         self.weight = loss.weight
         self.lip_h, self.lip_dh = (jax.lax.cummax(v, axis=0) for v in (facts.path_dh_norm, facts.quotient))
-        smoothness: float | None = getattr(loss, "smoothness", None)
-        convexity = _strong_convexity(loss)
+        smoothness, convexity = loss.smoothness, loss.strong_convexity()
         self.convexity = convexity or 1.0
         self.smoothness = max(smoothness or 1.0, self.convexity)
         self.smooth = Assumption(
@@ -159,11 +159,3 @@ def _of_loss(name: str, facts: Measurements, value: float | None, detail: str) -
     if value is None:
         return Assumption(name, jnp.full(like.shape, UNKNOWN), (), "the loss does not say")
     return Assumption(name, jnp.full(like.shape, HOLDS if value > 0 else FAILS), (like + value,), detail)
-
-
-def _strong_convexity(loss: Loss) -> float | None:
-    """The m of a loss on all of F, 0 if there is none; None for a loss that does not say."""
-    if isinstance(loss, SoftmaxCrossEntropy):
-        return 0.0
-    of = getattr(loss, "strong_convexity", None)
-    return None if of is None else of()

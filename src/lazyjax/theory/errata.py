@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.laziness.compare import compare
-from lazyjax.losses.losses import square_loss
+from lazyjax.losses.square import square_loss
 from lazyjax.theory import bounds
 from lazyjax.theory.certify import certify
 from lazyjax.theory.measurements import Measurements

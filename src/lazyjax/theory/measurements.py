@@ -17,9 +17,9 @@ from lazyjax._core.trees import move, safe_ratio, tree_norm
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.difference.finite_jvp import finite_jvp
 from lazyjax.flow.gradient_flow import Flow
-from lazyjax.laziness.hessian_norm import bend
+from lazyjax.laziness.hessian_norm import second_directional_derivative
 from lazyjax.laziness.jacobian_change import differential_change
-from lazyjax.losses.losses import Loss
+from lazyjax.losses.loss import Loss
 from lazyjax.models.maps import without_constant
 from lazyjax.models.tangent import linearize
 
@@ -115,7 +115,7 @@ def measure_facts(
     h, eps = without_constant(h), 1 / flow.alpha
     u, outputs, tangent_outputs = flow.displacement, flow.outputs, tangent_flow.outputs
     start = outputs[0]
-    minimizer = getattr(loss, "minimizer", jnp.full_like(start, jnp.nan)).astype(start.dtype)
+    minimizer = jnp.full_like(start, jnp.nan) if loss.minimizer is None else loss.minimizer.astype(start.dtype)
     at_start = _singular_values(h, loss, w0)
     norm, residual = jax.vmap(loss.norm), jax.vmap(lambda y: loss.norm(y - minimizer))
     pulled = linearize(h, w0).vjp(loss.cotangent(start))
@@ -160,7 +160,9 @@ def _on_test(f: Model, w0: Params, u: Params, tangent_u: Params, eps: Array) -> 
         size = tree_norm(moved)
         unit = jtu.tree_map(lambda leaf: leaf / jnp.where(size > 0, size, 1).astype(leaf.dtype), moved)
         shares = jnp.linspace(0, 1, SEGMENT, dtype=size.dtype)
-        seconds = jax.lax.map(lambda s: largest(bend(model, move(coordinates, s * eps, moved), unit)), shares)
+        seconds = jax.lax.map(
+            lambda s: largest(second_directional_derivative(model, move(coordinates, s * eps, moved), unit)), shares
+        )
         change = finite_jvp(model, coordinates, moved, eps)
         return largest(change - tangent.jvp(other)), largest(change - tangent.jvp(moved)), jnp.max(seconds)
 
@@ -193,7 +195,7 @@ def _at(h: Model, loss: Loss, w0: Params, state: tuple[Params, Outputs], eps: Ar
     velocity = now.vjp(r)
     speed = tree_norm(velocity)
     unit = jtu.tree_map(lambda leaf: leaf / jnp.where(speed > 0, speed, 1).astype(leaf.dtype), velocity)
-    second = bend(lambda c: h(eqx.combine(c, rest)), moved, unit)
+    second = second_directional_derivative(lambda c: h(eqx.combine(c, rest)), moved, unit)
     return {
         "path_dh_norm": here["dh_norm"],
         "path_sigma_min": here["sigma_min"],

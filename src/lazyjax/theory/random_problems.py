@@ -9,8 +9,11 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.types import Model, Outputs, Params
+from lazyjax.losses.cross_entropy import softmax_cross_entropy
 from lazyjax.losses.hessian_root import DiagonalRoot, HessianRoot
-from lazyjax.losses.losses import Loss, logistic_loss, softmax_cross_entropy, square_loss
+from lazyjax.losses.logistic import logistic_loss
+from lazyjax.losses.loss import Loss
+from lazyjax.losses.square import square_loss
 from lazyjax.models.maps import center, on_data, symmetrize
 from lazyjax.models.shallow import diagonal_linear, mlp, two_layer
 
@@ -44,7 +47,8 @@ class CurvedLoss(Loss):
 
     minimizer: Outputs
     weight: float
-    smoothness: float = 2.0
+    smoothness: float | None = 2.0
+    hessian_fades: bool = False
 
     def __call__(self, y: Outputs) -> Float[Array, ""]:
         """R(y)."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lazyjax.losses.losses import Loss
+from lazyjax.losses.loss import Loss
 from lazyjax.theory import bounds
 from lazyjax.theory.claims import Assumption, Claim, Evidence, decided
 from lazyjax.theory.measurements import Measurements

@@ -16,7 +16,7 @@ from lazyjax._core.checks import check_inputs, split_params
 from lazyjax._core.types import Model, Params
 from lazyjax.difference.finite_jvp import finite_jvp
 from lazyjax.flow.result import RESULTS, as_result
-from lazyjax.losses.losses import Loss
+from lazyjax.losses.loss import Loss
 from lazyjax.models.maps import Centered
 from lazyjax.training.arguments import Prepared, check_difference, prepare
 from lazyjax.training.checkpoint import Checkpoints
