@@ -1,4 +1,4 @@
-"""The certificate of a report: every theorem at one scale of its sweep, and how that is told."""
+"""The certificate of a report: every theorem at one scale of its sweep, and how it is shown."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from diffrax import AbstractSolver
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
+from lazyjax._core.tables import format_table
 from lazyjax.flow.gradient_flow import gradient_flow
-from lazyjax.laziness.compare import compare_flows
-from lazyjax.models.maps import center, on_data
-from lazyjax.report.lane import SOLVE, Problem, Reference
-from lazyjax.report.verdict import LAZY, format_table, relative_gap
+from lazyjax.laziness.compare import Comparison, compare_flows
+from lazyjax.report.lane import SOLVE, Reference
+from lazyjax.report.problem import Problem
+from lazyjax.report.verdict import LAZY, relative_gap
 from lazyjax.theory.certify import HEAD, Certificate, certify_flows
 from lazyjax.theory.claims import FAILS, HOLDS, UNKNOWN
 
@@ -22,34 +23,46 @@ if TYPE_CHECKING:
     import xarray
 
 EVERY = 4
-"""The bounds are held against the flow at every fourth time of the report."""
+"""The bounds are checked against the flow at every fourth time of the report."""
 
 
 def certify_scale(
-    setting: Problem, data: "xarray.Dataset", reference: Reference, solver: AbstractSolver, key: PRNGKeyArray | None
+    problem: Problem, data: "xarray.Dataset", reference: Reference, solver: AbstractSolver, key: PRNGKeyArray | None
 ) -> tuple[Certificate | None, list[str]]:
-    """The certificate at the scale from which on the model is lazy, or the reason why there is none."""
+    """Return the certificate at the scale from which on the model is lazy, or the reason why there is none."""
     alpha = choose_scale(data)
     if alpha is None:
         return None, ["no certificate: no flow at a finite alpha has reached the end"]
-    if setting.probe is None:
+    if problem.probe_model is None:
         return None, ["no certificate: the change of Dh cannot be followed through this model, as for the drift"]
-    h, ts = on_data(center(setting.f, setting.w0), setting.x), jnp.asarray(np.asarray(data["time"]))[::EVERY]
-    flow = gradient_flow(h, setting.loss, setting.w0, ts, alpha=alpha, solver=solver, **SOLVE)
-    # The tangent's displacement is the same at every alpha, and followed at the same tolerance.
+    ts = jnp.asarray(np.asarray(data["time"])[::EVERY])
+    both = _follow(problem, jnp.asarray(alpha, ts.dtype), ts, solver, reference)
+    tolerance = (SOLVE["rtol"], SOLVE["atol"])
+    return certify_flows(problem.model, problem.loss, problem.w0, both, tolerance, key=key), []
+
+
+@eqx.filter_jit
+def _follow(problem: Problem, alpha: Array, ts: Array, solver: AbstractSolver, reference: Reference) -> Comparison:
+    """Follow the model at some of the times, and compare it with the tangent model there.
+
+    The displacement of the tangent model is the same at every alpha, and was followed at the same tolerance.
+    """
+    flow = gradient_flow(problem.model, problem.loss, problem.w0, ts, alpha=alpha, solver=solver, **SOLVE)
     outputs = reference.outputs[::EVERY]
     displacement = jtu.tree_map(lambda leaf: leaf[::EVERY], reference.displacement)
     tangent_flow = eqx.tree_at(
         lambda found: (found.outputs, found.displacement, found.loss),
         flow,
-        (outputs, displacement, jax.vmap(setting.loss)(outputs)),
+        (outputs, displacement, jax.vmap(problem.loss)(outputs)),
     )
-    both = compare_flows(flow, tangent_flow, setting.loss)
-    return certify_flows(h, setting.loss, setting.w0, both, (SOLVE["rtol"], SOLVE["atol"]), key=key), []
+    return compare_flows(flow, tangent_flow, problem.loss)
 
 
 def choose_scale(data: "xarray.Dataset") -> float | None:
-    """The smallest finite alpha whose gap is below the threshold of laziness; the largest finite one if none is."""
+    """Return the smallest finite alpha whose gap is below the threshold of laziness.
+
+    The largest finite one if none is; None if every flow at a finite alpha failed.
+    """
     alphas = np.asarray(data["alpha"], float)
     usable = np.isfinite(alphas) & ~np.asarray(data["failed"], bool)
     if not usable.any():
@@ -59,22 +72,22 @@ def choose_scale(data: "xarray.Dataset") -> float | None:
 
 
 def format_certificate(certificate: Certificate) -> str:
-    """A few lines for the screen: the theorems that apply as a table, and the names of the others."""
+    """Return a few lines for the screen: the theorems that apply as a table, and the names of the others."""
+    shown = [i for i, name in enumerate(HEAD) if name != "assumptions"]
     rows = [row for row, claim in zip(certificate.rows(), certificate.claims, strict=True) if bool(claim.applies)]
-    lines = [headline(certificate), "", *_table(rows)]
+    lines = [headline(certificate), ""]
+    if rows:
+        lines.append(format_table([[row[i] for i in shown] for row in (HEAD, *rows)], ">"))
+    else:
+        lines.append("no theorem applies")
     silent = dict.fromkeys(claim.theorem for claim in certificate.claims if not bool(claim.applies))
     if silent:
         lines.append(f"nothing follows from {', '.join(silent)}, whose assumptions fail or are not known")
     return "\n".join(lines)
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    shown = [(name, [row[i] for row in rows]) for i, name in enumerate(HEAD) if name != "assumptions"]
-    return [format_table(shown)] if rows else ["no theorem applies"]
-
-
 def headline(certificate: Certificate) -> str:
-    """How many bounds were held against the flow, and whether any was violated."""
+    """Tell how many bounds were checked against the flow, and whether any was violated."""
     facts, applying = certificate.facts, [claim for claim in certificate.claims if bool(claim.applies)]
     verdict = f"{len(certificate.violated)} VIOLATED" if certificate.violated else "none violated"
     return (
@@ -84,7 +97,7 @@ def headline(certificate: Certificate) -> str:
 
 
 def certificate_table(certificate: Certificate) -> dict[str, Any]:
-    """As plain values for JSON: every claim at all its times."""
+    """Return every claim at all its times as plain values for JSON."""
     states = {HOLDS: "holds", UNKNOWN: "unknown", FAILS: "fails"}
     claims = [
         {

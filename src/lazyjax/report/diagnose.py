@@ -175,7 +175,7 @@ def diagnose(
     horizon = choose_horizon(spectrum) if time is None else float(time)
     check_horizon(horizon, spectrum, problem.loss)
     solver = choose_solver(spectrum, horizon)
-    ts = np.asarray([0.0, *(horizon * np.geomspace(1e-3, 1.0, NUM_TIMES - 1))], jnp.result_type(float))
+    ts = jnp.asarray([0.0, *(horizon * np.geomspace(1e-3, 1.0, NUM_TIMES - 1))], jnp.result_type(float))
     _announce(f"the flow of the tangent model up to time {horizon:.4g}", progress)
     reference = follow_tangent(problem, ts, solver)
     _announce(f"the flows of the model at {len(alphas)} scales alpha (compiled first)", progress)
@@ -184,7 +184,7 @@ def diagnose(
         over={"alpha": alphas},
         shared={"problem": problem, "ts": ts, "solver": solver, "reference": reference},
         dims=dict.fromkeys(MEASURES, ("time",)),
-        coords={"time": ts, "mode": np.arange(1, spectrum.eigenvalues.size + 1)},
+        coords={"time": np.asarray(ts), "mode": np.arange(1, spectrum.eigenvalues.size + 1)},
         # On a CPU lanes in one batch are no faster than one by one, which shows more progress.
         chunk=1 if jax.default_backend() == "cpu" else None,
         progress=progress,

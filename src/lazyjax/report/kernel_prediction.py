@@ -177,7 +177,8 @@ def predict(problem: Problem, spectrum: Spectrum) -> dict[str, tuple[str, np.nda
 def _predict(problem: Problem, solution: TangentSolution) -> tuple[Array, dict[str, Array]]:
     """Return the flow times of the stops, of "end" alone if nothing tells the best one, and what is found there."""
     times = jnp.full(1, jnp.inf, solution.eigenvalues.dtype)
-    if not isinstance(problem.test_loss, SquareLoss):
+    test_loss = problem.test_loss
+    if not isinstance(test_loss, SquareLoss):
         return times, problem.measure(solution.outputs(times), None)
     train, test = problem.tangent, problem.test_tangent
 
@@ -186,6 +187,6 @@ def _predict(problem: Problem, solution: TangentSolution) -> tuple[Array, dict[s
         return jax.lax.map(lambda r: test.jvp(train.vjp(r)), cotangents)
 
     # The model is centered: it starts from zero.
-    regression = KernelRegression(solution, transfer, jnp.zeros_like(problem.test_loss.minimizer, times.dtype))
-    times = jnp.concatenate([regression.best_time(problem.test_loss)[0][None], times])
+    regression = KernelRegression(solution, transfer, jnp.zeros_like(test_loss.minimizer, times.dtype))
+    times = jnp.concatenate([regression.best_time(test_loss)[0][None], times])
     return times, problem.measure(regression.outputs(times), regression.test_outputs(times))

@@ -1,4 +1,4 @@
-"""From a report's numbers to its sentences: slopes on alpha, a verdict in plain words, a screen of text."""
+"""From the numbers of a report to its sentences: slopes on alpha, a verdict in plain words, a screen of text."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import xarray
 
 LAZY = 0.01
-"""A relative output gap below this is called lazy."""
+"""Training is called lazy if the relative output gap is below this."""
 
 
 class Slope(eqx.Module):
@@ -29,14 +29,23 @@ class Slope(eqx.Module):
     theory: float
 
     def shifted(self, by: float) -> "Slope":
-        """The law of the gap times alpha^by."""
+        """Return the law of the gap times alpha^by."""
         return Slope(self.value + by, self.first, self.last, self.points, self.theory + by)
+
+    def __str__(self) -> str:
+        """The law in one line."""
+        if not np.isfinite(self.value):
+            return f"no slope, only {self.points} point(s) between the numerical floor and saturation"
+        return (
+            f"alpha^{self.value:.2f} over alpha = {self.first:g} to {self.last:g} "
+            f"({self.points} points; theorem 2.2: {self.theory:g} or faster)"
+        )
 
 
 def fit_slope(alphas: np.ndarray, gaps: np.ndarray, floor: float, ceiling: float, theory: float) -> Slope:
-    """Least squares of log gap on log alpha over the points between ten times the floor and the ceiling.
+    """Fit log gap on log alpha by least squares, over the points between ten times the floor and the ceiling.
 
-    Below, the gap is numerical error; above, the flows are not close and no rate is promised.
+    Below the floor a gap is numerical error; above the ceiling the flows are not close and no rate is promised.
     """
     use = np.isfinite(alphas) & np.isfinite(gaps) & (gaps > 10 * floor) & (gaps < ceiling)
     if use.sum() < 3:
@@ -46,28 +55,43 @@ def fit_slope(alphas: np.ndarray, gaps: np.ndarray, floor: float, ceiling: float
     return Slope(value, float(alphas[use].min()), float(alphas[use].max()), int(use.sum()), theory)
 
 
+def fit_slopes(data: "xarray.Dataset") -> dict[str, Slope]:
+    """Fit the power laws of both gaps, above the numerical floor that the lane alpha = inf shows."""
+    alphas = np.asarray(data["alpha"], dtype=np.float64)
+    output = np.asarray(data["output_gap"].max("time"), dtype=np.float64)
+    scaled = np.asarray(data["scaled_param_gap"].max("time"), dtype=np.float64)
+    finite = np.isfinite(alphas)
+    moved = np.asarray(data["displacement_norm"].max("time"), dtype=np.float64)[finite] * alphas[finite]
+    # The floor and the ceiling of the parameter gap are those of alpha times it.
+    param = fit_slope(alphas, scaled, scaled[-1], 0.1 * float(np.nanmax(moved, initial=0)), -1.0)
+    return {
+        "output_gap": fit_slope(alphas, output, output[-1], 0.1 * data.attrs["initial_residual"], -1.0),
+        "param_gap": param.shifted(-1.0),
+    }
+
+
 def relative_gap(data: "xarray.Dataset") -> np.ndarray:
-    """Largest output gap over time, in units of the initial residual's norm, one a lane."""
+    """Return the largest output gap over time in units of the norm of the initial residual, one per lane."""
     return np.asarray(data["output_gap"].max("time"), float) / data.attrs["initial_residual"]
 
 
 def write_verdict(data: "xarray.Dataset", slopes: dict[str, Slope]) -> str:
-    """How lazily the model trains at the smallest alpha, from where on it is lazy, and at what price."""
+    """Tell how lazily the model trains at the smallest alpha, from where on it is lazy, and at what price."""
     alphas = np.asarray(data["alpha"])
     gap = relative_gap(data)
     first = data.isel(alpha=0)
     if bool(first["failed"]):
-        start = f"The flow at alpha = {alphas[0]:g} failed ({first['message'].item()}), so nothing is said of it."
+        start = f"The flow at alpha = {alphas[0]:g} failed ({first['message'].item()}), so nothing is said about it."
     else:
         near = "trains almost lazily" if gap[0] < 10 * LAZY else "does not train lazily"
         lazy = "trains lazily" if gap[0] < LAZY else near
+        moved = _movement(float(first["displacement_norm"][-1]), data.attrs["w0_norm"])
         start = (
-            f"At alpha = {alphas[0]:g} this model {lazy}: its outputs part from its tangent model's by up to "
-            f"{_short(100 * gap[0])} % of the initial residual, and its parameters move by "
-            f"{_movement(float(first['displacement'][-1]), data.attrs['w0_norm'])}."
+            f"At alpha = {alphas[0]:g} this model {lazy}: its outputs differ from those of its tangent model by up to "
+            f"{_short(100 * gap[0])}% of the initial residual, and its parameters move by {moved}."
         )
         if "kernel_drift" in data:
-            start += f" Its tangent kernel changes by {_short(100 * float(first['kernel_drift']))} %."
+            start += f" Its tangent kernel changes by {_short(100 * float(first['kernel_drift']))}%."
     sentences = [start, _onset(alphas, gap), *_price(data)]
     slope = slopes["output_gap"]
     if np.isfinite(slope.value):
@@ -79,26 +103,26 @@ def write_verdict(data: "xarray.Dataset", slopes: dict[str, Slope]) -> str:
 
 
 def _short(value: float) -> str:
-    """Two digits, without an exponent for large numbers."""
+    """Return two digits, without an exponent for large numbers."""
     return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
 def _movement(distance: float, norm: float) -> str:
-    return f"{_short(100 * distance / norm)} % of their norm" if norm > 0 else f"{_short(distance)}, from zero"
+    return f"{_short(100 * distance / norm)}% of their norm" if norm > 0 else f"{_short(distance)}, from zero"
 
 
 def _onset(alphas: np.ndarray, gap: np.ndarray) -> str:
     finite = np.isfinite(alphas)
-    # From there on: the smallest alpha after which no gap is larger (or missing, for a failed lane).
+    # The smallest alpha after which no gap is larger (or missing, for a failed lane).
     above = ~(gap[finite] < LAZY)
     first = int(np.max(np.nonzero(above)[0], initial=-1)) + 1
     if first == finite.sum():
-        return f"No finite alpha of this sweep is lazy (gap below {100 * LAZY:g} %)."
-    return f"It is lazy (gap below {100 * LAZY:g} %) from alpha = {alphas[first]:g} of this sweep on."
+        return f"No finite alpha of this sweep is lazy (gap below {100 * LAZY:g}%)."
+    return f"It is lazy (gap below {100 * LAZY:g}%) from alpha = {alphas[first]:g} of this sweep on."
 
 
 def _price(data: "xarray.Dataset") -> list[str]:
-    """What laziness costs, or gains, in generalization at the end of training."""
+    """Tell what laziness costs, or gains, in generalization at the end of training."""
     model, tangent = data.isel(alpha=0, time=-1), data.isel(time=-1)
     if bool(model["failed"]):
         return []
@@ -106,17 +130,17 @@ def _price(data: "xarray.Dataset") -> list[str]:
     if "test_accuracy" in data:
         ours, theirs = float(model["test_accuracy"]), float(tangent["tangent_test_accuracy"])
         return [
-            f"Test accuracy at the end: {100 * ours:.1f} % at alpha = {alpha:g} against {100 * theirs:.1f} % for the "
-            f"tangent model ({100 * (ours - theirs):+.1f} points)."
+            f"Test accuracy at the end: {100 * ours:.1f}% at alpha = {alpha:g}, {100 * theirs:.1f}% for the tangent "
+            f"model ({100 * (ours - theirs):+.1f} points)."
         ]
     if "test_loss" in data:
         ours, theirs = float(model["test_loss"]), float(tangent["tangent_test_loss"])
-        return [f"Test loss at the end: {ours:.3g} at alpha = {alpha:g} against {theirs:.3g} for the tangent model."]
+        return [f"Test loss at the end: {ours:.3g} at alpha = {alpha:g}, {theirs:.3g} for the tangent model."]
     return []
 
 
 def table_columns(data: "xarray.Dataset") -> list[tuple[str, list[str]]]:
-    """The columns of the report's table: heading, one cell a lane, the tangent model's row last."""
+    """Return the columns of the report's table: heading and one cell per lane, the tangent model's row last."""
     last = data.isel(time=-1)
     columns = [("alpha", [*(f"{a:g}" for a in np.asarray(data["alpha"])), "tangent"])]
     for name, heading, scale in (
@@ -132,7 +156,7 @@ def table_columns(data: "xarray.Dataset") -> list[tuple[str, list[str]]]:
     gaps = [
         ("out gap %", 100 * relative_gap(data)),
         ("|w-wbar|", np.asarray(data["param_gap"].max("time"))),
-        ("|w-w0|", np.asarray(last["displacement"])),
+        ("|w-w0|", np.asarray(last["displacement_norm"])),
     ]
     if "kernel_drift" in data:
         gaps.append(("drift %", 100 * np.asarray(data["kernel_drift"])))
@@ -143,27 +167,8 @@ def table_columns(data: "xarray.Dataset") -> list[tuple[str, list[str]]]:
     return columns
 
 
-def format_table(columns: list[tuple[str, list[str]]]) -> str:
-    """Right-aligned columns."""
-    padded = []
-    for heading, cells in columns:
-        width = max(len(heading), *(len(cell) for cell in cells))
-        padded.append([cell.rjust(width) for cell in (heading, *cells)])
-    return "\n".join("  ".join(row) for row in zip(*padded, strict=True))
-
-
-def format_slope(name: str, slope: Slope) -> str:
-    """One line a slope."""
-    if not np.isfinite(slope.value):
-        return f"{name}: no slope, only {slope.points} point(s) between the numerical floor and saturation"
-    return (
-        f"{name} ~ alpha^{slope.value:.2f} over alpha = {slope.first:g} to {slope.last:g} "
-        f"({slope.points} points; theorem 2.2: {slope.theory:g} or faster)"
-    )
-
-
 def kernel_facts(data: "xarray.Dataset") -> dict[str, str]:
-    """What the kernel at w0 tells: heading to text; only what was computed."""
+    """Return what the kernel at w0 tells, heading to text: only what was computed."""
     a, facts = data.attrs, {}
     if "kernel_condition" in a:
         rounding = f" above {a['dtype']} rounding" if _lost_modes(data) else ""
@@ -185,21 +190,21 @@ def kernel_facts(data: "xarray.Dataset") -> dict[str, str]:
 
 
 def _lost_modes(data: "xarray.Dataset") -> int:
-    """How many eigenvalues are not above rounding, of those that parameters and outputs are enough for."""
+    """Return how many eigenvalues are not above rounding, of those that parameters and outputs are enough for."""
     a = data.attrs
     return min(a["num_params"], a["num_train"] * a["outputs"]) - a["kernel_rank"]
 
 
 def rounding_notes(data: "xarray.Dataset") -> list[str]:
-    """Up to when the prediction holds, where single precision may hide modes of the kernel."""
+    """Tell up to when the prediction holds if single precision may hide modes of the kernel."""
     a = data.attrs
     if a["dtype"] == "float64" or "stop" not in data.coords or not (lost := _lost_modes(data)):
         return []
     # At this time a mode at the edge, the largest that may be missing, would be learned to a tenth.
     sure = 0.1 * a["kernel_condition"] / float(data["kernel_eigenvalue"][0])
     return [
-        f"{lost} modes of the kernel are zero or below {a['dtype']} rounding and taken for zero, so what kernel "
-        f"regression predicts is sure up to flow times of about {sure:.2g}; float64 (--x64) tells more of them."
+        f"{lost} modes of the kernel are zero or below {a['dtype']} rounding and taken as zero, so what kernel "
+        f"regression predicts is reliable up to flow times of about {sure:.2g}; float64 (--x64) resolves more of them."
     ]
 
 
@@ -208,6 +213,6 @@ def _predicted(data: "xarray.Dataset") -> str:
     for part, name in (("train", "training"), ("test", "test")):
         loss, accuracy = f"kernel_{part}_loss", f"kernel_{part}_accuracy"
         if loss in data:
-            right = f" ({100 * float(data[accuracy]):.1f} %)" if accuracy in data else ""
+            right = f" ({100 * float(data[accuracy]):.1f}%)" if accuracy in data else ""
             parts.append(f"{name} loss {float(data[loss]):.3g}{right}")
     return ", ".join(parts)
