@@ -1,16 +1,14 @@
-"""What several tests need: comparisons with a tolerance from the dtype, and three tiny problems."""
+"""What several tests need: comparisons with a tolerance from the dtype, and three of the shared problems by key."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-import lazyjax as lj
+import problems
+from problems import Problem
 
 
 def tolerance(dtype: Any) -> float:
@@ -51,47 +49,21 @@ def relative_error(x: Any, y: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-class Problem(NamedTuple):
-    """A model h(w), its start w0, a loss and its target; f(w, x) and x where inputs matter."""
-
-    h: Callable[[Any], jax.Array]
-    w0: Any
-    loss: Any
-    target: jax.Array
-    f: Callable[[Any, jax.Array], jax.Array]
-    x: jax.Array
-
-
-def _linear(w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return x @ w["slope"]
+def seed_of(key: Any) -> int:
+    """The seed of `jr.key(seed)`, or some number of another key."""
+    return int(np.asarray(jr.key_data(key))[-1])
 
 
 def linear_problem(key: Any, *, n: int = 5, d: int = 8, dtype: Any = None) -> Problem:
     """h(w) = X w, started at 0: it is its own tangent model, and every flow has a closed form."""
-    key_x, key_target = jr.split(key)
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    x = jr.normal(key_x, (n, d), dtype)
-    target = jr.normal(key_target, (n,), dtype)
-    w0 = {"slope": jnp.zeros(d, dtype)}
-    return Problem(partial(_linear, x=x), w0, lj.square_loss(target), target, _linear, x)
+    return problems.linear(seed_of(key), n=n, d=d, dtype=dtype)
 
 
 def centered_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype: Any = None) -> Problem:
     """A centered two-layer tanh net: the gap of the two flows falls like 1/alpha."""
-    f, w0, x, target = _two_layer(key, n, d, width, dtype)
-    f = lj.center(f, w0)
-    return Problem(partial(f, x=x), w0, lj.square_loss(target), target, f, x)
+    return problems.centered(seed_of(key), n=n, d=d, width=width, dtype=dtype)
 
 
 def symmetrized_problem(key: Any, *, n: int = 5, d: int = 3, width: int = 12, dtype: Any = None) -> Problem:
     """A symmetrized two-layer tanh net: the second order cancels, the gap falls like 1/alpha^2."""
-    f, w0, x, target = _two_layer(key, n, d, width, dtype)
-    f, w0 = lj.symmetrize(f, w0)
-    return Problem(partial(f, x=x), w0, lj.square_loss(target), target, f, x)
-
-
-def _two_layer(key: Any, n: int, d: int, width: int, dtype: Any) -> tuple[Any, Any, jax.Array, jax.Array]:
-    key_w, key_x, key_target = jr.split(key, 3)
-    w0 = lj.models.two_layer().init(key_w, d=d, width=width, dtype=dtype)
-    x = jr.normal(key_x, (n, d), w0["b"].dtype)
-    return lj.models.two_layer(jnp.tanh), w0, x, jr.normal(key_target, (n,), x.dtype)
+    return problems.symmetrized(seed_of(key), n=n, d=d, width=width, dtype=dtype)
