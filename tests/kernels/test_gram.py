@@ -292,7 +292,7 @@ class TestEveryLayer:
         ways = []
         for price in PRICES:
             monkeypatch.setattr(_plan, "SPATIAL_PRICE", price)
-            ways.append([part.way for part in lj.gram_plan(work.f, work.w, work.x).parts])
+            ways.append([part.contraction for part in lj.gram_plan(work.f, work.w, work.x).parts])
 
         @jax.jit
         def others(w, x, other):
@@ -445,14 +445,14 @@ def test_many_parameters_are_mapped_over():
 
 def test_the_cheapest_way_is_taken():
     wide = jax.eval_shape(lambda: lj.models.mlp().init(jr.key(0), [5, 400, 300, 3]))
-    ways = {part.leaves[0]: part.way for part in lj.gram_plan(NET, wide, DATA).parts}
+    ways = {part.leaves[0]: part.contraction for part in lj.gram_plan(NET, wide, DATA).parts}
     assert set(ways.values()) == {"outer"}
     many_positions = conv_work((3, 3, 2, 4), (30, 30, 2), bias=(4,))
     few_positions = conv_work((3, 3, 40, 40), (2, 2, 40), bias=(40,))
     (part,) = lj.gram_plan(many_positions.f, many_positions.w, many_positions.x).parts
-    assert (part.way, part.sizes) == ("jacobian", (900, 1, 19, 4))
+    assert (part.contraction, part.sizes) == ("jacobian", (900, 1, 19, 4))
     (part,) = lj.gram_plan(few_positions.f, few_positions.w, few_positions.x).parts
-    assert (part.way, part.sizes) == ("spatial", (4, 1, 361, 40))
+    assert (part.contraction, part.sizes) == ("spatial", (4, 1, 361, 40))
 
 
 def test_the_plan_counts_operations_of_the_way_taken():
@@ -485,7 +485,7 @@ def test_a_plan_needs_shapes_only_and_prints_a_table():
     text = str(lj.gram_plan(NET, *shapes))
     assert text == str(lj.gram_plan(NET, NET_W, DATA))
     lines = text.splitlines()
-    assert lines[0].split() == ["parameters", "rule", "way", "p", "x", "g", "x", "d", "x", "m", "Gflop"]
+    assert lines[0].split() == ["parameters", "rule", "contraction", "p", "x", "g", "x", "d", "x", "m", "Gflop"]
     assert "[0]['bias'] (+1)" in text
     assert "dense + bias" in text or "bias + dense" in text
     assert lines[-1].startswith("303 x 303 in blocks of 101 x 101 samples")

@@ -1,5 +1,6 @@
 """The tangent kernel against J J^T by jacrev, and the closed form against matrix functions of SciPy."""
 
+import importlib
 from functools import partial
 
 import equinox as eqx
@@ -14,7 +15,9 @@ import scipy.linalg
 import lazyjax as lj
 from lazyjax._core.lanczos import top_eigenvalues
 from lazyjax.flow.closed_form import solve_tangent, tangent_gram
-from lazyjax.kernels import gram as kernel
+
+# The package's attribute of that name is the function.
+kernel = importlib.import_module("lazyjax.kernels.spectrum")
 
 F, F3 = lj.models.two_layer(jnp.tanh), lj.models.mlp(jnp.tanh)
 W = lj.models.two_layer().init(jr.key(0), d=4, width=5)
@@ -124,7 +127,7 @@ def test_a_model_whose_outputs_cancel_is_not_taken_for_one_that_mixes_samples():
         (lambda: lj.gram(F, W, X.at[2, 1].set(jnp.nan)), r"x1 must be finite, but 1 of its 28 .* index \(2, 1\)"),
         (lambda: lj.gram(F, W, X, X2 * jnp.inf), "x2 must be finite, but 12 of its 12"),
         (lambda: lj.gram(F, W, X, X2[:, :3]), r"samples of one shape, got \(4,\) and \(3,\)"),
-        (lambda: lj.gram(lambda w, x: F(w, x)[:2], W, X), "one row of outputs a sample, got 2 rows for 7 samples"),
+        (lambda: lj.gram(lambda w, x: F(w, x)[:2], W, X), "one row of outputs per sample, got 2 rows for 7 samples"),
         (lambda: lj.gram(lambda w, x: jnp.sum(F(w, x)), W, X), r"f must return one array of shape \(n,\) or \(n, k\)"),
         (lambda: lj.gram(lambda w, x: F(w, x) / 0.0, W, X), "must be finite"),
         (lambda: lj.gram(F, {"a": W["a"] * jnp.nan, "b": W["b"]}, X), r"w\['a'\] must be finite, but 5 of its 5"),

@@ -1,4 +1,4 @@
-"""Checks of a model on samples: one row of outputs each, independent of all others."""
+"""Checks of a model on samples: one row of outputs for each, independent of all others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +15,18 @@ from lazyjax._core.program import aval_of
 from lazyjax._core.types import Model, Params
 
 FEW = 16
-"""So many samples are looked through for two that differ."""
+"""Samples that are looked through for two that differ."""
 
 MIXED = 0.01
-"""A larger relative change of slopes is a model that mixes samples."""
+"""Relative change of slopes above which a model mixes samples."""
 
 
 def check_samples(f: Model, w: Params, x1: Array, x2: Array | None) -> None:
     """Refuse inputs that hold no samples or differ in shape, and a model that does not treat samples one by one.
 
-    What can be seen while tracing is left to `check_rows`, so that a call whose program is compiled traces nothing.
+    Outputs of two samples together are compared with those of each alone, and so are their slopes, because outputs may
+    all be zero (a centered model, a last layer that starts from zero). What can be seen while tracing is left to
+    `check_rows`, so that a call whose program is compiled traces nothing.
     """
     for name, x in (("x1", x1), ("x2", x2)):
         if x is None:
@@ -36,17 +38,32 @@ def check_samples(f: Model, w: Params, x1: Array, x2: Array | None) -> None:
     if x2 is not None and x2.shape[1:] != x1.shape[1:]:
         msg = f"x1 and x2 must hold samples of one shape, got {x1.shape[1:]} and {x2.shape[1:]}."
         raise ValueError(msg)
-    if is_concrete((w, x1, x2)):
-        pair = _two_samples(x1, x2)
-        if pair is not None:
-            _check_independent(f, w, pair)
+    pair = _two_samples(x1, x2) if is_concrete((w, x1, x2)) else None
+    if pair is None:
+        return
+    found = _compare(f, w, pair)
+    if not is_concrete(found):
+        return
+    together, alone, terms, turned, rounding = (np.asarray(value, np.float64) for value in found)
+    check_finite(found[1], "f(w, x1[:2])")
+    gap = np.max(np.abs(together - alone))
+    # In half precision the digits are too few for more than a tenth.
+    allowed = min(0.1, 1e3 * float(rounding))
+    # A unit at its kink may turn by rounding; mixing changes slopes altogether.
+    if gap > allowed * terms or turned > max(MIXED, allowed):
+        msg = (
+            "f must treat every sample by itself, but its outputs for one change with the other samples "
+            f"(by {gap:.1e}, their slopes by {100 * turned:.2g}%), as with batch normalization in training "
+            "mode; use the layer's inference mode."
+        )
+        raise ValueError(msg)
 
 
 def check_rows(f: Model, w: Params, x: Array) -> jax.ShapeDtypeStruct:
-    """Refuse a model whose outputs are not one row (or number) a sample; for use while tracing."""
+    """Refuse a model whose outputs are not one row (or number) per sample; for use while tracing."""
     out = check_outputs(f, w, x, name="f")
     if out.shape[0] != x.shape[0]:
-        msg = f"f must return one row of outputs a sample, got {out.shape[0]} rows for {x.shape[0]} samples."
+        msg = f"f must return one row of outputs per sample, got {out.shape[0]} rows for {x.shape[0]} samples."
         raise ValueError(msg)
     one = check_outputs(f, w, x[:1], name="f")
     if one.shape != (1, *out.shape[1:]):
@@ -59,43 +76,22 @@ def check_rows(f: Model, w: Params, x: Array) -> jax.ShapeDtypeStruct:
 
 
 def _two_samples(x1: Array, x2: Array | None) -> Array | None:
-    """The first sample and another one that differs from it, if there is one among the first few."""
+    """Return the first sample and another one that differs from it, if there is one among the first few."""
     few = [np.asarray(x[:FEW]) for x in (x1, x2) if x is not None]
     rows = np.concatenate(few)
     other = np.nonzero((rows != rows[:1]).reshape(rows.shape[0], -1).any(axis=1))[0]
     return jnp.asarray(rows[[0, other[0]]]) if other.size else None
 
 
-def _check_independent(f: Model, w: Params, pair: Array) -> None:
-    """Refuse a model whose outputs, or their slopes, for two samples together are not those for each alone.
-
-    Slopes, because outputs may all be zero (a centered model, a last layer that starts from zero).
-    """
-    together, alone, terms, turned, rounding = _pair(f, *eqx.partition(w, eqx.is_inexact_array), pair)
-    if not is_concrete((together, alone, terms, turned, rounding)):
-        return
-    check_finite(alone, "f(w, x1[:2])")
-    gap = np.max(np.abs(np.asarray(together, np.float64) - np.asarray(alone, np.float64)))
-    # In half precision the digits are too few for more than a tenth.
-    allowed = min(0.1, 1e3 * float(rounding))
-    # A unit at its kink may turn by rounding; mixing changes slopes altogether.
-    if gap > allowed * float(terms) or float(turned) > max(MIXED, allowed):
-        msg = (
-            "f must treat every sample by itself, but its outputs for one change with the other samples "
-            f"(by {gap:.1e}, their slopes by {100 * float(turned):.2g} %), as with batch normalization in training "
-            "mode; use the layer's inference mode."
-        )
-        raise ValueError(msg)
-
-
 @eqx.filter_jit
-def _pair(f: Model, coordinates: Params, rest: Params, pair: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """Outputs of two samples together and each alone, the size of the terms they sum, change of slopes, rounding.
+def _compare(f: Model, w: Params, pair: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Return outputs of two samples together and each alone, the size of their terms, change of slopes, rounding.
 
-    The terms, and not the outputs, set the rounding: a mirrored or centered model's outputs cancel. Slopes along a
-    direction without symmetry, of the size of the parameters, show both.
+    The terms, and not the outputs, set the rounding: the outputs of a symmetrized or centered model cancel. Slopes
+    along a direction without symmetry, of the size of the parameters, show both.
     """
-    check_rows(f, eqx.combine(coordinates, rest), pair)
+    check_rows(f, w, pair)
+    coordinates, rest = eqx.partition(w, eqx.is_inexact_array)
     direction = jtu.tree_map(_direction, coordinates)
 
     def both(c: Params) -> tuple[Array, Array]:
@@ -111,7 +107,7 @@ def _pair(f: Model, coordinates: Params, rest: Params, pair: Array) -> tuple[Arr
 
 
 def _coarsest(function: Callable[..., Any], *args: Any) -> float:
-    """The largest rounding unit of all floating numbers of a program: outputs may be cast up in the end."""
+    """Return the largest rounding unit of all floating numbers of a program: outputs may be cast up in the end."""
     program = jax.make_jaxpr(function)(*args).jaxpr
     dtypes = {aval_of(out).dtype for eqn in program.eqns for out in eqn.outvars if hasattr(aval_of(out), "dtype")}
     floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
@@ -119,7 +115,7 @@ def _coarsest(function: Callable[..., Any], *args: Any) -> float:
 
 
 def _direction(leaf: Array) -> Array:
-    """Numbers of mixed signs, of the size of the leaf's own, or of 1 for zeros."""
+    """Return numbers of mixed signs, of the size of the leaf's own, or of 1 for zeros."""
     size = jnp.sqrt(jnp.mean(jnp.square(leaf))) if leaf.size else jnp.zeros((), leaf.dtype)
     mixed = jnp.cos(1 + jnp.arange(leaf.size)).astype(leaf.dtype).reshape(leaf.shape)
     return mixed * (jnp.abs(leaf) + jnp.where(size > 0, size, 1).astype(leaf.dtype))

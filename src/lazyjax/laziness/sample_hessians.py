@@ -20,11 +20,11 @@ from jaxtyping import Array, Float
 
 from lazyjax._core.checks import is_concrete
 from lazyjax._core.types import Model, Params
-from lazyjax.kernels.factors import Factors, sample_factors
-from lazyjax.kernels.plan import Choice, block_sizes, choose
+from lazyjax.kernels.factors import Factors
+from lazyjax.kernels.plan import SampleJacobian, block_sizes, sample_jacobian
 from lazyjax.kernels.sample_checks import check_rows, check_samples
 from lazyjax.laziness.hessian_norm import SecondDerivative
-from lazyjax.models.maps import Centered, OnData, Rescaled, Symmetrized, without_constant
+from lazyjax.models.maps import Centered, OnData, Rescaled, Symmetrized, declares_zero, without_constant
 
 BYTES = 2**27
 """Of the vectors of parameters held at a time where outputs are taken one by one."""
@@ -39,18 +39,29 @@ def as_samples(h: Model) -> tuple[Model, Array] | None:
         return None if inner is None else (dataclasses.replace(h, f=inner[0]), inner[1])
     if isinstance(h, OnData):
         return _without_start(h.f), h.x
+    found = _named_inputs(h)
+    return None if found is None else (_without_start(found[0]), found[1])
+
+
+def inputs_as_arguments(h: Model) -> Model:
+    """Return the same model with its inputs as an argument of its programs, if it shows them.
+
+    Two partials of one f then share their compiled programs.
+    """
+    found = _named_inputs(h)
+    return h if found is None else OnData(*found)
+
+
+def _named_inputs(h: Model) -> tuple[Model, Array] | None:
     if isinstance(h, functools.partial) and not h.args and len(h.keywords) == 1:
         ((name, x),) = h.keywords.items()
         if eqx.is_array(x) and x.ndim > 0:
-            return _Named(_without_start(h.func), name), x
+            return _Named(h.func, name), x
     return None
 
 
 def show_inputs(h: Model) -> Model:
-    """The same up to a constant, with the inputs as an argument of its programs where it shows them.
-
-    Two partials of one f then share theirs.
-    """
+    """Return the same model up to a constant, as `OnData` if it shows its inputs."""
     found = as_samples(h)
     return without_constant(h) if found is None else OnData(*found)
 
@@ -59,17 +70,21 @@ def _without_start(f: Model) -> Model:
     """A centered model changes as its own f does."""
     if isinstance(f, Centered):
         return _without_start(f.f)
-    return dataclasses.replace(f, f=_without_start(f.f)) if isinstance(f, Rescaled | Symmetrized) else f
+    return dataclasses.replace(f, f=_without_start(f.f)) if isinstance(f, Rescaled | Symmetrized | _Named) else f
 
 
 class _Named(eqx.Module):
-    """F with its inputs by position."""
+    """A model f(w, name=x) as one that takes its inputs by position."""
 
     f: Model
     name: str = eqx.field(static=True)
 
     def __call__(self, w: Params, x: Array) -> Array:
         return self.f(w, **{self.name: x})
+
+    def declares_zero(self, w: Params) -> bool:
+        """Return whether f declares that its outputs at w are zero."""
+        return declares_zero(self.f, w)
 
 
 def independent_samples(h: Model, w0: Params) -> tuple[Model, Array] | None:
@@ -107,9 +122,9 @@ class SampleRows(eqx.Module):
 
     def product(self, u: Float[Array, " p"], scales: Float[Array, " leaves"]) -> Float[Array, " p"]:
         """M u, S the scale of each leaf of the parameters."""
-        choice = self._choose(self._tree(u))
+        jacobian = self._jacobian(self._tree(u))
         # The factors are kept for the way back, about as often as derivatives are nested.
-        size, _ = block_sizes(4 * choice.sample_bytes, 0, self.x.shape[0], None)
+        size, _ = block_sizes(4 * jacobian.sample_bytes, 0, self.x.shape[0], None)
         count = -(-self.x.shape[0] // size)
         filled = jnp.concatenate([self.x, jnp.repeat(self.x[:1], count * size - self.x.shape[0], axis=0)])
         there = (jnp.arange(count * size) < self.x.shape[0]).astype(u.dtype)
@@ -130,52 +145,44 @@ class SampleRows(eqx.Module):
     def _tree(self, u: Array) -> Params:
         return jfu.ravel_pytree(eqx.filter(self.w0, eqx.is_inexact_array))[1](u)
 
-    def _choose(self, direction: Params) -> Choice:
-        """The program of one sample's slopes along a direction, and where its parameters enter it."""
-        coordinates, rest = eqx.partition(self.w0, eqx.is_inexact_array)
-        leaves, structure = jtu.tree_flatten(coordinates)
+    def _jacobian(self, direction: Params) -> SampleJacobian:
+        """Return the Jacobian of one sample's slopes along a direction."""
 
-        def slope(*args: Array) -> Array:
-            def model(c: Params) -> Array:
-                return self.f(eqx.combine(c, rest), args[-1][None])[0]
+        def slope(w: Params, x: Array) -> Array:
+            coordinates, rest = eqx.partition(w, eqx.is_inexact_array)
+            return jax.jvp(lambda c: self.f(eqx.combine(c, rest), x), (coordinates,), (direction,))[1]
 
-            return jax.jvp(model, (jtu.tree_unflatten(structure, args[:-1]),), (direction,))[1]
-
-        row = jax.ShapeDtypeStruct(self.x.shape[1:], self.x.dtype)
-        return choose(slope, leaves, row, method="auto", trace_outputs=False, count=1)
+        return sample_jacobian(slope, self.w0, self.x, count=1)
 
     def _squares(self, u: Array, roots: Array, x: Array, there: Array) -> Array:
         r"""$c \sum_i |S^{1/2} H_i u|^2$ over some samples."""
-        choice = self._choose(self._tree(u))
-        leaves = jtu.tree_leaves(eqx.filter(self.w0, eqx.is_inexact_array))
+        jacobian = self._jacobian(self._tree(u))
 
         def one(row: Array) -> Array:
-            return _sum_of_squares(
-                choice, sample_factors(choice.program, choice.groups, choice.direct, leaves, row), roots
-            )
+            return _sum_of_squares(jacobian, jacobian.factors(row), roots)
 
         return jnp.asarray(self.root**2, u.dtype) * jnp.sum(there * jax.vmap(one)(x).astype(u.dtype))
 
 
-def _sum_of_squares(choice: Choice, factors: Factors, roots: Array) -> Array:
+def _sum_of_squares(jacobian: SampleJacobian, factors: Factors, roots: Array) -> Array:
     r"""$\sum_k |S^{1/2} J_k|^2$ of one sample's Jacobian by its factors."""
-    total = jnp.zeros((), choice.dtype)
-    parts = zip(choice.groups, choice.ways, factors.inputs, factors.cotangents, strict=True)
-    for group, way, inputs, cotangents in parts:
-        delta = cotangents.astype(choice.dtype)
-        if group.is_rows:
-            delta = delta * roots[group.first[0].leaf].astype(choice.dtype)
-            inner = ((inputs[:, None] == inputs[None]) & (inputs[:, None] >= 0)).astype(choice.dtype)[None]
+    total = jnp.zeros((), jacobian.dtype)
+    parts = zip(jacobian.groups, jacobian.contractions, factors.inputs, factors.cotangents, strict=True)
+    for group, contraction, inputs, cotangents in parts:
+        delta = cotangents.astype(jacobian.dtype)
+        if group.one_hot:
+            delta = delta * roots[group.first[0].leaf].astype(jacobian.dtype)
+            inner = ((inputs[:, None] == inputs[None]) & (inputs[:, None] >= 0)).astype(jacobian.dtype)[None]
         else:
-            scale = [jnp.full(entries[0].sizes[2], roots[entries[0].leaf], choice.dtype) for entries in group.leaves]
-            a = inputs.astype(choice.dtype) * jnp.concatenate(scale)[None, None]
-            if way == "jacobian":
+            scale = [jnp.full(uses[0].sizes.inputs, roots[uses[0].leaf], jacobian.dtype) for uses in group.leaves]
+            a = inputs.astype(jacobian.dtype) * jnp.concatenate(scale)[None, None]
+            if contraction == "jacobian":
                 total += jnp.sum(jnp.einsum("pgd,kpgm->kgdm", a, delta) ** 2)
                 continue
             inner = jnp.einsum("pgd,qgd->gpq", a, a)
         total += jnp.sum(delta * jnp.einsum("gpq,kqgm->kpgm", inner, delta))
-    for leaf, rows in zip(choice.direct, factors.rows, strict=True):
-        total += roots[leaf].astype(choice.dtype) ** 2 * jnp.sum(rows.astype(choice.dtype) ** 2)
+    for leaf, rows in zip(jacobian.direct, factors.rows, strict=True):
+        total += roots[leaf].astype(jacobian.dtype) ** 2 * jnp.sum(rows.astype(jacobian.dtype) ** 2)
     return total
 
 
