@@ -24,7 +24,7 @@ MODELS = {
 
 
 def finite_jvp(record: dict[str, Any]) -> str:
-    """Time beside jax.jvp, and errors beside the plain difference, one row a model."""
+    """Return the time compared with jax.jvp, and errors compared with the plain difference, one row per model."""
     rows = [
         "| float32 | time / `jax.jvp` | error at α = 1 | 10³ | 10⁷ | 10¹² | plain difference at 10⁷ |",
         "|---|---|---|---|---|---|---|",
@@ -39,7 +39,7 @@ def finite_jvp(record: dict[str, Any]) -> str:
 
 
 def report_time(record: dict[str, Any]) -> str:
-    """The verdict on the default network, and how long it took."""
+    """Return the verdict on the default network, and how long it took."""
     results = record["results"]
     wall = results["wall_s"]
     verdict = "\n".join(f"> {line}" for line in results["verdict"].split("\n"))
@@ -50,7 +50,7 @@ def report_time(record: dict[str, Any]) -> str:
 
 
 def fig1c(record: dict[str, Any]) -> str:
-    """Time of one column of Figure 1(c), ours and others', and the figure's at the paper's size."""
+    """Return the time of one column of Figure 1(c), ours and others, and of the figure at its full size."""
     labels = {"ours": "lazyjax", "numpy": "NumPy", "torch_batched": "PyTorch, `torch.func`", "torch_loop": "PyTorch"}
     results = record["results"]
     rows = [
@@ -69,7 +69,7 @@ def fig1c(record: dict[str, Any]) -> str:
 
 
 def train_step(record: dict[str, Any]) -> str:
-    """What a step at finite alpha costs beside the plain one."""
+    """Return what a step at finite alpha costs compared with the plain one."""
     results = record["results"]
     time, memory = (results[name]["finite"] for name in ("ratios", "memory_ratios"))
     return (
@@ -92,7 +92,7 @@ SHORT = ("W4b", "W6", "explicit_wins")
 
 
 def flows(records: dict[str, dict[str, Any]]) -> str:
-    """Seconds of the best peer and of ours, one row a flow."""
+    """Return seconds of the best peer and of ours, one row per flow."""
     rows = [
         "| flow | α | best peer | its time | ours, solve | all counted | solve ratio | counted ratio |",
         "|---|---|---|---|---|---|---|---|",
@@ -112,7 +112,7 @@ def flows(records: dict[str, dict[str, Any]]) -> str:
 
 
 def explicit(records: dict[str, dict[str, Any]]) -> str:
-    """Flows for which `solver=None` has a choice to make: what it took, and the time beside the best peer's."""
+    """Flows for which `solver=None` has a choice to make: what it took, and the time next to that of the best peer."""
     rows = [
         "| flow | case | best peer | its time | `solver=None` takes | its time | ratio |",
         "|---|---|---|---|---|---|---|",
@@ -139,7 +139,7 @@ GRAMS = {
 
 
 def gram(records: dict[str, dict[str, Any]]) -> str:
-    """Time, peak memory and first call of the peer's best and of ours, one row a network and dtype."""
+    """Time, peak memory and first call of the peer's best and of ours, one row per network and dtype."""
     rows = [
         "| network | dtype | peer's best | time, peer | ours | ratio | memory, peer | ours | first call, peer | ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
