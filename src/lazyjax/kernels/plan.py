@@ -155,9 +155,9 @@ def sample_jacobian(
     k = prod(out.shape)
     uses = {} if method == "jacobian" else find_uses(program, len(leaves))
     groups = group_uses(uses)
-    count = x.shape[0] if count is None else count
+    sharing = x.shape[0] if count is None else count
     contractions: list[Contraction] = [
-        _cheapest(group, k, trace_outputs=trace_outputs, count=count, itemsize=out.dtype.itemsize) for group in groups
+        _cheapest(group, k, trace_outputs=trace_outputs, count=sharing, itemsize=out.dtype.itemsize) for group in groups
     ]
     direct = [i for i in range(len(leaves)) if i not in uses]
     if not groups and not direct:
@@ -173,9 +173,8 @@ def _cheapest(group: Group, k: int, *, trace_outputs: bool, count: int, itemsize
     """Return the contraction of least price among those that a block has room for; of least bytes if none has."""
     costs = _costs(group, k, trace_outputs=trace_outputs, count=count)
     numbers: dict[Contraction, int] = {contraction: _numbers(group, contraction, k) for contraction in costs}
-    fitting: list[Contraction] = [
-        contraction for contraction in costs if itemsize * numbers[contraction] <= MEMORY // 4
-    ]
+    room = MEMORY // (4 * itemsize)
+    fitting: list[Contraction] = [contraction for contraction in costs if numbers[contraction] <= room]
     if fitting:
         return min(fitting, key=lambda contraction: costs[contraction][0])
     return min(numbers, key=numbers.__getitem__)

@@ -147,9 +147,10 @@ def condition_of(values: Float[Array, " m"]) -> Float[Array, ""]:
 
 
 def effective_rank(eigenvalues: Eigenvalues) -> Float[Array, ""]:
-    r"""Return $\exp H(p)$, $H(p) = -\sum_i p_i \log p_i$, $p_i = \lambda_i / \sum_j \lambda_j$: how many modes there are.
+    r"""Return the effective number of modes, $\exp H(p)$.
 
-    Two other numbers go by this name and lie below it (they are exponentials of higher Rényi entropies):
+    $H(p) = -\sum_i p_i \log p_i$ is the entropy of $p_i = \lambda_i / \sum_j \lambda_j$. Two other numbers go by this
+    name and lie below it (they are exponentials of higher Rényi entropies):
     $\mathrm{tr}(K)^2/\mathrm{tr}(K^2)$, the participation ratio, and $\mathrm{tr}(K)/\lambda_1$.
 
     Args:
