@@ -10,10 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -90,11 +90,9 @@ def check_proportional(optimizer: optax.GradientTransformation, coordinates: Par
     Raises:
         ValueError: the updates are not proportional to the gradients.
     """
-    # Never in half precision, which the small and large gradients are beyond.
-    params = jtu.tree_map(lambda w: np.ones(w.shape, max(w.dtype, jnp.dtype(jnp.float32), key=_bits)), coordinates)
     with jax.ensure_compile_time_eval():  # values, even inside a user's jit
-        proportional = _is_proportional(optimizer)(params)
-    if not bool(proportional):
+        proportional = bool(_is_proportional(optimizer, coordinates))
+    if not proportional:
         msg = (
             "alpha=inf needs an optimizer whose updates are proportional to the gradients, such as optax.sgd "
             "with or without momentum; adaptive steps, clipping and weight decay have no limit there. "
@@ -103,15 +101,13 @@ def check_proportional(optimizer: optax.GradientTransformation, coordinates: Par
         raise ValueError(msg)
 
 
-def _bits(dtype: Any) -> int:
-    return jnp.finfo(dtype).bits
+@eqx.filter_jit  # compiled once per optimizer
+def _is_proportional(optimizer: optax.GradientTransformation, coordinates: Params) -> Array:
+    """Return whether updates are in proportion to the gradients, up to the first one that moves."""
+    # Never in half precision, which the small and large gradients are beyond.
+    params = jtu.tree_map(lambda w: jnp.ones(w.shape, max(w.dtype, jnp.dtype(jnp.float32), key=_bits)), coordinates)
 
-
-@functools.cache  # compiled once per optimizer
-def _is_proportional(optimizer: optax.GradientTransformation) -> Callable[[Params], Array]:
-    """Return the test of an optimizer by its updates from some parameters, up to the first one that moves."""
-
-    def update(factor: float, state: Any, params: Params) -> tuple[Params, Any]:
+    def update(factor: float, state: Any) -> tuple[Params, Any]:
         gradient = jtu.tree_map(lambda w: jnp.full_like(w, factor), params)
 
         def value(w: Params) -> Array:
@@ -120,11 +116,14 @@ def _is_proportional(optimizer: optax.GradientTransformation) -> Callable[[Param
         line_search = {"value": value(params), "grad": gradient, "value_fn": value}
         return optax.with_extra_args_support(optimizer).update(gradient, state, params, **line_search)
 
-    def probe(params: Params, states: list[Any]) -> tuple[Array, Array, list[Any]]:
-        """Whether updates for gradients 0, 1, 1/REACH and REACH are in proportion; whether one moves; all states."""
-        factors = (0.0, 1.0, 1 / REACH, REACH)
-        found = [update(factor, state, params) for factor, state in zip(factors, states, strict=True)]
-        (still, once, small, large), later = zip(*found, strict=True)
+    def undecided(carry: tuple[Array, Array, Array, list[Any]]) -> Array:
+        count, good, moved, _ = carry
+        return good & ~moved & (count < PROBES)
+
+    def probe(carry: tuple[Array, Array, Array, list[Any]]) -> tuple[Array, Array, Array, list[Any]]:
+        """One more update for each of the gradients 0, 1, 1/REACH and REACH."""
+        found = [update(factor, state) for factor, state in zip((0.0, 1.0, 1 / REACH, REACH), carry[3], strict=True)]
+        (still, once, small, large), states = zip(*found, strict=True)
 
         def error(updates: Params, factor: float) -> Array:
             return tree_norm(jtu.tree_map(lambda a, b: factor * a - b, updates, once))
@@ -132,20 +131,12 @@ def _is_proportional(optimizer: optax.GradientTransformation) -> Callable[[Param
         size = tree_norm(once)
         # Written so that NaN is refused.
         good = (tree_norm(still) == 0) & (error(small, REACH) <= 1e-3 * size) & (error(large, 1 / REACH) <= 1e-3 * size)
-        return good, size > 0, list(later)
+        return carry[0] + 1, good, size > 0, list(states)
 
-    @jax.jit
-    def judge(params: Params) -> Array:
-        def undecided(carry: tuple[Array, Array, Array, list[Any]]) -> Array:
-            count, good, moved, _ = carry
-            return good & ~moved & (count < PROBES)
+    states = [optimizer.init(params) for _ in range(4)]
+    first = (jnp.zeros((), jnp.int32), jnp.asarray(True), jnp.asarray(False), states)
+    return jax.lax.while_loop(undecided, probe, first)[1]
 
-        def wait(carry: tuple[Array, Array, Array, list[Any]]) -> tuple[Array, Array, Array, list[Any]]:
-            count, _, _, states = carry
-            return (count + 1, *probe(params, states))
 
-        states = [optimizer.init(params) for _ in range(4)]
-        begin = (jnp.zeros((), jnp.int32), jnp.asarray(True), jnp.asarray(False), states)
-        return jax.lax.while_loop(undecided, wait, begin)[1]
-
-    return judge
+def _bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits

@@ -1,26 +1,64 @@
-"""The state of a training in a folder, by orbax: the latest epoch whole, recognized by what it belongs to."""
+"""The checkpoint format: the state of a training in a folder, by orbax.
 
-import hashlib
-import json
+On disk there is the latest finished epoch alone, in a folder named by its number:
+
+    FOLDER/12/configuration/    what the training is, as JSON (`configuration` below)
+    FOLDER/12/state/            its arrays, by their number in the tree of (states, history, failed)
+
+`states` has for each chunk of lanes the displacements u (w itself for the plain difference) and the state of the
+optimizer; `history` has every measure so far, (epochs, lanes); `failed` tells which lanes have diverged, (lanes,).
+Random keys are kept as their data. Nothing else of a training is on disk: model, data and optimizer come from the call
+that continues it, which is refused if its configuration is another one. orbax writes a folder aside and renames it, so
+that an interruption loses the epoch under way and no more; what it leaves of one has a longer name and is passed over.
+"""
+
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-import numpy as np
+
+from lazyjax._core.keys import is_key
+from lazyjax._core.records import as_json, check_configuration, digest_of, versions
+from lazyjax.training.lanes import Lanes, program_digest
+from lazyjax.training.step import State, TrainingSetup
+
+
+def configuration(setup: TrainingSetup, lanes: Lanes, chunk: Lanes, state: State, loss: Any) -> dict[str, Any]:
+    """Return what a checkpoint belongs to, by name: every argument that decides the bits of a training.
+
+    Args:
+        setup: What all lanes share.
+        lanes: All lanes.
+        chunk: The first chunk of them.
+        state: Its state.
+        loss: As `train` was given it.
+    """
+    return {
+        "alpha": [float(a) for a in lanes.alpha],
+        "batch_size": setup.batch_size,
+        "chunk": chunk.count,
+        "difference": "plain" if setup.plain else "exact",
+        "loss": loss if isinstance(loss, str) else "a function",
+        "w0": digest_of((lanes.parts.w0, setup.rest)),
+        "key": digest_of(lanes.parts.key),
+        "data": digest_of((setup.x, setup.task.targets)),
+        "arrays of f, augment, optimizer or loss": digest_of((setup.f, setup.augment, setup.optimizer, setup.task)),
+        "test": None if setup.test is None else digest_of((setup.test.x, setup.test.task.targets)),
+        "program": program_digest(setup, chunk, state),
+        "versions": {**versions("lazyjax", "jax", "jaxlib", "optax"), "backend": jax.default_backend()},
+    }
 
 
 class Checkpoints:
     """A folder with the latest checkpoint of one training; use it in a `with` block, and `claim` it first.
 
     Args:
-        folder: Made where it does not exist.
+        folder: Made if it does not exist.
 
     Raises:
         ValueError: the folder holds other files, or a checkpoint that cannot be read; it is left as it is.
@@ -33,8 +71,7 @@ class Checkpoints:
         self.configuration: dict[str, Any] = {}
         _check_folder(self.folder)
         self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=False)
-        self._options = options
+        self._options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=False)
         self._manager: Any = None
         if self.folder.exists():
             self._open()
@@ -54,11 +91,11 @@ class Checkpoints:
             self._manager.close()
 
     def latest(self) -> int | None:
-        """The epoch of the checkpoint; None where there is none."""
+        """Return the epoch of the checkpoint, or None if there is none."""
         return None if self._manager is None else self._manager.latest_step()
 
-    def there(self) -> dict[str, Any]:
-        """The configuration of the checkpoint; empty where there is none."""
+    def found(self) -> dict[str, Any]:
+        """Return the configuration of the checkpoint; it is empty if there is none."""
         epoch = self.latest()
         return {} if epoch is None else dict(self._restore(epoch, "configuration", self._ocp.args.JsonRestore()))
 
@@ -68,18 +105,12 @@ class Checkpoints:
         Raises:
             ValueError: the folder holds another training; it is left as it is.
         """
-        self.configuration = here = json.loads(json.dumps(configuration))
-        if self.latest() is None:
-            return
-        there = self.there()
-        differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-        if differ:
-            changes = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ)
-            msg = f"folder {self.folder} holds another training ({changes}); choose another folder, or delete it."
-            raise ValueError(msg)
+        self.configuration = as_json(configuration)
+        if self.latest() is not None:
+            check_configuration(self.configuration, self.found(), holder=f"folder {self.folder}", kind="training")
 
     def load(self, epoch: int, like: Any) -> Any:
-        """The state at this epoch, of the shapes and dtypes of another state."""
+        """Return the state at this epoch, with the structure, shapes and dtypes of another state."""
         return _as_tree(self._restore(epoch, "state", self._ocp.args.StandardRestore(_as_arrays(like))), like)
 
     def _restore(self, epoch: int, name: str, item: Any) -> Any:
@@ -106,7 +137,7 @@ class Checkpoints:
 
 
 def _check_folder(folder: Path) -> None:
-    """A folder of checkpoints has one folder an epoch, named by its number (and what an interruption left of one)."""
+    """Check that a folder holds one folder per epoch, named by its number (and what an interruption left of one)."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -121,8 +152,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _as_arrays(tree: Any) -> dict[str, Any]:
-    """The leaves by number; random keys as their data."""
-    return {f"{i:05d}": jr.key_data(leaf) if _is_key(leaf) else leaf for i, leaf in enumerate(jtu.tree_leaves(tree))}
+    """Return the leaves by number, random keys as their data."""
+    return {f"{i:05d}": jr.key_data(leaf) if is_key(leaf) else leaf for i, leaf in enumerate(jtu.tree_leaves(tree))}
 
 
 def _as_tree(arrays: Mapping[str, Any], like: Any) -> Any:
@@ -130,26 +161,7 @@ def _as_tree(arrays: Mapping[str, Any], like: Any) -> Any:
     found = [arrays[f"{i:05d}"] for i in range(len(leaves))]
     return structure.unflatten(
         [
-            jr.wrap_key_data(jnp.asarray(a), impl=jr.key_impl(b)) if _is_key(b) else a
+            jr.wrap_key_data(jnp.asarray(a), impl=jr.key_impl(b)) if is_key(b) else a
             for a, b in zip(found, leaves, strict=True)
         ]
     )
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def digest_of(tree: Any) -> str:
-    """A short name of the arrays of a tree."""
-    digest = hashlib.sha256()
-    for path, leaf in jtu.tree_leaves_with_path(eqx.filter(tree, eqx.is_array)):
-        array = np.ascontiguousarray(jr.key_data(leaf) if _is_key(leaf) else leaf)
-        digest.update(f"{jtu.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """What computes the bits."""
-    return {name: version(name) for name in ("lazyjax", "jax", "jaxlib", "optax")}
