@@ -21,11 +21,11 @@ import optax
 
 import harness
 from finite_jvp import init_vgg, vgg
-from lazyjax.training.arguments import prepare
-from lazyjax.training.step import Lane, start, train_step
+from lazyjax.training.arguments import TrainingOptions, make_lanes, make_setup
+from lazyjax.training.step import train_step
 
 TARGET = {"time": 3.0, "memory": 3.0}
-OPTIMISER = optax.sgd(0.01, momentum=0.9)
+OPTIMIZER = optax.sgd(0.01, momentum=0.9)
 SIZES = {
     "toy": {"image": 8, "channels": (4, 4, 8, 8), "hidden": 8, "batch_size": 4},
     "default": {"image": 32, "channels": (32, 32, 64, 64, 128, 128), "hidden": 128, "batch_size": 64},
@@ -43,25 +43,26 @@ def plain_step(w: Any, x: jax.Array, y: jax.Array, rows: jax.Array) -> Step:
             return 0.5 * jnp.mean(jnp.sum((vgg(w, x[rows]) - y[rows]) ** 2, axis=1))
 
         value, gradient = jax.value_and_grad(loss)(w)
-        updates, memory = OPTIMISER.update(gradient, memory, w)
+        updates, memory = OPTIMIZER.update(gradient, memory, w)
         return (optax.apply_updates(w, updates), memory), value
 
-    return step, ((x, y, rows), (w, OPTIMISER.init(w)))
+    return step, ((x, y, rows), (w, OPTIMIZER.init(w)))
 
 
 def our_step(w: Any, x: jax.Array, y: jax.Array, rows: jax.Array, difference: str, alpha: float) -> Step:
     """The step of `lazyjax.train` for one lane."""
-    options = {"loss": "square", "batch_size": rows.size, "key": jr.key(1), "augment": None, "test": None}
-    made = prepare(vgg, w, x, y, OPTIMISER, alpha=alpha, difference=difference, stacked=False, **options)
-    lane = Lane(made.lanes.alpha[0], made.lanes.key, made.lanes.coordinates)
+    lanes = make_lanes(alpha, jr.key(1), w)
+    given = {"loss": "square", "batch_size": rows.size, "test": None}
+    setup = make_setup(vgg, w, x, y, OPTIMIZER, lanes, **given, options=TrainingOptions(difference=difference))
+    lane = lanes.parts._replace(alpha=lanes.alpha[0])
     # Data, parameters and scale are arguments; functions stay outside.
-    arrays, static = eqx.partition(made.course, eqx.is_array)
+    arrays, static = eqx.partition(setup, eqx.is_array)
 
     def step(data: Any, state: Any) -> Any:
         arrays, lane, rows = data
         return train_step(eqx.combine(arrays, static), lane, state, (rows, lane.key))
 
-    return step, ((arrays, lane, rows), start(made.course, lane))
+    return step, ((arrays, lane, rows), setup.start(lane))
 
 
 def peak_bytes(step: Callable[..., Any], data: Any, state: Any) -> int:

@@ -201,7 +201,7 @@ def test_the_remedies_go_through():
     """Gradient descent, and the fixed steps that it is."""
     descent = lj.gradient_descent(*SLIDING, optax.sgd(0.01), 2000)
     assert bool(descent.result == diffrax.RESULTS.successful)
-    assert bool(descent.losses[-1] < 0.7 * descent.losses[0])
+    assert bool(descent.loss[-1] < 0.7 * descent.loss[0])
     fixed = {"solver": diffrax.Euler(), "stepsize_controller": diffrax.ConstantStepSize(), "dt0": 0.01}
     run = lj.gradient_flow(*SLIDING, SLIDING_TIMES, **fixed)
     assert bool(run.result == lj.RESULTS.successful)
