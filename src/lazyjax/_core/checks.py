@@ -1,6 +1,6 @@
-"""Checks of what a user hands in: one clear error, before any long computation.
+"""Checks of what a user passes: one clear error, before any long computation.
 
-A check looks at values only outside a trace; shapes, dtypes and structure are looked at always.
+A check reads values only outside a trace; it always reads shapes, dtypes and structure.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from lazyjax._core.types import Params
 
 
 def is_concrete(tree: Any) -> bool:
-    """Whether no leaf is traced, so that its values can be looked at."""
+    """Return whether no leaf is traced, so that values can be read."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(tree))
 
 
@@ -51,7 +51,7 @@ def split_params(w0: Params, name: str = "w0") -> tuple[Params, Params]:
 
 
 def check_finite(tree: Any, name: str) -> None:
-    """Refuse NaN and infinite entries, saying how many there are and where the first one is."""
+    """Check that all floating entries are finite; the error says how many are not, and where the first one is."""
     for path, leaf in jtu.tree_leaves_with_path(tree):
         if not eqx.is_array(leaf) or not is_concrete(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
@@ -66,7 +66,7 @@ def check_finite(tree: Any, name: str) -> None:
 
 
 def check_alpha(alpha: Any) -> None:
-    """Refuse a scale that is not a real number (TypeError), or one outside (0, inf] (ValueError)."""
+    """Check that alpha is a real number (else TypeError) in (0, inf] (else ValueError)."""
     if not is_concrete(alpha):
         return
     value = np.asarray(alpha)
@@ -82,7 +82,7 @@ def check_alpha(alpha: Any) -> None:
 
 
 def check_times(ts: Any) -> None:
-    """Refuse times that are not an increasing vector of at least two, only the last one infinite."""
+    """Check that times are an increasing vector of at least two, of which only the last may be infinite."""
     if np.ndim(ts) != 1 or np.shape(ts)[0] < 2:
         msg = (
             f"ts must be a vector of at least two times (start, ..., end), got shape {np.shape(ts)}; "
@@ -106,7 +106,7 @@ def check_times(ts: Any) -> None:
 
 
 def check_outputs(h: Callable[..., Any], *args: Any, name: str = "h") -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a model's outputs, (n,) or (n, k), floating and not empty."""
+    """Return shape and dtype of a model's outputs; check that they are (n,) or (n, k), floating and not empty."""
     out = eqx.filter_eval_shape(h, *args)
     if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) not in (1, 2):
         got = f"shape {out.shape}" if isinstance(out, jax.ShapeDtypeStruct) else jtu.tree_structure(out)
@@ -122,7 +122,7 @@ def check_outputs(h: Callable[..., Any], *args: Any, name: str = "h") -> jax.Sha
 
 
 def check_inputs(f: Callable[..., Any], w0: Params, x: Any, name: str) -> tuple[jax.Array, tuple[int, ...]]:
-    """Inputs as an array, and the shape of what f makes of them: one row (or number) a sample, all finite."""
+    """Return inputs as an array and the shape of f's outputs; check that they are finite, one row per sample."""
     x = jnp.asarray(x)
     if x.ndim == 0 or x.size == 0:
         msg = f"{name} must hold at least one sample, got shape {x.shape}."
@@ -130,6 +130,6 @@ def check_inputs(f: Callable[..., Any], w0: Params, x: Any, name: str) -> tuple[
     check_finite(x, name)
     shape = check_outputs(f, w0, x, name="f").shape
     if shape[0] != x.shape[0]:
-        msg = f"f must return one row of outputs a sample, got {shape[0]} rows for {x.shape[0]} samples of {name}."
+        msg = f"f must return one row of outputs per sample, got {shape[0]} rows for {x.shape[0]} samples of {name}."
         raise ValueError(msg)
     return x, shape

@@ -15,14 +15,14 @@ from lazyjax._core.keys import default_key
 
 
 class KrylovSpace(eqx.Module):
-    """An orthonormal basis of a Krylov space, the operator projected on it, what comes after; made by `krylov`.
+    """An orthonormal basis of a Krylov space, the operator projected on it, and the next vector; made by `krylov`.
 
     Attributes:
         basis: Rows (m, size).
         projected: Tridiagonal (m, m).
-        norm: Of the start vector, the first row of the basis times it.
+        norm: Norm of the start vector, which is `norm` times the first row of the basis.
         next: The (m+1)-st vector.
-        coupling: Between the last two; 0 where the space is all there is.
+        coupling: Coupling of the last two vectors; 0 if the space is invariant.
     """
 
     basis: Float[Array, "m size"]
@@ -35,11 +35,11 @@ class KrylovSpace(eqx.Module):
 def krylov(
     matvec: Callable[[Array], Array], start: Float[Array, " size"], num_matvecs: int, key: PRNGKeyArray | None = None
 ) -> KrylovSpace:
-    """Lanczos with full re-orthogonalization, for a symmetric operator.
+    """Build a Krylov space of a symmetric operator by Lanczos with full re-orthogonalization.
 
-    Ours, because the libraries' (matfree 0.6) goes on from a normalized rounding error when the Krylov space is
-    exhausted, and then returns values that are no eigenvalues (for the identity: -0.07 and 2.07). Here the
-    recurrence restarts from a fresh direction, so that repeated eigenvalues and low rank are right.
+    When the Krylov space is exhausted, matfree 0.6 continues from a normalized rounding error, and returns values
+    that are no eigenvalues (for the identity: -0.07 and 2.07). Here the recurrence restarts from a fresh direction, so
+    that repeated eigenvalues and low rank are right.
     """
     size, dtype = start.size, start.dtype
     m = min(num_matvecs, size)
@@ -61,13 +61,13 @@ def krylov(
         exhausted = beta <= 10 * size**0.5 * eps * scale
         fresh = orthogonalized(fresh_starts[i], basis)
         length = jnp.linalg.norm(fresh)
-        # Of a space that is all there is nothing may be left.
+        # If the space is invariant and whole, nothing is left.
         fresh = fresh / jnp.where(length > 0, length, 1)
         q = jnp.where(exhausted, fresh, v / jnp.where(exhausted, 1, beta))
         return basis, diagonal.at[i].set(basis[i] @ image), off.at[i].set(jnp.where(exhausted, 0, beta)), q, scale
 
     norm = jnp.linalg.norm(start)
-    # A zero start has no direction: any will do, its coordinates are zero.
+    # A zero start has no direction: any will do, since its coordinates are zero.
     other = fresh_starts[0] / jnp.linalg.norm(fresh_starts[0])
     first = jnp.where(norm > 0, start / jnp.where(norm > 0, norm, 1), other)
     zeros = jnp.zeros(m, dtype)
@@ -85,7 +85,7 @@ def lanczos(
     dtype: Any,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, " m"], Float[Array, " m"], Float[Array, "m size"]]:
-    """Ritz values (rising), their residual norms, and Ritz vectors (as rows) of a symmetric operator."""
+    """Return Ritz values (increasing), their residual norms, and Ritz vectors (as rows) of a symmetric operator."""
     if num_matvecs < 1:
         msg = f"num_matvecs must be at least 1, got {num_matvecs}."
         raise ValueError(msg)
@@ -97,11 +97,11 @@ def lanczos(
 
 
 def lanczos_slack(size: int, steps: int, failure: float) -> float:
-    r"""C with $\lambda_{max} \le C\theta$ for the largest Ritz value of a positive semi-definite operator.
+    r"""Return C with $\lambda_{max} \le C\theta$ for the largest Ritz value of a positive semi-definite operator.
 
-    Fails with the given probability at most, over random starts: $\lambda_{max} \le \theta/(1-\epsilon)$ but for
-    $1.648\sqrt{size}\,e^{-\sqrt\epsilon(2\,steps-1)}$ (Kuczynski and Wozniakowski 1992, theorem 4.2). Infinite where
-    there are too few steps to tell.
+    It fails with at most the given probability over random starts: $\lambda_{max} \le \theta/(1-\epsilon)$ but for
+    $1.648\sqrt{size}\,e^{-\sqrt\epsilon(2\,steps-1)}$ (Kuczynski and Wozniakowski 1992, theorem 4.2). It is infinite
+    if there are too few steps to tell.
     """
     if steps >= size:
         return 1.0
@@ -112,12 +112,12 @@ def lanczos_slack(size: int, steps: int, failure: float) -> float:
 def top_eigenvalues(
     matvec: Callable[[Array], Array], size: int, k: int, *, dtype: Any, key: PRNGKeyArray | None = None
 ) -> Float[Array, " k"]:
-    """The k largest eigenvalues, falling, of a positive semi-definite operator, each as often as it is repeated.
+    """Return the k largest eigenvalues, decreasing, of a positive semi-definite operator, with multiplicity.
 
-    One start vector sees every repeated eigenvalue once. So Lanczos runs again, from another start, orthogonally to
+    One start vector finds every repeated eigenvalue once. So Lanczos runs again, from another start, orthogonally to
     the k leading Ritz vectors known, until it finds nothing above the k-th value; each run doubles its products,
     2k + 20 at first, until its residuals are below sqrt(eps) of the values (the error is their square over the
-    gap). Under a trace, where none of this can be looked at, it is one run of 2k + 20 products: Ritz values from
+    gap). Under a trace, where values cannot be read, it is one run of 2k + 20 products: Ritz values from
     below, with repeated ones missing.
     """
     product = eqx.filter_closure_convert(matvec, jax.ShapeDtypeStruct((size,), dtype))
@@ -126,14 +126,14 @@ def top_eigenvalues(
     steps = 2 * k + 20
     values, vectors = jnp.full(k, -jnp.inf, dtype), jnp.zeros((k, size), dtype)
     while True:
-        # Another start each time: the old one's share in a repeated eigenspace is the vector already known.
+        # Another start each time: the projection of the old one on a repeated eigenspace is already known.
         stream, start = jr.split(stream)
         theta, residuals, ritz = _deflated(product, vectors, steps, start)
         if not is_concrete(theta) or not bool(jnp.isfinite(theta[0])):
             return theta
         rounding = 10 * size**0.5 * eps * jnp.maximum(theta[0], values[0])
         new = theta > values[-1] + rounding
-        # The largest one has to be right also where it is to show that there is nothing new.
+        # The largest one must be right even if it only shows that there is nothing new.
         right = (residuals <= eps**0.5 * theta + rounding) | ~new.at[0].set(True)
         if steps < size and not bool(jnp.all(right)):
             steps *= 2
@@ -149,7 +149,7 @@ def top_eigenvalues(
 def _deflated(
     product: Callable[[Array], Array], known: Array, steps: int, key: PRNGKeyArray
 ) -> tuple[Array, Array, Array]:
-    """As many leading Ritz values as there are `known` rows, falling, of the operator orthogonal to those rows."""
+    """Return as many leading Ritz values as there are `known` rows, decreasing, of the operator orthogonal to them."""
     k, size = known.shape
 
     def project(v: Array) -> Array:

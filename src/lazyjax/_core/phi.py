@@ -1,4 +1,6 @@
-r"""$\varphi_0(z) = e^z$ and $\varphi_k(z) = \int_0^1 e^{(1-s)z} s^{k-1}/(k-1)!\, ds$, of exponential integrators.
+r"""The $\varphi$ functions of exponential integrators.
+
+$\varphi_0(z) = e^z$ and $\varphi_k(z) = \int_0^1 e^{(1-s)z} s^{k-1}/(k-1)!\, ds$.
 
 Source: Hochbruck, Ostermann, Exponential integrators, Acta Numerica 19 (2010), equation (2.10).
 """
@@ -12,7 +14,7 @@ from jaxtyping import Array, Float
 
 
 def phi(z: Float[Array, "..."], k: int) -> Float[Array, "..."]:
-    r"""$\varphi_k(z)$, entry by entry, to rounding in value and derivative for any real z from $-\infty$ up.
+    r"""Return $\varphi_k(z)$, entry by entry, to rounding in value and derivative for any real z from $-\infty$ up.
 
     Args:
         z: Real numbers of any shape.
@@ -38,13 +40,13 @@ def phi(z: Float[Array, "..."], k: int) -> Float[Array, "..."]:
     return _phi(jnp.asarray(z, jnp.result_type(z, float)), k)
 
 
-@functools.partial(jax.jit, static_argnames="k")  # a step has dozens of them: traced once, and called
+@functools.partial(jax.jit, static_argnames="k")  # a step calls dozens of them, and traces them once
 def _phi(z: Array, k: int) -> Array:
     if k == 0:
         return jnp.exp(z)
     # Below k the recursion cancels, above it the series: at k neither loses a digit, even in the second derivative.
     small = jnp.abs(z) <= k
-    # Each branch sees only arguments it is meant for: a NaN of the other one would spoil the derivative.
+    # Each branch gets only arguments it is meant for: a NaN of the other one would spoil the derivative.
     return jnp.where(small, _series(jnp.where(small, z, 0), k), _recursion(jnp.where(small, -k, z), k))
 
 

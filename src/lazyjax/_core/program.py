@@ -1,7 +1,7 @@
 """A model's jaxpr as data: one equation as a function, and one sample's program as a flat list of equations.
 
 Arrays of the program are numbered (slots); equations inside calls (`jit`, rematerialization) stand in the list
-like all others, so that whoever reads it meets no nesting. Control flow and custom derivatives stay one equation.
+like all others, without nesting. Control flow and custom derivatives stay one equation.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,26 +18,26 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call", "core_closed_call", "remat"
 
 
 def literal_value(literal: core.Literal) -> np.ndarray:
-    """The constant of a jaxpr literal in its own dtype, which a bare Python number would lose."""
+    """Return the constant of a jaxpr literal in its own dtype, which a bare Python number would lose."""
     return np.asarray(literal.val, dtype=jnp.result_type(literal.aval))
 
 
 def aval_of(atom: Any) -> Any:
-    """Shape and dtype of an operand or result of an equation."""
+    """Return shape and dtype of an operand or result of an equation."""
     return atom.aval
 
 
 @cache
 def _empty_jaxpr() -> core.Jaxpr:
-    """A jaxpr to `replace` the parts of; the constructor's signature varies between versions."""
+    """Return a jaxpr to `replace` the parts of; the constructor's signature varies between versions."""
     return jax.make_jaxpr(lambda: ())().jaxpr
 
 
 def as_function(eqn: core.JaxprEqn) -> Callable[..., list[Any]]:
-    """One equation as a function of its operands, its own differentiation rule included.
+    """Return one equation as a function of its operands, its own differentiation rule included.
 
-    Goes through a jaxpr of that single equation and not through `Primitive.bind`, because
-    call-like primitives want their parameters in a form that is no public interface.
+    The function evaluates a jaxpr of that single equation instead of calling `Primitive.bind`, because
+    call-like primitives expect their parameters in a form that is no public interface.
     """
     names = list(dict.fromkeys(v for v in eqn.invars if isinstance(v, core.Var)))
     jaxpr = _empty_jaxpr().replace(invars=names, outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects)
@@ -63,7 +63,7 @@ Operand = int | Constant
 
 @dataclass(frozen=True)
 class Line:
-    """One equation: where its operands come from and the slots of its results."""
+    """One equation of a program: where its operands come from and the slots of its results."""
 
     eqn: core.JaxprEqn
     inputs: tuple[Operand, ...]
@@ -71,7 +71,7 @@ class Line:
 
     @property
     def name(self) -> str:
-        """The primitive's name."""
+        """Name of the primitive."""
         return self.eqn.primitive.name
 
 
@@ -82,7 +82,7 @@ class Program:
     Attributes:
         avals: Shape and dtype of every slot.
         arguments: Slots of the arguments.
-        constants: Values of the slots that are closed over.
+        constants: Values of the slots that hold closed-over arrays.
         lines: The equations, in order.
         output: Where the result is.
     """
@@ -94,7 +94,7 @@ class Program:
     output: Operand = 0
 
     def slot(self, aval: Any) -> int:
-        """A new slot."""
+        """Return a new slot."""
         self.avals.append(aval)
         return len(self.avals) - 1
 
@@ -125,7 +125,7 @@ class Program:
 
 
 def trace(function: Callable[..., Any], *args: Any) -> Program:
-    """The flat program of a function of arrays (or their shapes) with one array as its result."""
+    """Return the flat program of a function of arrays (or their shapes) with one array as its result."""
     closed = jax.make_jaxpr(function)(*args)
     program = Program()
     program.arguments = [program.slot(v.aval) for v in closed.jaxpr.invars]
@@ -141,7 +141,7 @@ def run(
     replace: Callable[[Line, list[Any]], list[Any] | None] | None = None,
     after: Callable[[int, Any], Any] | None = None,
 ) -> dict[int, Any]:
-    """Evaluate a program; the values of all slots.
+    """Evaluate a program and return the values of all slots.
 
     Args:
         program: From `trace`.
@@ -162,5 +162,5 @@ def run(
 
 
 def value_of(values: dict[int, Any], operand: Operand) -> Any:
-    """The value of an operand."""
+    """Return the value of an operand."""
     return operand.value if isinstance(operand, Constant) else values[operand]

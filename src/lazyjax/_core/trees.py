@@ -16,7 +16,7 @@ def move(coordinates: Params, eps: Float[Array, ""], u: Params) -> Params:
 
 
 def tree_norm(tree: Any) -> Float[Array, ""]:
-    """Return the Euclidean norm of a tree of arrays, with the gradient zero at zero; NaN where an entry is."""
+    """Return the Euclidean norm of a tree of arrays, with gradient zero at zero; NaN if an entry is NaN."""
     squares = functools.reduce(jnp.add, [jnp.sum(leaf**2) for leaf in jtu.tree_leaves(tree)])
     return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 

@@ -1,7 +1,6 @@
 r"""Difference rules of calls and control flow: each is entered, its body walked in pairs.
 
-`walk(step, jaxpr, consts, values)` is handed in, so that the walk may know these rules and they
-need not know it.
+`walk(step, jaxpr, consts, values)`, which evaluates a program on pairs, is an argument, because it uses these rules.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ ControlRule = Callable[[Walk, Step, core.JaxprEqn, list[Value]], list[Value]]
 
 
 def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """The program a call runs and its constants, under whichever name it is kept."""
+    """Return the program that a call runs and its constants, under whichever name it is kept."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:
             body = eqn.params[name]
@@ -47,7 +46,7 @@ def _call(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> li
 
 
 def _custom_jvp(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """Entered for eps != 0; at eps = 0 the custom rule speaks, which decides ties for one."""
+    """Enter the function for eps != 0; at eps = 0 apply the custom rule, which decides ties for one."""
     outs = _call(walk, step, eqn, values)
     if step.never_zero or not any(isinstance(v, Moved) for v in values):
         return outs
@@ -63,7 +62,7 @@ def _at_zero(step: Step, limit: Any, delta: Any | None) -> Any:
 
 
 def _stop_gradient(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """The true difference for eps != 0; nothing at eps = 0, which is `jax.jvp`'s value."""
+    """Return the true difference for eps != 0, and zero at eps = 0, which is `jax.jvp`'s value."""
     del walk, eqn
     (value,) = values
     if step.never_zero or not isinstance(value, Moved):
@@ -72,14 +71,14 @@ def _stop_gradient(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Valu
 
 
 def _identity(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """Primitives that return their operands: applied to the old values, differences as they are."""
+    """Apply a primitive that returns its operands to the old values, and keep the differences."""
     del walk, step
     outs = as_function(eqn)(*[old_of(v) for v in values])
     return [v._replace(old=out) if is_pair(v) else out for v, out in zip(values, outs, strict=True)]
 
 
 def _reached(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> list[bool]:
-    """Which outputs of a program may depend on the flagged inputs."""
+    """Return which outputs of a program may depend on the flagged inputs."""
     touched = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
     for eqn in jaxpr.eqns:
         if any(v in touched for v in eqn.invars if isinstance(v, core.Var)):
@@ -88,7 +87,7 @@ def _reached(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> list[bool]:
 
 
 def _reached_carries(jaxpr: core.Jaxpr, flags: list[bool], carries: slice) -> list[bool]:
-    """`flags` with the loop-carried ones grown until the body adds no more."""
+    """Return `flags` with the loop-carried ones grown until the body adds no more."""
     while True:
         outs = _reached(jaxpr, flags)[: carries.stop - carries.start]
         grown = [a or b for a, b in zip(flags[carries], outs, strict=True)]
@@ -98,7 +97,7 @@ def _reached_carries(jaxpr: core.Jaxpr, flags: list[bool], carries: slice) -> li
 
 
 def _lifted(value: Value, aval: Any, flag: bool) -> Value:
-    """The value in the form that a loop or branch must return: a pair where flagged."""
+    """Return the value in the form that a loop or branch must return: a pair if flagged."""
     if not flag or is_pair(value):
         return value
     value = jnp.asarray(value)
@@ -110,7 +109,7 @@ def _lift_all(values: Sequence[Value], avals: Sequence[Any], flags: Sequence[boo
 
 
 def _scan_carries(params: dict[str, Any]) -> tuple[int, int]:
-    """Where the carries lie among a scan's operands: constants, carries, scanned arrays."""
+    """Return where the carries lie among a scan's operands: constants, carries, scanned arrays."""
     if "num_consts" in params:
         return params["num_consts"], params["num_consts"] + params["num_carry"]
     # From JAX 0.11 on a tree of the three groups stands in place of the two numbers.
@@ -143,7 +142,7 @@ def _scan(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> li
 
 
 def _while(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """A loop whose number of turns does not depend on the parameters."""
+    """Enter a loop whose number of turns does not depend on the parameters."""
     params = eqn.params
     condition, body = params["cond_jaxpr"], params["body_jaxpr"]
     tests, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
@@ -172,7 +171,7 @@ def _while(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> l
 
 
 def _cond(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """The branch at the new end; where it switched, the old branch's outputs and the jump."""
+    """Enter the branch at the new end; if it switched, return the old branch's outputs and the jump."""
     index, operands = values[0], values[1:]
     branches = eqn.params["branches"]
     inputs = [is_pair(v) for v in operands]
@@ -196,7 +195,7 @@ def _cond(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> li
 
 
 def _switched(step: Step, before: Any, after: Value, aval: Any) -> Value:
-    """One output of a branch that may have switched."""
+    """Return one output of a branch that may have switched."""
     if not is_floating(aval):
         return Switched(before, step.new_of(after))
     jump, delta = step.jump(old_of(after), before), delta_of(after)

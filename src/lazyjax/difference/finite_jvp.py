@@ -4,7 +4,7 @@ $[h(w_0 + \epsilon u) - h(w_0)]/\epsilon$ is what a model at scale $\alpha = 1/\
 start. Subtracting two nearly equal outputs loses every digit once $\epsilon$ is small: in float32
 the relative error of the plain difference is of order 1 at $\alpha = 10^7$. Here the
 program of h is instead walked once, every value carried with its divided difference (see
-`_difference_pair`), and each primitive has a rule that maps the differences of its inputs to that
+`pair`), and each primitive has a rule that maps the differences of its inputs to that
 of its output without subtracting close numbers. At $\epsilon = 0$ the same walk is `jax.jvp`, so
 $\alpha = \infty$ is an ordinary value, also inside `vmap`, `jit` and `grad`.
 """
@@ -38,6 +38,7 @@ from lazyjax.difference.piecewise import COMPARISONS, PIECEWISE_RULES, at_both_e
 from lazyjax.difference.pooling import WINDOW_RULES
 from lazyjax.difference.smooth import SMOOTH_RULES
 
+# A new rule goes into one of these tables, or into `CONTROL_RULES` if it enters a program.
 _RULES = {**ALGEBRAIC_RULES, **SMOOTH_RULES, **PIECEWISE_RULES, **WINDOW_RULES}
 
 
@@ -64,10 +65,10 @@ def finite_jvp(
     Args:
         h: Model, parameters to a pytree of floating arrays, the data inside.
         w0: Base point; any pytree. Its real floating array leaves are the coordinates, everything
-            else passes through untouched. Arithmetic is in their dtype.
+            else passes through untouched. Arithmetic is in their dtypes.
         u: Direction, of the structure of `w0`; leaves that are no coordinates are ignored and
             may be None.
-        eps: Step size, a real scalar of either sign; 0 is the derivative. A size below the
+        eps: Step size, a real scalar of either sign; 0 gives the derivative. A size below the
             smallest normal number of the dtype counts as 0.
         difference: "exact" walks the program of h; "plain" subtracts two evaluations of h, which
             loses about $\log_{10}(1/\epsilon)$ digits: for models with a primitive that
@@ -79,7 +80,7 @@ def finite_jvp(
     Raises:
         TypeError: `w0` has no floating array, or a complex one.
         ValueError: `w0` is not finite, `u` does not match it, `eps` is no real scalar, h returns
-            something other than floating arrays, or applies a primitive without a rule.
+            something other than floating arrays or applies a primitive without a rule.
 
     Source:
         Chizat, Oyallon, Bach (2019), equation (2), in the coordinates $u = \alpha(w - w_0)$.
@@ -115,8 +116,8 @@ def finite_value_and_jvp(
         $h(w_0)$ and the divided difference, two pytrees of one structure.
 
     Raises:
-        TypeError: As `finite_jvp`.
-        ValueError: As `finite_jvp`.
+        TypeError: As for `finite_jvp`.
+        ValueError: As for `finite_jvp`.
 
     Example:
         >>> value, slope = finite_value_and_jvp(jnp.square, jnp.float32(3.0), jnp.float32(1.0), 0.5)
@@ -152,7 +153,7 @@ def finite_value_and_jvp(
 
 
 def _coordinates(w0: Params) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The floating leaves of a pytree, and the way back from them."""
+    """Return the floating leaves of a pytree, and the function that puts them back."""
     params, rest = split_params(w0)
     leaves, structure = jax.tree.flatten(params)
 
@@ -163,7 +164,7 @@ def _coordinates(w0: Params) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]
 
 
 def _directions(w0: Params, u: Params, leaves: Sequence[Any]) -> list[Any]:
-    """The leaves of u that belong to coordinates of w0, checked, in their dtypes."""
+    """Return the leaves of u that belong to coordinates of w0, checked, in their dtypes."""
     at_w0, structure = jax.tree.flatten(w0, is_leaf=lambda x: x is None)
     at_u, other = jax.tree.flatten(u, is_leaf=lambda x: x is None)
     if structure != other:
@@ -186,7 +187,7 @@ def _directions(w0: Params, u: Params, leaves: Sequence[Any]) -> list[Any]:
 
 
 def _step_size(eps: ArrayLike, dtype: Any) -> tuple[Any, float | None]:
-    """eps in a dtype, and its value as a number where it is known while tracing."""
+    """Return eps in a dtype, and its value as a number if it is known while tracing."""
     if jnp.shape(eps) != () or jnp.issubdtype(jnp.result_type(eps), jnp.complexfloating):
         msg = (
             f"eps must be a real scalar, got shape {jnp.shape(eps)} and dtype "
@@ -214,7 +215,7 @@ def _check_outputs(avals: Sequence[Any]) -> None:
 def _plain(
     program: Callable[..., list[Any]], leaves: list[Any], directions: list[Any], step: Step
 ) -> tuple[list[Any], list[Any]]:
-    """The difference of two evaluations; the derivative at eps = 0."""
+    """Return h(w0) and the difference of two evaluations, the derivative at eps = 0."""
     pairs = [Moved(z, d) for z, d in zip(leaves, directions, strict=True)]
     new = program(*[step.new_of(pair) for pair in pairs])
     if step.never_zero:
@@ -227,7 +228,7 @@ def _plain(
 
 
 def _walk(step: Step, jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Value]) -> list[Value]:
-    """Interpret a jaxpr on values and pairs."""
+    """Evaluate a jaxpr on values and pairs."""
     env: dict[core.Var, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
 
@@ -241,7 +242,7 @@ def _walk(step: Step, jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence
 
 
 def _apply(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """One equation on values and pairs."""
+    """Evaluate one equation on values and pairs."""
     name = eqn.primitive.name
     olds = [old_of(v) for v in values]
     if not any(is_pair(v) for v in values) or not eqn.outvars:
@@ -258,7 +259,7 @@ def _apply(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _ruled(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """A floating primitive by its rule, and a jump where discrete operands switch from i0 to i1.
+    """Apply the rule of a floating primitive, and add a jump where discrete operands switch from i0 to i1.
 
     f(z + eps d, i1) - f(z, i0) = [f(z + eps d, i1) - f(z, i1)] + [f(z, i1) - f(z, i0)].
     """
@@ -277,7 +278,7 @@ def _ruled(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _check_rule(eqn: core.JaxprEqn, values: Sequence[Value]) -> None:
-    """Refuse what would lose digits silently: complex values and operations without a rule."""
+    """Check that no digits would be lost silently: refuse complex values and primitives without a rule."""
     name = eqn.primitive.name
     dtypes = sorted({str(getattr(v.aval, "dtype", "")) for v in eqn.outvars})
     if any(dtype.startswith("complex") for dtype in dtypes):

@@ -147,12 +147,12 @@ def _one_minus_square(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: l
 
 
 def multiply_moved(step: Step, x: Moved, y: Moved) -> Moved:
-    """The product of two moved values."""
+    """Return the product of two moved values."""
     return Moved(x.old * y.old, x.delta * step.new_of(y) + x.old * y.delta)
 
 
 def _integer_pow(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
-    """Repeated squaring of pairs; a negative power is the reciprocal of the positive one."""
+    """Square pairs repeatedly; a negative power is the reciprocal of the positive one."""
     exponent = eqn.params["y"]
     if exponent == 0:
         return [jnp.zeros_like(outs[0])]

@@ -33,42 +33,45 @@ class Switched(NamedTuple):
     new: Any
 
 
-Value = Any  # a bare array, a Moved or a Switched
+Value = Any
+"""A bare array, a `Moved` or a `Switched`."""
+
 Rule = Callable[["Step", core.JaxprEqn, list[Any], list[Value]], list[Any]]
+"""(step, equation, its outputs at the old values, its operands) -> the divided differences of the outputs."""
 
 
 def is_pair(value: Value) -> bool:
-    """Whether the value depends on the parameters."""
+    """Return whether the value depends on the parameters."""
     return isinstance(value, Moved | Switched)
 
 
 def old_of(value: Value) -> Any:
-    """The value at the start of the step."""
+    """Return the value at the start of the step."""
     return value.old if is_pair(value) else value
 
 
 def delta_of(value: Value) -> Any | None:
-    """The divided difference, or None for a value that does not move."""
+    """Return the divided difference, or None for a value that does not move."""
     return value.delta if isinstance(value, Moved) else None
 
 
 def delta_or_zeros(value: Value) -> Any:
-    """The divided difference, instantiated: zeros for a value that does not move."""
+    """Return the divided difference as an array: zeros for a value that does not move."""
     return value.delta if isinstance(value, Moved) else jnp.zeros_like(value)
 
 
 def is_floating(aval: Any) -> bool:
-    """Whether an array type is real floating, hence carried as a `Moved` pair."""
+    """Return whether an array type is real floating, hence carried as a `Moved` pair."""
     return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def unit_roundoff(dtype: Any) -> float:
-    """Spacing of the floating numbers just above one."""
+    """Return the spacing of the floating numbers just above one."""
     return float(jnp.finfo(dtype).eps)
 
 
 def gap(x: Any, y: Any) -> Any:
-    """x - y, zero also for equal infinities and always finite.
+    """Return x - y, zero also for equal infinities and always finite.
 
     Finite, because the value is multiplied by 1/eps in branches that are not taken, and
     a zero cotangent times an infinity would turn a gradient into NaN.
@@ -78,7 +81,7 @@ def gap(x: Any, y: Any) -> Any:
 
 
 def snapped_gap(x: Any, y: Any) -> Any:
-    """`gap`, with differences of a few units in the last place taken as zero.
+    """Return `gap`, with differences of a few units in the last place taken as zero.
 
     For operands that are *structurally* equal (a maximum and its winner). A compiler may evaluate
     such an operand twice, contracting multiplications and additions differently, and that last
@@ -92,7 +95,7 @@ def snapped_gap(x: Any, y: Any) -> Any:
 
 
 def _parts(eps: Any, dtype: Any) -> tuple[Any, Any, Any]:
-    """eps, 1/eps (zero at eps = 0) and whether eps counts as zero, in one dtype.
+    """Return eps, 1/eps (zero at eps = 0) and whether eps counts as zero, in one dtype.
 
     Below the smallest normal number eps is zero: 1/eps would overflow and processors flush
     such numbers to zero anyway.
@@ -119,49 +122,49 @@ class Step:
 
     @classmethod
     def of_size(cls, eps: Any, *, never_zero: bool) -> "Step":
-        """A step of size eps, a floating scalar."""
+        """Make a step of size eps, a floating scalar."""
         return cls(eps, _parts(eps, eps.dtype), never_zero)
 
     def _parts_in(self, dtype: Any) -> tuple[Any, Any, Any]:
         return self.parts if dtype == self.eps.dtype else _parts(self.eps, dtype)
 
     def scaled(self, delta: Any) -> Any:
-        """eps * delta: how far the value moves."""
+        """Return eps * delta: how far the value moves."""
         return self._parts_in(delta.dtype)[0] * delta
 
     def quotient(self, difference: Any) -> Any:
-        """difference / eps, and 0 at eps = 0."""
+        """Return difference / eps, and 0 at eps = 0."""
         return self._parts_in(difference.dtype)[1] * difference
 
     def is_zero(self, dtype: Any) -> Any:
-        """Whether eps is zero, a boolean scalar."""
+        """Return whether eps is zero, a boolean scalar."""
         return self._parts_in(dtype)[2]
 
     def new_of(self, value: Value) -> Any:
-        """The value at the end of the step, rounded to its dtype."""
+        """Return the value at the end of the step, rounded to its dtype."""
         if isinstance(value, Switched):
             return value.new
         return value.old + self.scaled(value.delta) if isinstance(value, Moved) else value
 
     def jump(self, new: Any, old: Any) -> Any:
-        """(new - old)/eps for values that differ because something discrete switched."""
+        """Return (new - old)/eps of values that differ because something discrete switched."""
         return self.quotient(snapped_gap(new, old))
 
     def limit_or(self, limit: Callable[[], Any], delta: Any) -> Any:
-        """delta for eps != 0, limit() at eps = 0; the limit is not computed where not needed."""
+        """Return delta for eps != 0, limit() at eps = 0; the limit is not computed if it is not needed."""
         if self.never_zero:
             return delta
         return jnp.where(self.is_zero(delta.dtype), limit(), delta)
 
 
 def bind(eqn: core.JaxprEqn, args: Sequence[Any], **overrides: Any) -> list[Any]:
-    """Apply the primitive of an equation to other operands; always a list of outputs."""
+    """Apply the primitive of an equation to other operands and return a list of outputs."""
     out = eqn.primitive.bind(*args, **{**eqn.params, **overrides})
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def derivative(eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Any]:
-    """`jax.jvp` of one equation along the deltas, at the old values: the limit eps = 0."""
+    """Return `jax.jvp` of one equation along the deltas, at the old values: the limit eps = 0."""
     function = as_function(eqn)
     moving = [i for i, v in enumerate(values) if isinstance(v, Moved)]
     olds = [old_of(v) for v in values]

@@ -33,7 +33,7 @@ from lazyjax.difference.pair import (
 
 
 def _max_delta(step: Step, x: Any, y: Any, dx: Any, dy: Any) -> Any:
-    """The divided difference of max(x, y); a tie at eps = 0 gives the mean, as in `jax.jvp`."""
+    """Return the divided difference of max(x, y); a tie at eps = 0 gives the mean, as in `jax.jvp`."""
     lead = gap(x, y)
     first = dx + step.quotient(jnp.where(lead < 0, lead, 0))
     second = dy - step.quotient(jnp.where(lead > 0, lead, 0))
@@ -45,7 +45,7 @@ def _max_delta(step: Step, x: Any, y: Any, dx: Any, dy: Any) -> Any:
 
 
 def max_moved(step: Step, x: Moved, y: Moved) -> Moved:
-    """The larger of two moved values."""
+    """Return the larger of two moved values."""
     return Moved(jnp.maximum(x.old, y.old), _max_delta(step, x.old, y.old, x.delta, y.delta))
 
 
@@ -59,7 +59,7 @@ def _as_moved(value: Value) -> Moved:
 
 
 def _binary(combine: Callable[[Step, Moved, Moved], Moved]) -> Rule:
-    """The rule of a binary primitive from its action on two moved values."""
+    """Make the rule of a binary primitive from its action on two moved values."""
 
     def rule(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
         del eqn, outs
@@ -70,7 +70,7 @@ def _binary(combine: Callable[[Step, Moved, Moved], Moved]) -> Rule:
 
 
 def _cumulative(combine: Callable[[Step, Moved, Moved], Moved]) -> Rule:
-    """The rule of a cumulative primitive from its action on two moved values."""
+    """Make the rule of a cumulative primitive from its action on two moved values."""
 
     def rule(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
         del outs
@@ -98,7 +98,7 @@ def _reduce_prod(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[V
 
 
 def _reduce_max_delta(step: Step, z: Any, delta: Any, out: Any, axes: Any) -> Any:
-    """max_i [delta_i - (m - z_i)/eps], the mean over equal winners; over old winners at eps = 0.
+    """Return max_i [delta_i - (m - z_i)/eps], the mean over equal winners; over old winners at eps = 0.
 
     The winners are a mask, and the value a mean over it, so that gradients with respect to
     delta and z need no derivative of a maximum.
@@ -146,7 +146,7 @@ def _clamp(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value])
 
 
 def _stepwise(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
-    """Piecewise constant functions: exact plain differences, 0 at eps = 0."""
+    """Return the plain difference of a piecewise constant function, which is exact; 0 at eps = 0."""
     (new,) = bind(eqn, [step.new_of(v) for v in values])
     return [step.quotient(gap(new, outs[0]))]
 
@@ -185,7 +185,7 @@ def _shift(step: Step, x: Value, y: Value) -> Any:
 
 
 def compare(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """A comparison of floating values at both ends, decided by their difference.
+    """Compare floating values at both ends, as decided by their difference.
 
     Equality is meant for values that are equal by construction, such as a maximum and its
     winner, which derivatives of maxima ask for: where the terms of the new difference cancel
@@ -208,7 +208,7 @@ def compare(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def at_both_ends(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """Discrete results, and floating results of operands that only switch: evaluate twice."""
+    """Evaluate twice: for discrete results, and floating results of operands that only switch."""
     function = as_function(eqn)
     olds = function(*[old_of(v) for v in values])
     news = function(*[step.new_of(v) for v in values])

@@ -2,7 +2,7 @@ r"""Difference rules of maxima over sliding windows (pooling) and of their deriv
 
 A window is a set of offsets, and the operand at one offset, for all windows at once, is a strided
 slice. Walking the offsets keeps the running winner of every window at both ends of the step,
-the new one decided by differences as in `_difference_piecewise`. Of equal candidates the first
+the new one decided by differences as in `piecewise`. Of equal candidates the first
 offset wins, which is XLA's convention for these primitives.
 """
 
@@ -46,14 +46,14 @@ class _Windows:
         )
 
     def _padded(self, z: Any, fill: float) -> Any:
-        """The operand, dilated and padded: negative padding crops."""
+        """Return the operand, dilated and padded: negative padding crops."""
         config = [
             (low, high, dilation - 1) for (low, high), dilation in zip(self.padding, self.base_dilation, strict=True)
         ]
         return lax.pad(z, np.asarray(fill, z.dtype), config)
 
     def _bounds(self, shape: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
-        """First and last index of every offset's strided slice of the padded operand."""
+        """Yield the first and last index of every offset's strided slice of the padded operand."""
         spans = [
             (size - 1) * dilation + 1 for size, dilation in zip(self.dimensions, self.window_dilation, strict=True)
         ]
@@ -64,13 +64,13 @@ class _Windows:
             yield start, last
 
     def slices(self, z: Any, fill: float) -> Iterator[Any]:
-        """The operand at each offset, one entry a window."""
+        """Yield the operand at each offset, one entry per window."""
         padded = self._padded(z, fill)
         for start, last in self._bounds(padded.shape):
             yield lax.slice(padded, start, [i + 1 for i in last], self.strides)
 
     def scatter(self, parts: list[Any], like: Any) -> Any:
-        """The transpose of `slices` (fill 0), summed over the offsets."""
+        """Return the transpose of `slices` (fill 0), summed over the offsets."""
         zero = np.zeros((), like.dtype)
         shape = self._padded(jnp.zeros_like(like), 0.0).shape
         total = jnp.zeros(shape, like.dtype)
@@ -86,7 +86,7 @@ class _Windows:
 
 @dataclass(frozen=True)
 class _Winners:
-    """Who wins each window: values and offset numbers, at both ends of the step."""
+    """The winners of all windows: values and offset numbers, at both ends of the step."""
 
     old: Any
     new: Moved
@@ -95,7 +95,7 @@ class _Winners:
 
 
 def _winners(step: Step, windows: _Windows, operand: Value, sign: int) -> _Winners:
-    """Walk the offsets of windows that keep the largest entry (sign 1) or the smallest (-1)."""
+    """Find the winners of windows that keep the largest entry (sign 1) or the smallest (-1)."""
     z, delta = old_of(operand), delta_of(operand)
     olds = list(windows.slices(sign * z, -np.inf))
     deltas = [jnp.zeros_like(olds[0])] * len(olds) if delta is None else list(windows.slices(sign * delta, 0.0))
@@ -120,7 +120,7 @@ def _reduce_window(sign: int) -> Rule:
 
 
 def _selected(step: Step, eqn: core.JaxprEqn, operand: Value) -> tuple[_Windows, list[Any]]:
-    """For each offset, whether it wins at the old and at the new end, as a pair of masks."""
+    """Return for each offset whether it wins at the old and at the new end, as a pair of masks."""
     sign = {"ge": 1, "le": -1}[eqn.params["select_prim"].name]
     windows = _Windows.of(eqn)
     won = _winners(step, windows, operand, sign)
@@ -129,7 +129,7 @@ def _selected(step: Step, eqn: core.JaxprEqn, operand: Value) -> tuple[_Windows,
 
 
 def _contribution(step: Step, masks: tuple[Any, Any], z: Any, delta: Any | None) -> Any:
-    """The difference of mask * z: what the new mask lets through, and what the masks exchange."""
+    """Return the difference of mask * z: what the new mask lets through, and what the masks exchange."""
     was, becomes = masks
     exchanged = jnp.where(becomes, z, 0) - jnp.where(was, z, 0)
     change = step.quotient(jnp.where(was == becomes, 0, exchanged))

@@ -28,13 +28,15 @@ from lazyjax.difference.pair import (
     unit_roundoff,
 )
 
-# (equation, z, g(z), e) -> mean slope of g between z and z + e
 MeanSlope = Callable[[core.JaxprEqn, Any, Any, Any], Any]
+"""(equation, z, g(z), e) -> the mean slope of g between z and z + e."""
+
 Limit = Callable[[Any], Any]
+"""z -> the largest |e| for which a mean slope is right to rounding."""
 
 
 def _is_single(dtype: Any) -> bool:
-    """Whether series may be cut at single precision (also for half precision)."""
+    """Return whether series may be cut at single precision (also for half precision)."""
     return unit_roundoff(dtype) > 1e-10
 
 
@@ -43,7 +45,7 @@ def _terms(dtype: Any, single: int, double: int) -> int:
 
 
 def _polynomial(x: Any, coefficients: list[float]) -> Any:
-    """Horner's rule; coefficients from the constant term up."""
+    """Evaluate a polynomial by Horner's rule, its coefficients from the constant term up."""
     total = jnp.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         total = total * x + coefficient
@@ -52,7 +54,7 @@ def _polynomial(x: Any, coefficients: list[float]) -> Any:
 
 @cache
 def _tanh_convergent(order: int) -> tuple[list[float], list[float]]:
-    """Numerator and denominator in y = x^2 of a convergent of tanh(x)/x = 1/(1 + y/(3 + ...))."""
+    """Return numerator and denominator in y = x^2 of a convergent of tanh(x)/x = 1/(1 + y/(3 + ...))."""
     numerators = [np.array([0.0]), np.array([1.0])]
     denominators = [np.array([1.0]), np.array([1.0])]
     multiply, shift = np.multiply, np.polynomial.polynomial.polymulx
@@ -64,24 +66,24 @@ def _tanh_convergent(order: int) -> tuple[list[float], list[float]]:
 
 
 def _tanh_ratio(x: Any) -> tuple[Any, Any]:
-    """P, Q with tanh(x) = x P/Q to rounding for |x| <= 1."""
+    """Return P, Q with tanh(x) = x P/Q to rounding for |x| <= 1."""
     numerator, denominator = _tanh_convergent(_terms(x.dtype, 6, 9))
     return _polynomial(x * x, numerator), _polynomial(x * x, denominator)
 
 
 def _sinc(square: Any) -> Any:
-    """sin(x)/x as a function of x^2 for |x| <= 1; of -x^2 it is sinh(x)/x."""
+    """Return sin(x)/x as a function of x^2 for |x| <= 1; of -x^2 it is sinh(x)/x."""
     count = _terms(square.dtype, 6, 10)
     return _polynomial(square, [(-1) ** k / math.factorial(2 * k + 1) for k in range(count)])
 
 
 def _atanhc(square: Any) -> Any:
-    """atanh(s)/s as a function of s^2 <= 1/16; of -s^2 it is atan(s)/s."""
+    """Return atanh(s)/s as a function of s^2 <= 1/16; of -s^2 it is atan(s)/s."""
     return _polynomial(square, [1 / (2 * k + 1) for k in range(_terms(square.dtype, 6, 13))])
 
 
 def _smooth(slope: MeanSlope, limit: float | Limit) -> Rule:
-    """The rule of a unary primitive whose mean slope is known for |e| < limit(z)."""
+    """Make the rule of a unary primitive whose mean slope is known for |e| < limit(z)."""
 
     def rule(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
         (value,), (out,) = values, outs
@@ -158,7 +160,7 @@ def _atan_slope(eqn: core.JaxprEqn, z: Any, out: Any, e: Any) -> Any:
 
 
 def _erf_slope(eqn: core.JaxprEqn, z: Any, out: Any, e: Any) -> Any:
-    """Taylor series about the midpoint m: odd derivatives cancel, Hermite polynomials remain.
+    """Sum the Taylor series about the midpoint m: odd derivatives cancel, Hermite polynomials remain.
 
     (2/sqrt(pi)) exp(-m^2) sum_j H_2j(m) (e/2)^2j / (2j + 1)!. Beyond |m| = 28 the Gaussian
     is zero in any precision, while the polynomials would overflow.
@@ -181,7 +183,7 @@ def _erfc_slope(eqn: core.JaxprEqn, z: Any, out: Any, e: Any) -> Any:
 
 
 def _quadrature_slope(eqn: core.JaxprEqn, z: Any, out: Any, e: Any) -> Any:
-    """Four-node Gauss-Legendre mean of g' over [z, z + e], g' by `jax.jvp` of the primitive."""
+    """Return the four-node Gauss-Legendre mean of g' over [z, z + e], g' by `jax.jvp` of the primitive."""
     del out
     nodes, weights = np.polynomial.legendre.leggauss(4)
     one = jnp.ones_like(z)
@@ -196,7 +198,7 @@ def _quadrature_slope(eqn: core.JaxprEqn, z: Any, out: Any, e: Any) -> Any:
 
 
 def _fraction_of(distance: Limit) -> Limit:
-    """Where the quadrature is right to rounding: a fraction of the distance to a singularity."""
+    """Make the limit of the quadrature: a fraction of the distance to a singularity."""
 
     def limit(z: Any) -> Any:
         return (0.25 if _is_single(z.dtype) else 0.05) * distance(z)
@@ -205,7 +207,7 @@ def _fraction_of(distance: Limit) -> Limit:
 
 
 def _log_delta(step: Step, y: Any, delta: Any) -> Any:
-    """[log(y + eps delta) - log(y)]/eps, through log = 2 atanh where the step is small."""
+    """Return [log(y + eps delta) - log(y)]/eps, through log = 2 atanh where the step is small."""
     e = step.scaled(delta)
     small = jnp.abs(e) < 0.25 * jnp.abs(y)
     safe = jnp.where(small, e, 0)
@@ -216,7 +218,7 @@ def _log_delta(step: Step, y: Any, delta: Any) -> Any:
 
 
 def _log(shift: float, factor: float) -> Rule:
-    """The rule of factor * log(shift + z)."""
+    """Make the rule of factor * log(shift + z)."""
 
     def rule(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
         del eqn, outs
@@ -226,7 +228,7 @@ def _log(shift: float, factor: float) -> Rule:
 
 
 def _pow(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
-    """x^y through the logarithm of the ratio of the two ends, where x stays away from zero."""
+    """Difference x^y through the logarithm of the ratio of the two ends, where x stays away from zero."""
     x, y = values
     x0, x1, y0 = old_of(x), step.new_of(x), old_of(y)
     near_zero = jnp.abs(x1 - x0) >= 0.25 * jnp.abs(x0)
@@ -247,7 +249,7 @@ def _pow(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -
 
 
 def _atan2(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
-    """The angle between the two ends, from their cross and dot products, and full turns."""
+    """Return the angle between the two ends, from their cross and dot products, and full turns."""
     y, x = values
     y0, x0, y1, x1 = old_of(y), old_of(x), step.new_of(y), step.new_of(x)
     cross = jnp.zeros_like(outs[0])

@@ -1,4 +1,4 @@
-"""From the targets that a user has to the loss and the accuracy that are shown, on all samples or on a few of them."""
+"""From a user's targets to a loss and an accuracy, on all samples or on a batch of them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ Accuracy = Callable[[Array], Array]
 
 
 class Task(NamedTuple):
-    """What is to be learned.
+    """A learning task: targets, the loss on them, and which outputs are right.
 
     Attributes:
-        build: The loss on the targets of any of the samples.
-        targets: Of all samples, sample first.
-        right: Which outputs answer their targets rightly; None where the targets are no classes.
+        build: Makes the loss from the targets of some of the samples.
+        targets: The targets of all samples, sample first.
+        right: Tells which outputs are right, from outputs and targets; None if the targets are no classes.
     """
 
     build: Callable[[Array], Loss]
@@ -30,7 +30,7 @@ class Task(NamedTuple):
     right: Callable[[Array, Array], Bool[Array, " n"]] | None
 
     def share(self, outputs: Array, targets: Array) -> Array:
-        """The share of right answers."""
+        """Return the share of right answers."""
         assert self.right is not None
         # Counted in whole numbers: jax 0.10.1 on a CPU loses terms of a mean of comparisons under jit and vmap.
         return jnp.sum(self.right(outputs, targets), dtype=jnp.int32) / outputs.shape[0]
@@ -39,14 +39,14 @@ class Task(NamedTuple):
 def make_task(
     loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y", *, like: Any = None
 ) -> tuple[Loss, Accuracy | None]:
-    """The loss on targets `y` for outputs of `shape`, and the share of right answers where `y` are classes.
+    """Return the loss on targets `y` for outputs of `shape`, and the accuracy if `y` are classes.
 
     Args:
         loss: "square" (classes become one-hot rows), "softmax", "logistic", or a function of the targets.
         y: Classes (n,), signs (n,), or real targets of the outputs' shape.
-        shape: Of the outputs.
+        shape: Shape of the outputs.
         name: What to call the targets in an error.
-        like: The training targets, which say whether targets of a test are signs, where one class may be missing.
+        like: The training targets, which say whether test targets are signs: one class may be missing in a test.
 
     Raises:
         ValueError: sizes or values do not fit.
@@ -60,10 +60,10 @@ def make_task(
 def split_task(
     loss: str | Callable[[Array], Loss], y: Any, shape: tuple[int, ...], name: str = "y", *, like: Any = None
 ) -> Task:
-    """As `make_task`, with the targets apart from the loss, so that a batch of them has one too."""
+    """Return the task of `make_task`, which makes the loss of any batch of the targets."""
     y = np.asarray(y)
     if y.ndim == 0 or y.size == 0 or y.shape[0] != shape[0]:
-        msg = f"{name} must hold one target a sample, got shape {y.shape} for {shape[0]} samples."
+        msg = f"{name} must hold one target per sample, got shape {y.shape} for {shape[0]} samples."
         raise ValueError(msg)
     check_finite(jnp.asarray(y), name)
     task = _given(loss, jnp.asarray(y)) if callable(loss) else _named(loss, y, shape, name, like)
