@@ -68,7 +68,7 @@ def init_vgg(key: jax.Array, image: int, channels: tuple[int, ...], hidden: int)
         jr.normal(k, (3, 3, m, n), jnp.float32) * (2 / (9 * m)) ** 0.5 for k, (m, n) in zip(keys, shapes, strict=True)
     ]
     side = image // 2 ** (len(channels) // 2)
-    return {"convolutions": kernels, "dense": mlp().init(key_d, (side * side * channels[-1], hidden, 10))}
+    return {"convolutions": kernels, "dense": init_mlp(key_d, (side * side * channels[-1], hidden, 10))}
 
 
 def direction(key: jax.Array, w: Any) -> Any:
@@ -129,7 +129,7 @@ def problems(*, toy: bool) -> dict[str, tuple[Forward, Any, jax.Array]]:
     sizes, batch, image, channels, images, hidden = (
         ((8, 8, 8, 3), 4, 4, (2, 2), 2, 4) if toy else ((784, 512, 512, 10), 256, 32, (32, 32, 64, 64), 64, 128)
     )
-    w, x = mlp().init(keys[0], sizes), jr.normal(keys[1], (batch, sizes[0]), jnp.float32)
+    w, x = init_mlp(keys[0], sizes), jr.normal(keys[1], (batch, sizes[0]), jnp.float32)
     pictures = jr.normal(keys[3], (images, image, image, 3), jnp.float32)
     return {
         **{f"mlp_{name}": (partial(mlp, activation=act), w, x) for name, act in ACTIVATIONS.items()},
