@@ -23,7 +23,7 @@ import harness
 import lazyjax as lj
 from lazyjax.experiments import fig1c_student_scale as student_scale
 from lazyjax.experiments.descent import descend
-from lazyjax.experiments.student import draw
+from lazyjax.experiments.student import sample_problem
 
 PAPER = student_scale.PRESETS["paper"]
 
@@ -108,7 +108,7 @@ def gemm_rate(repeats: int) -> float:
 
 def measure(taus: int, steps: int, repeats: int) -> dict[str, Any]:
     """Times in turn, medians; displacements at the end beside NumPy's in float64."""
-    x, y, _, start = draw(0, PAPER.n, PAPER.d, PAPER.width, dtype="float32")
+    x, y, _, start = sample_problem(0, PAPER.n, PAPER.d, PAPER.width, dtype="float32")
     grid = np.geomspace(PAPER.taus[0], PAPER.taus[-1], taus).astype(np.float32)
     etas = np.minimum(np.float32(PAPER.largest_step), np.float32(PAPER.step) / grid**2)
     x, y = np.asarray(x), np.asarray(y)

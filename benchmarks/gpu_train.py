@@ -25,7 +25,7 @@ import gpu_gram
 import harness
 from lazyjax.experiments import deep
 from lazyjax.experiments import fig3a_fig7a_deep_scale as deep_scale
-from lazyjax.plot.report import encode, plot_experiment
+from lazyjax.plot.report import encode
 from lazyjax.training.train import train
 
 TARGET_S = 600.0
@@ -112,7 +112,7 @@ def main() -> None:
     print(results["accuracy"], results["stability"])
     if args.size == "full":
         figure = harness.RESULTS / "gpu_train.png"
-        figure.write_bytes(encode(plot_experiment("fig3a", found), "png"))
+        figure.write_bytes(encode(deep_scale.FIGURE_3A.draw(found), "png"))
         print(harness.write("gpu_train", results).relative_to(harness.ROOT), figure.relative_to(harness.ROOT))
 
 

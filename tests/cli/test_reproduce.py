@@ -10,7 +10,7 @@ import xarray
 
 from lazyjax.cli import command as cli
 from lazyjax.cli.reproduce import describe_run
-from lazyjax.experiments import catalogue
+from lazyjax.experiments.figure import FIGURES, settings_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +63,7 @@ class TestFigure:
     def test_list_names_every_figure(self, capsys):
         cli.main(["reproduce", "list"])
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines] == list(catalogue.FIGURES)
+        assert [line.split()[0] for line in lines] == list(FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_bad_requests_get_one_line_and_nothing_is_written(arguments, message, tm
 
 
 def test_figures_of_data_in_different_folders_are_different(tmp_path):
-    settings = catalogue.settings_of("fig3a")
+    settings = settings_of("fig3a")
     here, there, without = (
         describe_run(cli.Reproduce("fig7a", data_dir=folder), settings, "fig3a")
         for folder in (tmp_path / "a", tmp_path / "b", None)
@@ -133,7 +133,7 @@ def test_committed_figures_are_what_their_command_makes_today(path):
     """`scripts/readme_figures.sh` has the default sizes."""
     options = cli.Reproduce(path.stem)
     with xarray.open_dataset(path) as data:
-        assert data.attrs["configuration"] == describe_run(options, catalogue.settings_of(path.stem))
+        assert data.attrs["configuration"] == describe_run(options, settings_of(path.stem))
 
 
 def test_the_accuracies_of_the_readme_are_those_of_its_figure():
@@ -150,6 +150,6 @@ def test_the_notebooks_show_every_figure():
     shown = {
         name
         for path in sorted(ROOT.glob("notebooks/0[45]*.ipynb"))
-        for name in re.findall(r'(?:show|plot_experiment)\(\\"([\w-]+)\\"', path.read_text(encoding="utf-8"))
+        for name in re.findall(r'(?:show|find)\(\\"([\w-]+)\\"', path.read_text(encoding="utf-8"))
     }
-    assert shown == set(catalogue.FIGURES)
+    assert shown == set(FIGURES)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from lazyjax.cli.output import encode_numbers
-from lazyjax.experiments import catalogue
-from lazyjax.experiments.figure import Number
-from lazyjax.plot.report import encode, plot_experiment
+from lazyjax.experiments.figure import FIGURES, Number, find, settings_of
+from lazyjax.plot.report import encode
 
 if TYPE_CHECKING:
     import xarray
@@ -66,7 +65,7 @@ class Reproduce:
 
 def list_figures() -> str:
     """What `lazyjax reproduce list` prints."""
-    return "\n".join(f"{name:12} {figure.title}" for name, figure in catalogue.FIGURES.items())
+    return "\n".join(f"{name:12} {find(name).title}" for name in FIGURES)
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
@@ -94,7 +93,7 @@ def choose_settings(options: Reproduce) -> Any:
     Raises:
         ValueError: an unknown figure or setting, a value out of its range, a file of another configuration.
     """
-    settings = catalogue.settings_of(options.figure, options.size, _changes(options))
+    settings = settings_of(options.figure, options.size, _changes(options))
     if not 0 <= options.seed < 2**31:
         msg = f"--seed must lie in 0..2^31 - 1, got {options.seed}."
         raise ValueError(msg)
@@ -110,8 +109,8 @@ def _changes(options: Reproduce) -> dict[str, Any]:
     """--set, and --data as one of them; both options of data are refused where there is none."""
     changes = parse_changes(options.set)
     asked = [flag for flag, value in (("--data", options.data), ("--data-dir", options.data_dir)) if value is not None]
-    if asked and not catalogue.find(options.figure).images:
-        takes = ", ".join(name for name, figure in catalogue.FIGURES.items() if figure.images)
+    if asked and not find(options.figure).images:
+        takes = ", ".join(name for name in FIGURES if find(name).images)
         msg = (
             f"{asked[0]} is for the figures of images ({takes}), but {options.figure} draws its own data; leave it out."
         )
@@ -157,7 +156,7 @@ def _check_kept(options: Reproduce, settings: Any) -> None:
 
 def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
     """Run the experiment, going on from what an interrupted run has kept."""
-    figure = catalogue.find(options.figure)
+    figure = find(options.figure)
     data = _of_twin(options, settings, figure.twin)
     if data is None:
         more = {"data_dir": options.data_dir} if figure.images else {}
@@ -183,13 +182,13 @@ def _of_twin(options: Reproduce, settings: Any, twin: str | None) -> "xarray.Dat
 
 def draw_files(options: Reproduce, data: "xarray.Dataset") -> dict[str, bytes]:
     """The figure as files: name to content."""
-    figure = plot_experiment(options.figure, data)
+    figure = find(options.figure).draw(data)
     return {f"{options.figure}.{kind}": encode(figure, kind) for kind in ("png", "svg")}
 
 
 def render_numbers(options: Reproduce, data: "xarray.Dataset") -> str:
     """The numbers of a figure beside their references, as a table."""
-    figure = catalogue.find(options.figure)
+    figure = find(options.figure)
     found = figure.numbers(data)
     width = max(len(number.label) for number in found)
     head = f"{options.figure}: {figure.title}\n{'':{width}}  {'here':>10}  {'reference':>10}"

@@ -1,4 +1,4 @@
-"""What figures of deep networks share: images, a network's start, the paper's optimizer, augmentation, stability."""
+"""What the figures of deep networks share: images, starts, the paper's optimizer and augmentation, stability."""
 
 import functools
 import itertools
@@ -17,24 +17,24 @@ from lazyjax._core.types import Model, Params
 from lazyjax.data.images import find_source, load_images
 from lazyjax.laziness.compare import activation_stability
 from lazyjax.models.deep import find_network
-from lazyjax.training.augmentation import pad_and_crop, random_flip
-from lazyjax.training.schedule import inverse_time_decay
+from lazyjax.training.recipes import inverse_time_decay, pad_and_crop, random_flip
+from lazyjax.training.train import Training
 
 DTYPE = jnp.float32
-"""Of everything that is trained: convolutions in float64 are slow, and `finite_jvp` keeps the digits."""
+"""The dtype of everything that is trained: convolutions in float64 are slow, and `finite_jvp` keeps the digits."""
 
 
 def check_alphas(settings: Any) -> None:
-    """Refuse scales that do not rise, or lie outside (0, inf]."""
+    """Check that the output scales increase and lie in (0, inf]."""
     alphas = settings.alphas
     good = all(isinstance(a, int | float) and not isinstance(a, bool) and a > 0 for a in alphas)
     if not alphas or not good or any(a >= b for a, b in itertools.pairwise(alphas)):
-        msg = f"alphas must be rising numbers in (0, inf], got {alphas!r}."
+        msg = f"alphas must be increasing numbers in (0, inf], got {alphas!r}."
         raise ValueError(msg)
 
 
 def check_momentum(settings: Any) -> None:
-    """Refuse a momentum outside [0, 1) and a negative decay."""
+    """Check that the momentum lies in [0, 1) and that the decay is not negative."""
     if not 0 <= settings.momentum < 1:
         msg = f"momentum must lie in [0, 1), got {settings.momentum!r}."
         raise ValueError(msg)
@@ -44,7 +44,7 @@ def check_momentum(settings: Any) -> None:
 
 
 def check_images(settings: Any, *networks: str) -> None:
-    """Refuse a data set or networks that there are not."""
+    """Check that there are such a data set and such networks."""
     find_source(settings.data)
     for network in networks:
         find_network(network)
@@ -60,34 +60,36 @@ class Images(NamedTuple):
 
     @property
     def test(self) -> tuple[Array, Array]:
-        """As `train` takes it."""
+        """The test set as `train` takes it."""
         return self.x_test, self.y_test
 
 
 def load(settings: Any, data_dir: Path | None) -> Images:
-    """The images of some settings; `train` and `test` images of them, 0 for all."""
+    """Load the images that the settings ask for: `train` and `test` of them, 0 for all."""
     options = {"num_train": settings.train or None, "num_test": settings.test or None}
     return Images(*load_images(settings.data, data_dir, dtype=DTYPE, **options))  # pyright: ignore[reportArgumentType]
 
 
 def start(network: str, seed: int, data: Images, *, width: float, gain: float) -> tuple[Model, Params]:
-    """A network and its random parameters."""
+    """Return a network and its random parameters."""
     net = find_network(network)()
     key = jr.fold_in(jr.key(seed), 0)
     return net, net.init(key, width=width, shape=data.x.shape[1:], gain=gain, dtype=DTYPE)
 
 
 def order_key(seed: int) -> Array:
-    """The key of the batches' order and of the augmentation."""
+    """Return the key for the order of the batches and for the augmentation."""
     return jr.fold_in(jr.key(seed), 1)
 
 
 def sgd(settings: Any, step: float, num_train: int) -> optax.GradientTransformation:
-    r"""Momentum with the rate $\eta_0/(1 + \beta t)$ in epoch t."""
+    r"""Return SGD with momentum and the rate $\eta_0/(1 + \beta t)$ in epoch t.
+
+    Equal arguments return the same object: programs are compiled anew for functions of another identity.
+    """
     return _sgd(step, settings.decay, settings.momentum, max(1, num_train // settings.batch))
 
 
-# Equal ones are one: programs are compiled anew for functions of another identity.
 @functools.cache
 def _sgd(step: float, decay: float, momentum: float, steps: int) -> optax.GradientTransformation:
     return optax.sgd(inverse_time_decay(step, decay, steps_per_epoch=steps), momentum)
@@ -95,7 +97,7 @@ def _sgd(step: float, decay: float, momentum: float, steps: int) -> optax.Gradie
 
 @functools.cache
 def augment_as(name: str) -> Callable[[Array, Array], Array]:
-    """The standard augmentation: a random crop of the image with four black pixels around it, then a random flip."""
+    """Return the standard augmentation: a random crop of the image framed by four black pixels, then a random flip."""
     source = find_source(name)
     black = -np.asarray(source.mean, np.float32) / np.asarray(source.std, np.float32)
 
@@ -107,8 +109,18 @@ def augment_as(name: str) -> Callable[[Array, Array], Array]:
     return augment
 
 
+def measures(training: Training) -> dict[str, Array]:
+    """Return the losses and accuracies of a training by their names in a dataset."""
+    return {
+        "train_loss": training.loss,
+        "test_loss": training.test_loss,
+        "train_accuracy": training.accuracy,
+        "test_accuracy": training.test_accuracy,
+    }  # pyright: ignore[reportReturnType]
+
+
 def stability(f: Model, w0: Params, lanes: Params, x: Array, *, batch: int = 100) -> Float[Array, " lanes"]:
-    """Stability of activations of every lane's parameters, on `batch` images at a time."""
+    """Return the stability of activations from w0 to each lane's parameters, `batch` images at a time."""
 
     @jax.jit
     def measure(w0: Params, lanes: Params, x: Array) -> Array:

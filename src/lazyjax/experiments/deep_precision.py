@@ -1,14 +1,14 @@
-r"""What float32 leaves of a lazy network: $\alpha(h(w) - h(w_0))$ subtracted plainly against `finite_jvp`.
+r"""The precision of a lazy network in float32: the plain difference $\alpha(h(w) - h(w_0))$ against `finite_jvp`.
 
-The paper trains at alpha up to 1e7, where w and w0 differ by less than a rounding of w. Here a network is trained in u
-= alpha (w - w0) with `finite_jvp`, after every epoch both ways of computing its outputs are compared with float64, and
-the plain difference trains the same network from the same start.
+The paper trains at alpha up to 1e7, where w and w0 differ by less than a rounding of w. Here a network is trained in
+$u = \alpha (w - w_0)$ with `finite_jvp`, and after every epoch both differences are compared with float64. The plain
+difference then trains the same network from the same start.
 """
 
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -21,35 +21,40 @@ from lazyjax.difference.finite_jvp import finite_jvp
 from lazyjax.experiments import deep
 from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.experiments.student import check_double
+from lazyjax.models.maps import on_data
+from lazyjax.plot.axes import BLUE, FONT, ORANGE, AlphaAxis, draw_legend, make_axes
+from lazyjax.training.arguments import TrainingOptions
 from lazyjax.training.train import Training, train
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import xarray
 
-WAYS = ("exact", "plain")
+DIFFERENCES = {"exact": "finite_jvp", "plain": "plain difference"}
+"""What the two differences of the outputs are called in the figure."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    r"""What the figure is computed from.
+    r"""The settings of the figure.
 
     Attributes:
         data: "digits", "fashion-mnist" or "cifar10".
         network: "vgg11" or "resnet18".
-        width: Times its channels.
-        gain: Times its Xavier weights.
+        width: Factor of its channels.
+        gain: Factor of its Xavier weights.
         train: Training images; 0 for all.
         test: Test images; 0 for all.
-        probe: Of them, so many are where outputs are compared.
-        alphas: Output scales, rising and finite; the last one is that of the curves.
-        epochs: How often to go through the data.
+        probe: Number of test images at which outputs are compared.
+        alphas: Output scales, increasing and finite; the curves show the last one.
+        epochs: Number of passes through the data.
         batch: Images in a batch.
         step: As in Figure 3(a).
         decay: $\beta$ in the rate $\eta_0/(1 + \beta t)$ of epoch t.
-        momentum: Of SGD.
+        momentum: Momentum of SGD.
 
     Raises:
-        ValueError: one of them out of its range, or an unknown data set or network.
+        ValueError: One of them is out of its range, or there is no such data set or network.
     """
 
     data: str = "fashion-mnist"
@@ -82,30 +87,19 @@ PRESETS = {
 
 
 def output_errors(f: Model, w0: Params, u: Params, alphas: Array, x: Array) -> dict[str, Float[Array, " lanes"]]:
-    r"""$\|y - y_{64}\|/\|y_{64}\|$ by lane and way: y in float32, $y_{64}$ by `finite_jvp` in float64."""
+    r"""Return $\|y - y_{64}\|/\|y_{64}\|$ by difference and lane: y in float32, $y_{64}$ by `finite_jvp` in float64."""
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (w0, u, x))
 
-    def outputs(alpha: Array, w0: Params, u: Params, x: Array, way: str) -> Array:
-        return finite_jvp(lambda w: f(w, x), w0, u, 1 / alpha, difference="exact" if way == "exact" else "plain")
+    def outputs(alpha: Array, w0: Params, u: Params, x: Array, difference: str) -> Array:
+        return finite_jvp(on_data(f, x), w0, u, 1 / alpha, difference="exact" if difference == "exact" else "plain")
 
-    def lane(pair: tuple[Array, Params, Params]) -> dict[str, Array]:
-        alpha, u, wide_u = pair
+    def lane(part: tuple[Array, Params, Params]) -> dict[str, Array]:
+        alpha, u, wide_u = part
         truth = outputs(alpha.astype(jnp.float64), wide[0], wide_u, wide[2], "exact")
-        size = jnp.linalg.norm(truth)
-        return {way: jnp.linalg.norm(outputs(alpha, w0, u, x, way).astype(jnp.float64) - truth) / size for way in WAYS}
+        found = {name: outputs(alpha, w0, u, x, name).astype(jnp.float64) for name in DIFFERENCES}
+        return {name: jnp.linalg.norm(y - truth) / jnp.linalg.norm(truth) for name, y in found.items()}
 
     return jax.lax.map(lane, (alphas, u, wide[1]))
-
-
-def _train(
-    settings: Settings, data: deep.Images, f: Model, w0: Params, seed: int, optimizer: Any, *, way: str, epochs: int,
-    folder: Path | None, progress: bool,
-) -> Training:  # fmt: skip
-    return train(
-        f, w0, data.x, data.y, optimizer, alpha=jnp.asarray(settings.alphas, deep.DTYPE), epochs=epochs,
-        batch_size=settings.batch, key=deep.order_key(seed), test=data.test, difference=way, folder=folder,
-        progress=progress, throw=False,
-    )  # fmt: skip
 
 
 def run(
@@ -116,23 +110,24 @@ def run(
     progress: bool = False,
     data_dir: Path | None = None,
 ) -> "xarray.Dataset":
-    """Errors of the outputs along training, and what both ways of training end with.
+    """Measure the errors of the outputs along training, and how training with either difference ends.
 
     Args:
         settings: None for those of the default size.
-        seed: Of the start and the batches.
-        folder: Where a checkpoint of the plain training is kept, for a run that is interrupted to go on; the finite
-            one, whose outputs are measured after every epoch, begins anew.
+        seed: The seed of the start and the batches.
+        folder: Where a checkpoint of the plain training is kept, so that an interrupted run can continue; the exact
+            one, whose outputs are measured after every epoch, starts anew.
         progress: Show progress bars.
-        data_dir: Where the data's files are, see `lazyjax.images.load_images`.
+        data_dir: The folder with the files of the data set, see `lazyjax.data.load_images`.
 
     Returns:
-        A dataset over way ("exact", "plain"), alpha and epoch: "output_error" (relative, both ways at the
-        displacements that the finite one trained), "test_accuracy", "train_accuracy", "test_loss", "train_loss" (each
-        way's own training).
+        A dataset over difference ("exact", "plain"), alpha and epoch: "output_error" (relative; both at the
+        displacements of the exact training), "test_accuracy", "train_accuracy", "test_loss", "train_loss" (of training
+        with this difference).
 
     Raises:
-        ValueError, FileNotFoundError: no such data; JAX's default dtype is not float64, in which the truth is taken.
+        ValueError, FileNotFoundError: There is no such data; JAX's default dtype is not float64, which the outputs are
+            compared with.
 
     Source:
         Chizat, Oyallon, Bach (2019), section 3.2 (alpha up to 1e7); the comparison is ours.
@@ -143,54 +138,94 @@ def run(
     settings = Settings() if settings is None else settings
     data = deep.load(settings, data_dir)
     with tempfile.TemporaryDirectory() as aside:
-        parts = _run_ways(settings, data, seed, Path(aside), folder, progress=progress)
-    dims = ("way", "alpha", "epoch")
+        parts = _run_both(settings, data, seed, Path(aside), folder, progress=progress)
+    dims = ("difference", "alpha", "epoch")
+    coords = {"difference": list(DIFFERENCES), "alpha": list(settings.alphas)}
     found = xarray.Dataset(
-        {name: (dims, np.stack([parts[way][name] for way in WAYS])) for name in parts[WAYS[0]]},
-        coords={"way": list(WAYS), "alpha": list(settings.alphas), "epoch": np.arange(1, settings.epochs + 1)},
+        {name: (dims, np.stack([parts[difference][name] for difference in DIFFERENCES])) for name in parts["exact"]},
+        coords={**coords, "epoch": np.arange(1, settings.epochs + 1)},
     )
     return record(found, settings, seed, dtype="float32")
 
 
-def _run_ways(
+def _run_both(
     settings: Settings, data: deep.Images, seed: int, aside: Path, folder: Path | None, *, progress: bool
 ) -> dict[str, dict[str, np.ndarray]]:
+    """Train with either difference; measure both after every epoch of the exact one."""
     f, w0 = deep.start(settings.network, seed, data, width=settings.width, gain=settings.gain)
     optimizer = deep.sgd(settings, settings.step, data.x.shape[0])
     alphas, x = jnp.asarray(settings.alphas, deep.DTYPE), data.x_test[: settings.probe]
+
+    def fit(difference: str, epochs: int, folder: Path | None, *, progress: bool) -> Training:
+        return train(
+            f,
+            w0,
+            data.x,
+            data.y,
+            optimizer,
+            alpha=alphas,
+            epochs=epochs,
+            batch_size=settings.batch,
+            key=deep.order_key(seed),
+            test=data.test,
+            throw=False,
+            options=TrainingOptions(difference=difference, folder=folder, progress=progress),
+        )
+
     measure = jax.jit(lambda w0, u: output_errors(f, w0, u, alphas, x))
     parts: dict[str, dict[str, np.ndarray]] = {}
     # Accelerators may round products of float32 to fewer digits, which is not what is measured here.
     with jax.default_matmul_precision("highest"):
         errors = []
         for epochs in trange(1, settings.epochs + 1, desc="finite_jvp", unit="epoch", disable=not progress):
-            options = {"epochs": epochs, "folder": aside, "progress": False}
-            training = _train(settings, data, f, w0, seed, optimizer, way="exact", **options)
+            training = fit("exact", epochs, aside, progress=False)
             errors.append(jax.device_get(measure(w0, training.displacement)))
-            parts["exact"] = _measures(training)
+            parts["exact"] = jax.device_get(deep.measures(training))
         kept = None if folder is None else folder / "plain"
-        options = {"epochs": settings.epochs, "folder": kept, "progress": progress}
-        parts["plain"] = _measures(_train(settings, data, f, w0, seed, optimizer, way="plain", **options))
-    for way in WAYS:
-        parts[way]["output_error"] = np.stack([error[way] for error in errors], axis=1)
+        parts["plain"] = jax.device_get(deep.measures(fit("plain", settings.epochs, kept, progress=progress)))
+    for difference in DIFFERENCES:
+        parts[difference]["output_error"] = np.stack([error[difference] for error in errors], axis=1)
     return parts
 
 
-def _measures(training: Training) -> dict[str, np.ndarray]:
-    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
-    return {name: np.asarray(getattr(training, name)) for name in names}
-
-
 def numbers(data: "xarray.Dataset") -> list[Number]:
-    """Errors and accuracies at the end, by alpha."""
+    """List errors and accuracies at the end, by alpha."""
     rows, last = [], data.isel(epoch=-1)
     for alpha in data["alpha"].values:
-        for way in data["way"].values:
-            one = last.sel(alpha=alpha, way=way)
-            label = f"{'finite_jvp' if way == 'finite' else 'plain difference'}, alpha = {alpha:g}"
+        for difference, name in DIFFERENCES.items():
+            one = last.sel(alpha=alpha, difference=difference)
+            label = f"{name}, alpha = {alpha:g}"
             rows.append(Number(f"relative error of the outputs: {label}", float(one["output_error"])))
             rows.append(Number(f"test accuracy %: {label}", 100 * float(one["test_accuracy"])))
     return rows
 
 
-FIGURE = Figure("float32 at large alpha: the plain difference against finite_jvp", PRESETS, run, numbers, images=True)
+def draw(data: "xarray.Dataset") -> "matplotlib.figure.Figure":
+    """Draw the errors of the outputs along training at the largest alpha, and test accuracies at the end by alpha."""
+    figure, (top, bottom) = make_axes(2, share=False)
+    alphas = np.asarray(data["alpha"], np.float64)
+    axis = AlphaAxis(alphas)
+    for (difference, label), color, marker in zip(DIFFERENCES.items(), (BLUE, ORANGE), "os", strict=True):
+        one = data.sel(difference=difference)
+        errors = one["output_error"].isel(alpha=-1)
+        top.plot(data["epoch"], errors, color=color, marker=marker, markersize=3.5, linewidth=1.2, label=label)
+        last = 100 * np.asarray(one["test_accuracy"].isel(epoch=-1), np.float64)
+        axis.plot(bottom, last, color=color, marker=marker, label=label)
+    top.set_yscale("log")
+    top.set_xlabel("epoch", fontsize=FONT + 1)
+    top.set_ylabel(rf"relative error of $y$," "\n" rf"$\alpha=10^{{{np.log10(alphas[-1]):g}}}$", fontsize=FONT + 1)
+    bottom.set_ylabel("test accuracy (%)", fontsize=FONT + 1)
+    axis.finish(bottom)
+    bottom.xaxis.label.set_fontsize(FONT + 1)
+    draw_legend(top)
+    return figure
+
+
+FIGURE = Figure(
+    title="float32 at large alpha: the plain difference against finite_jvp",
+    presets=PRESETS,
+    run=run,
+    numbers=numbers,
+    draw=draw,
+    images=True,
+)

@@ -1,8 +1,8 @@
-r"""The paper's own engine: gradient descent by optax inside one program, looked at in chosen steps.
+r"""The paper's own method: gradient descent by optax in one program, measured after chosen steps.
 
 `lazyjax.gradient_descent` follows one model at any alpha to its end; here many small nets are followed, plainly, and
-measured on the way. As there, the state is the displacement $v = w - w_0$: in float32 a lazy net moves by less than a
-rounding of its weights a step, and would stand still.
+measured on the way. In both, the state is the displacement $v = w - w_0$: in float32 a step of a lazy net is smaller
+than a rounding of its weights, and would be lost.
 """
 
 import functools
@@ -33,17 +33,17 @@ def descend(
     r"""Follow an optimizer from w0, and measure the displacement after some of its steps.
 
     Args:
-        gradient: $(w, i) \mapsto$ the gradient that step i takes at w; i counts from 0 (for a batch of its own).
+        gradient: $(w, i) \mapsto$ the gradient that step i uses at w; i counts from 0 and may choose a batch.
         w0: Start, a tree of floating arrays.
         optimizer: Any optax optimizer; its learning rate may be traced, so that lanes of a `vmap` have their own.
-        frames: After how many steps to measure, rising; the last is where the descent ends.
-        measure: Of the displacement, any tree of arrays.
+        frames: Numbers of steps after which to measure, increasing; the descent ends after the last.
+        measure: Function of the displacement that returns any tree of arrays.
 
     Returns:
         (displacement, measures): the last v, and the measures with a leading axis of frames.
 
     Raises:
-        ValueError: frames not rising, or below 0.
+        ValueError: frames do not increase, or are negative.
 
     Source:
         Chizat, Oyallon, Bach (2019), section 3.1 (experiments by gradient descent).
@@ -55,7 +55,7 @@ def descend(
         [ 0.    -0.5   -0.875]
     """
     if frames.ndim != 1 or frames.size == 0 or frames[0] < 0 or (np.diff(frames) <= 0).any():
-        msg = f"frames must be rising numbers of steps, at least 0, got {frames}."
+        msg = f"frames must be increasing numbers of steps, at least 0, got {frames}."
         raise ValueError(msg)
 
     def step(i: Array, carry: tuple[Params, Any]) -> tuple[Params, Any]:
@@ -74,20 +74,20 @@ def descend(
 
 
 def even_frames(steps: int, frames: int) -> Int[np.ndarray, " frames"]:
-    """About `frames` equally spaced numbers of steps from 0 to `steps`, both among them."""
+    """Return about `frames` equally spaced numbers of steps from 0 to `steps`, both included."""
     return np.unique(np.round(np.linspace(0, steps, min(frames, steps + 1))).astype(int))
 
 
 def log_frames(steps: int, frames: int) -> Int[np.ndarray, " frames"]:
-    """0 and at most `frames` more numbers of steps, equally spaced on a logarithmic scale up to `steps`."""
+    """Return 0 and at most `frames` more numbers of steps, equally spaced on a logarithmic scale up to `steps`."""
     return np.unique(np.concatenate([[0], np.round(np.geomspace(1, steps, frames)).astype(int)]))
 
 
 def mark_lanes(found: "xarray.Dataset", axis: str) -> "xarray.Dataset":
-    """Descents of a sweep whose lanes are whole columns along an axis, marked one by one.
+    """Mark the descents of a sweep that diverged one by one, if a lane of the sweep is a column along an axis.
 
-    A sweep marks all of a column when a number in it is not finite. Here "descent_failed" says which descents those
-    are; their numbers are NaN, those of their neighbors are as computed.
+    The sweep marks the whole column if a number in it is not finite. Here "descent_failed" says which of its descents
+    diverged; their numbers are NaN, those of the others are as computed.
     """
     kept = found.drop_vars([name for name in found if f"{name}_failed" in found] + ["failed", "message"])
     kept = kept.rename({name: str(name).removesuffix("_failed") for name in kept if str(name).endswith("_failed")})
@@ -101,5 +101,5 @@ def mark_lanes(found: "xarray.Dataset", axis: str) -> "xarray.Dataset":
 
 
 def _broken(values: "xarray.DataArray", own: set[Any]) -> "xarray.DataArray":
-    # NaN and infinite ones alike become NaN.
+    # Both NaN and infinity times 0 are NaN.
     return (values * 0).sum([dim for dim in values.dims if dim not in own], skipna=False).isnull()

@@ -1,12 +1,11 @@
 r"""Figure 2(a): the test loss of a student against its width m, at output scale 1/sqrt(m) (lazy) and 1/m (not).
 
-Gradient descent on $F_\alpha$ with $\alpha(m)$ and the steps of the paper's code, 1/m and 0.05/m, toward 100 times the
-teacher, as there; and the exact flow at scale 1/sqrt(m) up to the same time. With this teacher even that scale is not
-lazy: its kernel changes all along the way, so that an explicit solver is quicker than the exponential one here.
+Gradient descent on $F_\alpha$ with $\alpha(m)$ has the steps of the paper's code, 1/m and 0.05/m, and its target, 100
+times the teacher. The exact flow at scale 1/sqrt(m) goes up to the same time. With this teacher even that scale is not
+lazy: its kernel changes all the time, so that an explicit solver is faster than the exponential one here.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +29,16 @@ from lazyjax.experiments.figure import (
     record,
     same_settings,
 )
-from lazyjax.experiments.student import Problem, check_double, draw, risk_at
+from lazyjax.experiments.student import Problem, check_double, risk_at, sample_problem
 from lazyjax.flow.gradient_flow import gradient_flow
-from lazyjax.losses.losses import square_loss
+from lazyjax.losses.square import square_loss
+from lazyjax.models.maps import on_data
 from lazyjax.models.shallow import two_layer
+from lazyjax.plot.axes import BLACK, BLUE, FONT, ORANGE, draw_band, draw_legend, make_axes, note_stopped
 from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import xarray
 
 SCALINGS = {"1/sqrt(m)": 0.5, "1/m": 1.0}
@@ -48,15 +50,15 @@ REFERENCE = {
 }
 """Mean test loss of two seeds after 10^4 steps, from an independent NumPy run; those of scale 1/m still fall."""
 
-
 SMALL_WIDTH = 32
-"""Units whose products take as long as everything else in a step."""
+"""Number of units whose products take as long as everything else in a step."""
+
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} to go"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What Figure 2(a) is computed from.
+    """The settings of Figure 2(a).
 
     Attributes:
         d: Dimension of the inputs.
@@ -67,12 +69,12 @@ class Settings:
         step_root: eta m at scale 1/sqrt(m).
         step_mean: eta m at scale 1/m.
         teacher_scale: Multiple of the teacher that is learned.
-        frames: Steps after which the risk is measured.
+        frames: Number of steps after which the risk is measured.
         flow_steps: Solver steps after which an exact flow is given up.
-        dtype: Of descent and flow.
+        dtype: The dtype of descent and flow.
 
     Raises:
-        ValueError: one of them out of its range.
+        ValueError: One of them is out of its range.
     """
 
     d: int = 100
@@ -101,22 +103,23 @@ PRESETS = {
 }
 
 
-def _draw(settings: Settings, width: int, seed: Any) -> Problem:
+def sample(settings: Settings, width: int, seed: Any) -> Problem:
+    """Draw the problem of a seed."""
     options = {"symmetric": False, "scale": settings.teacher_scale, "dtype": settings.dtype}
-    return draw(seed, settings.n, settings.d, width, **options)
+    return sample_problem(seed, settings.n, settings.d, width, **options)
 
 
 def run_descent(settings: Settings, problem: Problem, alpha: Array, step: Array) -> dict[str, Array]:
-    r"""Gradient descent on $R(\alpha f)/\alpha^2$: w moves by $-\eta J^T r/(n\alpha)$ a step."""
+    r"""Follow gradient descent on $R(\alpha f)/\alpha^2$: each step moves w by $-\eta J^T r/(n\alpha)$."""
     x, y, teacher, w0 = problem
-    f, loss = two_layer(), square_loss(y)
+    h, loss = on_data(two_layer(), x), square_loss(y)
     alpha, step = alpha.astype(x.dtype), step.astype(x.dtype)
 
     def measure(v: Params) -> dict[str, Array]:
         w = jtu.tree_map(jnp.add, w0, v)
-        return {"risk": risk_at(w0, v, teacher, alpha), "train_loss": loss(alpha * f(w, x))}
+        return {"risk": risk_at(w0, v, teacher, alpha), "train_loss": loss(alpha * h(w))}
 
-    gradient = jax.grad(lambda w: loss(alpha * f(w, x)) / alpha**2)
+    gradient = jax.grad(lambda w: loss(alpha * h(w)) / alpha**2)
     frames = even_frames(settings.steps, settings.frames)
     v, seen = descend(lambda w, _: gradient(w), w0, optax.sgd(step), frames, measure)
     zero = 0.5 * population_inner(teacher, teacher)
@@ -124,16 +127,14 @@ def run_descent(settings: Settings, problem: Problem, alpha: Array, step: Array)
 
 
 def run_flow(settings: Settings, width: int, seed: Array) -> dict[str, Any]:
-    """The exact flow at scale 1/sqrt(m), at the end of training."""
-    x, y, teacher, w0 = _draw(settings, width, seed)
+    """Follow the exact flow at scale 1/sqrt(m) to the end of training."""
+    x, y, teacher, w0 = sample(settings, width, seed)
     alpha = width**-0.5
     times = jnp.asarray([0.0, settings.steps * settings.step_root / width], x.dtype)
-    # Stability bounds its steps, and Bosh3 gets the farthest by an evaluation of the explicit solvers.
+    # Stability bounds its steps, and of the explicit solvers Bosh3 gets the farthest with an evaluation.
     options = {"solver": diffrax.Bosh3(), "rtol": 1e-3, "atol": 1e-6, "max_steps": settings.flow_steps}
-    flow = gradient_flow(
-        functools.partial(two_layer(), x=x), square_loss(y), w0, times, alpha=alpha, save=("displacement",),
-        throw=False, **options,
-    )  # fmt: skip
+    options |= {"save": ("displacement",), "throw": False}
+    flow = gradient_flow(on_data(two_layer(), x), square_loss(y), w0, times, alpha=alpha, **options)
     v = jtu.tree_map(lambda u: u[-1] / alpha, flow.displacement)
     steps = flow.stats["num_steps"]
     return {"flow_risk": risk_at(w0, v, teacher, alpha), "flow_steps": steps, "result": flow.result}
@@ -142,18 +143,18 @@ def run_flow(settings: Settings, width: int, seed: Array) -> dict[str, Any]:
 def run(
     settings: Settings | None = None, *, seed: int = 0, folder: Path | None = None, progress: bool = False
 ) -> "xarray.Dataset":
-    """Figure 2(a): both scalings by gradient descent, the lazy one by the exact flow too, for every width and seed.
+    """Compute Figure 2(a): both scalings by gradient descent and one by the exact flow, for every width and seed.
 
     Args:
         settings: None for those of the default size: about three minutes on two cores.
         seed: The first of the seeds.
-        folder: Where finished parts are kept, for a run that is interrupted to go on.
-        progress: Show progress bars, one for each width and engine.
+        folder: Where finished parts are kept, so that an interrupted run can continue.
+        progress: Show progress bars, one for each width and method.
 
     Returns:
         A dataset over width, seed, scaling and step: "risk", "train_loss", "moved", "zero_risk" (of the zero
         predictor); over width and seed: "flow_risk", "flow_steps", "failed" and "message" of flows. "descent_failed"
-        over width, seed and scaling: it diverged, and its numbers are NaN.
+        over width, seed and scaling: the descent diverged, and its numbers are NaN.
 
     Raises:
         ValueError: JAX's default dtype is not float64.
@@ -166,12 +167,12 @@ def run(
     check_double()
     settings = Settings() if settings is None else settings
     seeds = list(range(seed, seed + settings.seeds))
-    found: dict[str, list[xarray.Dataset]] = {engine: [] for engine in ENGINES}
-    work = {(m, engine): weight * (m + SMALL_WIDTH) for m in settings.widths for engine, (_, weight) in ENGINES.items()}
+    found: dict[str, list[xarray.Dataset]] = {method: [] for method in METHODS}
+    work = {(m, method): weight * (m + SMALL_WIDTH) for m in settings.widths for method, (_, weight) in METHODS.items()}
     with tqdm(total=sum(work.values()), desc="all widths", disable=not progress, bar_format=BAR) as bar:
-        for (m, engine), units in work.items():
-            part = None if folder is None else folder / f"{engine}-{m}"
-            found[engine].append(ENGINES[engine][0](settings, m, seeds, part, progress))
+        for (m, method), units in work.items():
+            part = None if folder is None else folder / f"{method}-{m}"
+            found[method].append(METHODS[method][0](settings, m, seeds, part, progress))
             bar.update(units)
     widths = xarray.IndexVariable("width", list(settings.widths))
     parts = [xarray.concat(each, widths) for each in found.values()]
@@ -188,13 +189,19 @@ def _run_descents(
     coords = {"scaling": list(SCALINGS), "step": even_frames(settings.steps, settings.frames)}
 
     def descents(seed: Array) -> dict[str, Array]:
-        problem = _draw(settings, width, seed)
+        problem = sample(settings, width, seed)
         return jax.vmap(lambda alpha, step: run_descent(settings, problem, alpha, step))(alphas, steps)
 
     found = sweep(
-        descents, over={"seed": seeds}, dims=dims | {"zero_risk": ("scaling",)}, coords=coords, chunk=1,
-        folder=folder, settings={**dataclasses.asdict(settings), "width": width}, progress=progress,
-    )  # fmt: skip
+        descents,
+        over={"seed": seeds},
+        dims=dims | {"zero_risk": ("scaling",)},
+        coords=coords,
+        chunk=1,
+        folder=folder,
+        settings={**dataclasses.asdict(settings), "width": width},
+        progress=progress,
+    )
     return mark_lanes(found, "scaling")
 
 
@@ -202,17 +209,21 @@ def _run_flows(
     settings: Settings, width: int, seeds: list[int], folder: Path | None, progress: bool
 ) -> "xarray.Dataset":
     return sweep(
-        lambda seed: run_flow(settings, width, seed), over={"seed": seeds}, chunk=1,
-        folder=folder, settings={**dataclasses.asdict(settings), "width": width}, progress=progress,
-    )  # fmt: skip
+        lambda seed: run_flow(settings, width, seed),
+        over={"seed": seeds},
+        chunk=1,
+        folder=folder,
+        settings={**dataclasses.asdict(settings), "width": width},
+        progress=progress,
+    )
 
 
-ENGINES = {"descent": (_run_descents, 2), "flow": (_run_flows, 1)}
-"""What is run at every width, and its share of the time: descents are at both scalings, the flow takes larger steps."""
+METHODS = {"descent": (_run_descents, 2), "flow": (_run_flows, 1)}
+"""What runs at every width, and its share of the time: descents are at both scalings, the flow takes larger steps."""
 
 
 def numbers(data: "xarray.Dataset") -> list[Number]:
-    """Mean losses at the end beside the references, for every width that has one."""
+    """List the mean losses at the end next to their references, by width."""
     rows = []
     full = same_settings(data, Settings(), "widths", "seeds", "steps", "frames", "flow_steps", "dtype")
     steps = data.attrs["setting_steps"]
@@ -236,4 +247,30 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
     return rows
 
 
-FIGURE = Figure("test loss against the width m at two scales of the output", PRESETS, run, numbers)
+def draw(data: "xarray.Dataset") -> "matplotlib.figure.Figure":
+    """Draw the loss at the end against the width, mean and standard deviation over seeds."""
+    figure, (ax,) = make_axes(1)
+    last = data["risk"].isel(step=-1)
+    styles = {"1/sqrt(m)": (BLUE, "o", r"$\alpha=1/\sqrt{m}$"), "1/m": (ORANGE, "s", r"$\alpha=1/m$")}
+    for scaling, (color, marker, label) in styles.items():
+        draw_band(ax, data["width"], last.sel(scaling=scaling), color=color, marker=marker, label=label)
+    flows = data["flow_risk"].mean("seed", skipna=False)
+    ax.plot(data["width"], flows, "x", color=BLACK, markersize=5, label=r"exact flow, $1/\sqrt{m}$", zorder=4)
+    ax.axhline(float(data["zero_risk"].mean()), color=BLACK, linestyle=":", linewidth=1, label="zero predictor")
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("width $m$", fontsize=FONT + 1)
+    ax.set_ylabel("population loss", fontsize=FONT + 1)
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_ylim(bottom=0)
+    note_stopped(ax, data)
+    draw_legend(ax)
+    return figure
+
+
+FIGURE = Figure(
+    title="test loss against the width m at two scales of the output",
+    presets=PRESETS,
+    run=run,
+    numbers=numbers,
+    draw=draw,
+)

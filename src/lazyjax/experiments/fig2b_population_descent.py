@@ -1,10 +1,10 @@
 r"""Figure 2(b): the population loss that an under-parameterized student ends with, against the scale tau of its start.
 
-Two engines: the paper's SGD, on fresh batches, and the exact population gradient flow up to the same time, without any
+The paper's SGD on fresh batches is compared with the exact population gradient flow up to the same time, which needs no
 sampling. In the paper's code outputs are divided by m and targets by 200, the gradient lacks its 1/m, and the step of
-the input layer is d times the other's. With w twice the code's that is the paper's model with tau twice the code's and
-steps $\eta = \min(0.005/\tau^2, 0.125)$ for a and $d\eta$ for b, which is how it is run here. The flow follows the
-same metric: $b = \sqrt d\,\beta$ with $(a, \beta)$ Euclidean.
+the input layer is d times that of the other. With w twice the code's that is the paper's model with tau twice the
+code's and steps $\eta = \min(0.005/\tau^2, 0.125)$ for a and $d\eta$ for b, which is how it is run here. The flow
+follows the same metric: $b = \sqrt d\,\beta$ with $(a, \beta)$ Euclidean.
 """
 
 import dataclasses
@@ -32,46 +32,50 @@ from lazyjax.experiments.figure import (
     check_counts,
     check_dtype,
     check_even,
+    check_increasing,
     check_positive,
-    check_rising,
     record,
     same_settings,
 )
-from lazyjax.experiments.student import check_double, draw, risk_at
+from lazyjax.experiments.student import check_double, risk_at, sample_problem
 from lazyjax.flow.gradient_flow import gradient_flow
-from lazyjax.losses.losses import square_loss
+from lazyjax.losses.square import square_loss
+from lazyjax.models.maps import on_data
 from lazyjax.models.shallow import two_layer
+from lazyjax.plot.axes import BLUE, FONT, ORANGE, draw_band, draw_legend, make_axes, note_stopped
 from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import xarray
 
 REFERENCE = {0.02: 0.0003, 0.08: 0.0008, 0.2: 0.0017, 0.4: 0.114, 0.8: 0.207, 2.0: 0.223, 4.0: 0.221, 16.0: 0.202}
-"""Final loss over that of the zero predictor by tau (twice the code's): two seeds of 10^4 steps, independent NumPy."""
+"""Final loss over that of the zero predictor by tau (twice the code's): two seeds of 10^4 steps, an independent NumPy
+run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What Figure 2(b) is computed from.
+    """The settings of Figure 2(b).
 
     Attributes:
         d: Dimension of the inputs.
-        width: m; even, for the start is mirrored.
-        taus: Standard deviations of the start, rising, twice the code's.
+        width: m; even, for the start is symmetrized.
+        taus: Standard deviations of the start, increasing, twice the code's.
         seeds: Experiments, each with its own teacher and start.
         steps: Steps of SGD.
-        batch: Samples a step.
+        batch: Samples per step.
         step: eta tau^2, so that eta = step/tau^2 ...
         largest_step: ... but at most this.
         layer_factor: Step of the input layer over that of the output layer; 0 for d, the code's; 1 for the
             paper's Euclidean metric.
-        frames: Steps after which the risk is measured.
-        slow: A loss that in the last quarter falls by more than this share of the zero predictor's has not converged.
+        frames: Number of steps after which the risk is measured.
+        slow: A loss that falls by more than this share of the zero predictor's in the last quarter has not converged.
         flow_steps: Solver steps after which an exact flow is given up.
-        dtype: Of SGD.
+        dtype: The dtype of SGD.
 
     Raises:
-        ValueError: one of them out of its range.
+        ValueError: One of them is out of its range.
     """
 
     d: int = 100
@@ -92,7 +96,7 @@ class Settings:
         check_counts(self, d=1, width=2, seeds=1, steps=1, batch=1, frames=5, flow_steps=1)
         check_positive(self, "taus", "step", "largest_step", "slow")
         check_even(self, "width")
-        check_rising(self, "taus")
+        check_increasing(self, "taus")
         check_dtype(self)
         if not 0 <= self.layer_factor < np.inf:
             msg = f"layer_factor must be a finite number >= 0 (0 for d, the code's), got {self.layer_factor}."
@@ -116,16 +120,16 @@ PRESETS = {
 
 
 def step_of(settings: Settings, tau: Array) -> Array:
-    """The step of the output layer at a tau."""
+    """Return the step of the output layer at a tau."""
     return jnp.minimum(settings.largest_step, settings.step / tau**2)
 
 
 def run_sgd(settings: Settings, seed: Array) -> dict[str, Array]:
-    """SGD for all tau of a seed, on the same batches."""
-    _, _, teacher, start = draw(seed, 1, settings.d, settings.width, dtype=settings.dtype)
+    """Follow SGD for all tau of a seed, on the same batches."""
+    _, _, teacher, start = sample_problem(seed, 1, settings.d, settings.width, dtype=settings.dtype)
     key = jr.fold_in(jr.key(seed), 1)
     f = two_layer()
-    small = jtu.tree_map(lambda leaf: leaf.astype(settings.dtype), teacher)
+    rounded = jtu.tree_map(lambda leaf: leaf.astype(settings.dtype), teacher)
     frames = even_frames(settings.steps, settings.frames)
 
     def lane(tau: Array) -> dict[str, Array]:
@@ -137,7 +141,8 @@ def run_sgd(settings: Settings, seed: Array) -> dict[str, Array]:
 
         def gradient(w: Params, i: Array) -> Params:
             x = sphere(jr.fold_in(key, i), settings.batch, settings.d, dtype=settings.dtype)
-            return jax.grad(lambda w: square_loss(f(small, x))(f(w, x)))(w)
+            h = on_data(f, x)
+            return jax.grad(lambda w: square_loss(h(rounded))(h(w)))(w)
 
         v, risk = descend(gradient, w0, optimizer, frames, lambda v: risk_at(w0, v, teacher))
         return {"risk": risk, "moved": optax.tree.norm(v) / optax.tree.norm(w0)}
@@ -147,8 +152,8 @@ def run_sgd(settings: Settings, seed: Array) -> dict[str, Array]:
 
 
 def run_flow(settings: Settings, seed: Array, tau: Array) -> dict[str, Any]:
-    """The exact gradient flow of the population risk; its model has the parameters themselves for outputs."""
-    _, _, teacher, start = draw(seed, 1, settings.d, settings.width)
+    """Follow the exact gradient flow of the population risk, whose model has the parameters themselves as outputs."""
+    _, _, teacher, start = sample_problem(seed, 1, settings.d, settings.width)
     root = settings.factor**0.5
     w0 = {"a": tau * start["a"], "b": tau * start["b"] / root}
     _, unravel = ravel_pytree(w0)
@@ -158,28 +163,26 @@ def run_flow(settings: Settings, seed: Array, tau: Array) -> dict[str, Any]:
         return population_risk({"a": w["a"], "b": root * w["b"]}, teacher)
 
     times = step_of(settings, tau) * jnp.asarray(even_frames(settings.steps, settings.frames), tau.dtype)
-    flow = gradient_flow(
-        lambda w: ravel_pytree(w)[0], risk, w0, times, solver=diffrax.Tsit5(), rtol=1e-3, atol=1e-6,
-        max_steps=settings.flow_steps, throw=False,
-    )  # fmt: skip
+    options = {"solver": diffrax.Tsit5(), "rtol": 1e-3, "atol": 1e-6, "max_steps": settings.flow_steps}
+    flow = gradient_flow(lambda w: ravel_pytree(w)[0], risk, w0, times, throw=False, **options)
     return {"flow_risk": flow.loss, "flow_steps": flow.stats["num_steps"], "result": flow.result}
 
 
 def run(
     settings: Settings | None = None, *, seed: int = 0, folder: Path | None = None, progress: bool = False
 ) -> "xarray.Dataset":
-    """Figure 2(b): SGD and the exact population flow, for every seed and tau.
+    """Compute Figure 2(b): SGD and the exact population flow, for every seed and tau.
 
     Args:
         settings: None for those of the default size: about a minute on two cores.
         seed: The first of the seeds.
-        folder: Where finished seeds are kept, for a run that is interrupted to go on.
+        folder: Where finished seeds are kept, so that an interrupted run can continue.
         progress: Show progress bars.
 
     Returns:
         A dataset over seed, tau and step: "risk" (exact, of the SGD iterates), "flow_risk", "moved", "zero_risk",
         "teacher_sign"; "flow_steps", "failed" and "message" of flows, which are the gradient flow in the metric of the
-        SGD's steps; "descent_failed": SGD diverged, and its numbers are NaN.
+        steps of SGD; "descent_failed": SGD diverged, and its numbers are NaN.
 
     Raises:
         ValueError: JAX's default dtype is not float64.
@@ -196,13 +199,21 @@ def run(
     options = {"settings": dataclasses.asdict(settings), "progress": progress, "chunk": 1}
     dims = {"risk": ("tau", "step"), "moved": ("tau",), "teacher_sign": ("teacher_unit",)}
     found = sweep(
-        lambda seed: run_sgd(settings, seed), over={"seed": seeds}, dims=dims, coords=coords | {"tau": taus},
-        folder=None if folder is None else folder / "sgd", **options,
-    )  # fmt: skip
+        lambda seed: run_sgd(settings, seed),
+        over={"seed": seeds},
+        dims=dims,
+        coords=coords | {"tau": taus},
+        folder=None if folder is None else folder / "sgd",
+        **options,
+    )
     flows = sweep(
-        lambda seed, tau: run_flow(settings, seed, tau), over={"seed": seeds, "tau": taus},
-        dims={"flow_risk": ("step",)}, coords=coords, folder=None if folder is None else folder / "flow", **options,
-    )  # fmt: skip
+        lambda seed, tau: run_flow(settings, seed, tau),
+        over={"seed": seeds, "tau": taus},
+        dims={"flow_risk": ("step",)},
+        coords=coords,
+        folder=None if folder is None else folder / "flow",
+        **options,
+    )
     variant = "the code's metric and steps" if settings.factor == settings.d else "another metric than the code's"
     return record(
         xarray.merge([mark_lanes(found, "tau"), flows]),
@@ -214,28 +225,28 @@ def run(
 
 
 def unconverged(data: "xarray.Dataset") -> "xarray.DataArray":
-    """Whether the flow's mean loss (SGD's where it stopped) still fell in the last quarter, over tau."""
+    """Return by tau whether the flow's mean loss (that of SGD if it stopped) still fell in the last quarter."""
     loss = data["flow_risk"].fillna(data["risk"]).mean("seed")
     last, earlier = loss.isel(step=-1), loss.isel(step=round(0.75 * (data.sizes["step"] - 1)))
     return earlier - last > data.attrs["setting_slow"] * data["zero_risk"].mean("seed")
 
 
 def numbers(data: "xarray.Dataset") -> list[Number]:
-    """Final losses over the zero predictor's beside the references, for every tau that has one."""
+    """List the final losses over that of the zero predictor next to their references, by tau."""
     free = ("taus", "seeds", "steps", "frames", "slow", "flow_steps", "dtype", "layer_factor")
     known = REFERENCE if same_settings(data, Settings(), *free) and data.attrs["layer_factor_used"] == 100 else {}
     there = "" if data.attrs["setting_steps"] == 10_000 else "reference after 10000 steps"
     rows, slow, near = [], unconverged(data), []
-    for engine, name in {"SGD": "risk", "exact flow": "flow_risk"}.items():
+    for method, name in {"SGD": "risk", "exact flow": "flow_risk"}.items():
         ratio = data[name].isel(step=-1) / data["zero_risk"]
         for tau in data["tau"].values:
             near = [v for t, v in known.items() if abs(np.log(tau / t)) < 0.01]
             notes = ["still falling"] * bool(slow.sel(tau=tau)) + [there] * bool(near and there)
             value = float(ratio.sel(tau=tau).mean("seed"))
             rows.append(
-                Number(f"loss / zero predictor's, {engine}, tau = {tau:g}", value, *near[:1], note=", ".join(notes))
+                Number(f"loss / zero predictor's, {method}, tau = {tau:g}", value, *near[:1], note=", ".join(notes))
             )
-        label = f"the same at the largest tau, {engine}, teachers of mixed signs"
+        label = f"the same at the largest tau, {method}, teachers of mixed signs"
         mixed = mixed_signs(data)
         value = float(ratio.isel(tau=-1).where(mixed).mean("seed")) if mixed.any() else float("nan")
         rows.append(Number(label, value, *near[:1], note=f"{int(mixed.sum())} of {mixed.size} seeds"))
@@ -244,11 +255,40 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
 
 
 def mixed_signs(data: "xarray.Dataset") -> "xarray.DataArray":
-    """Over seeds, whether the teacher's neurons have both signs, as, by their ratios, both of the reference.
+    """Return by seed whether the teacher's neurons have both signs, as those of the reference have by their ratios.
 
-    Those of one sign add up: their zero predictor loses about twice as much, and every ratio is half as large.
+    Neurons of one sign add up: the zero predictor loses about twice as much, and every ratio is half as large.
     """
     return abs(data["teacher_sign"].sum("teacher_unit")) < data.sizes["teacher_unit"]
 
 
-FIGURE = Figure("population loss against the scale tau of the start, m = 50 units", PRESETS, run, numbers)
+def draw(data: "xarray.Dataset") -> "matplotlib.figure.Figure":
+    """Draw the final loss over that of the zero predictor against tau, hatched where it was still falling."""
+    figure, (ax,) = make_axes(1)
+    series = (("risk", BLUE, "o", "SGD"), ("flow_risk", ORANGE, "s", "exact population flow"))
+    for name, color, marker, label in series:
+        values = data[name].isel(step=-1) / data["zero_risk"]
+        if name == "flow_risk":
+            values = values.where(~data["failed"].any("seed"))
+        draw_band(ax, data["tau"], values, color=color, marker=marker, label=label)
+    taus = np.asarray(data["tau"], np.float64)
+    edges = np.sqrt(np.concatenate([[taus[0] ** 2], taus[1:] * taus[:-1], [taus[-1] ** 2]]))
+    style = {"facecolor": "none", "edgecolor": "0.7", "hatch": "//", "linewidth": 0}
+    for count, place in enumerate(np.flatnonzero(np.asarray(unconverged(data)))):
+        ax.axvspan(edges[place], edges[place + 1], label=None if count else "still falling", **style)
+    ax.set_xscale("log")
+    ax.set_xlabel(r"standard deviation $\tau$ of the start", fontsize=FONT + 1)
+    ax.set_ylabel("population loss /\nzero predictor's", fontsize=FONT + 1)
+    ax.set_ylim(bottom=0)
+    note_stopped(ax, data)
+    draw_legend(ax)
+    return figure
+
+
+FIGURE = Figure(
+    title="population loss against the scale tau of the start, m = 50 units",
+    presets=PRESETS,
+    run=run,
+    numbers=numbers,
+    draw=draw,
+)

@@ -1,6 +1,6 @@
 r"""Figure 3(b) and the poster's table: wide deep networks, linearized (alpha = 1e7) against standard (alpha = 1).
 
-Cross-entropy over alpha^2 without augmentation, each kind of training with its own rate, as the paper has them.
+The loss is cross-entropy over alpha^2 without augmentation, and each regime has its own rate, as in the paper.
 """
 
 import dataclasses
@@ -14,45 +14,53 @@ import numpy as np
 from lazyjax.experiments import deep
 from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.flow.result import RESULTS
+from lazyjax.plot.axes import BLACK, BLUE, FONT, ORANGE, draw_legend, make_axes
+from lazyjax.training.arguments import TrainingOptions
 from lazyjax.training.train import train
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import xarray
 
 REGIMES = ("standard", "linearized")
+PARTS = (("train", "training", BLUE), ("test", "test", ORANGE))
+"""Both sets of images: name, label and color."""
+
 REFERENCE = {
     ("vgg11", "standard"): (99.9, 89.7),
     ("vgg11", "linearized"): (61.0, 61.7),
     ("resnet18", "standard"): (99.4, 91.0),
     ("resnet18", "linearized"): (55.0, 56.7),
 }
-"""The poster's table: training and test accuracy in per cent, CIFAR-10, of nets 8 (VGG) and 7 times (ResNet) wider."""
+"""The poster's table (see docs/sources.md): training and test accuracy in percent on CIFAR-10, of nets 8 (VGG) and 7
+times (ResNet) wider."""
+
 LINEAR_METHODS = {"prior features": 82.3, "random features": 84.2}
-"""Test accuracies in per cent that the poster has beside them (Oyallon et al.; Recht et al.)."""
+"""Test accuracies in percent of linear methods, as the poster gives them (Oyallon et al.; Recht et al.)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the figure is computed from.
+    """The settings of the figure.
 
     Attributes:
         data: "digits", "fashion-mnist" or "cifar10".
         networks: "vgg11", "resnet18" or both.
-        widths: Times their channels.
-        gains: Times their Xavier weights.
+        widths: Factors of their channels.
+        gains: Factors of their Xavier weights.
         train: Training images; 0 for all.
         test: Test images; 0 for all.
-        lazy_alpha: Of the linearized networks.
-        seeds: Starts and orders of batches.
-        epochs: How often to go through the data.
+        lazy_alpha: Output scale of the linearized networks.
+        seeds: Number of starts and orders of batches.
+        epochs: Number of passes through the data.
         batch: Images in a batch.
         step: Rate of the standard networks, on the mean cross-entropy as in the paper.
         lazy_step: Rate of the linearized ones.
         decay: beta in the rate eta0/(1 + beta t) of epoch t.
-        momentum: Of SGD.
+        momentum: Momentum of SGD.
 
     Raises:
-        ValueError: one of them out of its range, or an unknown data set or network.
+        ValueError: One of them is out of its range, or there is no such data set or network.
     """
 
     data: str = "fashion-mnist"
@@ -80,7 +88,7 @@ class Settings:
             raise ValueError(msg)
         for name in ("widths", "gains"):
             if any(not 0 < value < np.inf for value in getattr(self, name)):
-                msg = f"{name} must be positive finite numbers, one a network, got {getattr(self, name)}."
+                msg = f"{name} must be positive finite numbers, one per network, got {getattr(self, name)}."
                 raise ValueError(msg)
         if not 1 <= len(set(self.networks)) == len(self.networks) == len(self.widths) == len(self.gains):
             msg = (
@@ -93,31 +101,42 @@ class Settings:
 PRESETS = {
     "small": Settings(data="digits", networks=("vgg11",), widths=(1 / 16,), gains=(1.3,), train=600, test=0, epochs=8),
     "default": Settings(),
-    "gpu": Settings(
-        data="cifar10", widths=(8.0, 7.0), train=0, test=0, epochs=70, batch=8, step=0.01, lazy_step=1.0
-    ),
-}  # fmt: skip
+    "gpu": Settings(data="cifar10", widths=(8.0, 7.0), train=0, test=0, epochs=70, batch=8, step=0.01, lazy_step=1.0),
+}
 
 
 def run_network(
-    settings: Settings, data: deep.Images, place: int, optimizers: dict[str, Any], seed: int, folder: Path | None,
-    *, progress: bool,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """One network from one start in both regimes."""
+    settings: Settings,
+    data: deep.Images,
+    place: int,
+    optimizers: dict[str, Any],
+    seed: int,
+    folder: Path | None,
+    *,
+    progress: bool,
+) -> dict[str, np.ndarray]:
+    """Train one network from one start in both regimes."""
     network, width, gain = settings.networks[place], settings.widths[place], settings.gains[place]
     f, w0 = deep.start(network, seed, data, width=width, gain=gain)
     parts = []
     for regime, alpha in zip(REGIMES, (1.0, settings.lazy_alpha), strict=True):
         training = train(
-            f, w0, data.x, data.y, optimizers[regime], loss="softmax", alpha=jnp.asarray(alpha, deep.DTYPE),
-            epochs=settings.epochs, batch_size=settings.batch, key=deep.order_key(seed), test=data.test,
-            folder=None if folder is None else folder / f"{network}-{regime}-{seed}", progress=progress, throw=False,
-        )  # fmt: skip
+            f,
+            w0,
+            data.x,
+            data.y,
+            optimizers[regime],
+            loss="softmax",
+            alpha=jnp.asarray(alpha, deep.DTYPE),
+            epochs=settings.epochs,
+            batch_size=settings.batch,
+            key=deep.order_key(seed),
+            test=data.test,
+            throw=False,
+            options=TrainingOptions(folder=folder and folder / f"{network}-{regime}-{seed}", progress=progress),
+        )
         lanes = jax.tree.map(lambda leaf: leaf[None], training.params)
-        part = {
-            name: getattr(training, name) for name in ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
-        }
-        part["failed"] = training.result != RESULTS.successful
+        part = deep.measures(training) | {"failed": training.result != RESULTS.successful}
         part["stability"] = jnp.where(part["failed"], jnp.nan, deep.stability(f, w0, lanes, data.x_test)[0])
         parts.append(jax.tree.map(np.asarray, part))
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
@@ -131,25 +150,25 @@ def run(
     progress: bool = False,
     data_dir: Path | None = None,
 ) -> "xarray.Dataset":
-    """Figure 3(b): both networks, standard and linearized.
+    """Compute Figure 3(b): both networks, standard and linearized.
 
     Args:
         settings: None for those of the default size.
         seed: The first of the seeds.
-        folder: Where a checkpoint of each training's last epoch is kept, for a run that is interrupted to go on.
+        folder: Where a checkpoint of each training's last epoch is kept, so that an interrupted run can continue.
         progress: Show progress bars.
-        data_dir: Where the data's files are, see `lazyjax.images.load_images`.
+        data_dir: The folder with the files of the data set, see `lazyjax.data.load_images`.
 
     Returns:
         A dataset over network, seed, regime ("standard", "linearized") and epoch: "train_loss", "train_accuracy" (over
         the batches of the epoch, before their steps), "test_loss", "test_accuracy"; without epoch: "stability" (of
-        activations on the test images), "failed" (it diverged: what was measured is NaN).
+        activations on the test images), "failed" (training diverged; its measures are NaN).
 
     Raises:
-        ValueError, FileNotFoundError: no such data, see `lazyjax.images.load_images`.
+        ValueError, FileNotFoundError: There is no such data, see `lazyjax.data.load_images`.
 
     Source:
-        Chizat, Oyallon, Bach (2019), section 3.2, Figure 3(b); their poster's table.
+        Chizat, Oyallon, Bach (2019), section 3.2, Figure 3(b); the table of their poster, see docs/sources.md.
     """
     import xarray
 
@@ -176,12 +195,12 @@ def run(
 
 
 def reference_of(data: "xarray.Dataset") -> dict[tuple[str, str], tuple[float, float]]:
-    """The poster's table where the data is its own, else nothing."""
+    """Return the poster's table if the data is CIFAR-10, otherwise an empty one."""
     return REFERENCE if data.attrs["setting_data"] == "cifar10" else {}
 
 
 def numbers(data: "xarray.Dataset") -> list[Number]:
-    """The poster's table; its own numbers where the data is its own."""
+    """List the accuracies and stability by network and regime, next to the poster's table if the data is CIFAR-10."""
     rows, known = [], reference_of(data)
     for network in data["network"].values:
         for regime in data["regime"].values:
@@ -198,10 +217,41 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
         last = data["test_accuracy"].sel(regime="linearized").isel(epoch=-1).mean("seed")
         best = 100 * float(last.max())
         rows += [
-            Number(f"best linearized: test accuracy %, beside {name}", best, there, "of a linear method, CIFAR-10")
+            Number(
+                f"best linearized: test accuracy %, compared with {name}", best, there, "of a linear method, CIFAR-10"
+            )
             for name, there in LINEAR_METHODS.items()
         ]
     return [*rows, Number("trainings that diverged", float(data["failed"].sum()))]
 
 
-FIGURE = Figure("wide deep networks, linearized against standard", PRESETS, run, numbers, images=True)
+def draw(data: "xarray.Dataset") -> "matplotlib.figure.Figure":
+    """Draw a pair of bars per network and regime, and the poster's numbers as crosses."""
+    figure, (ax,) = make_axes(1)
+    reference = reference_of(data)
+    pairs = [(str(n), str(r)) for r in data["regime"].values for n in data["network"].values]
+    places = np.arange(len(pairs))
+    last = 100 * data.isel(epoch=-1).mean("seed", skipna=True)
+    for place, (part, label, color) in enumerate(PARTS):
+        shifted = places + (-0.19, 0.19)[place]
+        values = [float(last[f"{part}_accuracy"].sel(network=n, regime=r)) for n, r in pairs]
+        ax.bar(shifted, values, 0.36, color=color, label=label)
+        known = [(p, reference[pair][place]) for p, pair in zip(shifted, pairs, strict=True) if pair in reference]
+        if known:
+            name = None if place else "the poster"
+            ax.plot(*zip(*known, strict=True), "x", color=BLACK, markersize=5, label=name)
+    ax.set_xticks(places, [f"{n}\n{r}" for n, r in pairs])
+    ax.set_ylabel("accuracy (%)", fontsize=FONT + 1)
+    ax.set_ylim(0, 100)
+    draw_legend(ax, columns=3)
+    return figure
+
+
+FIGURE = Figure(
+    title="wide deep networks, linearized against standard",
+    presets=PRESETS,
+    run=run,
+    numbers=numbers,
+    draw=draw,
+    images=True,
+)

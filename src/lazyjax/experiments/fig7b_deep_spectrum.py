@@ -1,7 +1,7 @@
 r"""Figure 7(b): the spectrum of a deep network's tangent kernel at its start, on images and on noise.
 
-Few large eigenvalues, a gap, then a slow decay: the tangent model is ill-conditioned whatever the inputs, and so does
-not fit its training data in the time that the network itself needs.
+There are few large eigenvalues, a gap, then a slow decay: the tangent model is ill-conditioned for any inputs, and so
+does not fit its training data in the time that the network itself needs.
 """
 
 import dataclasses
@@ -16,28 +16,31 @@ import numpy as np
 from lazyjax.data.images import noise_images
 from lazyjax.experiments import deep
 from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
-from lazyjax.kernels.gram import spectrum
-from lazyjax.kernels.spectrum import condition_number, effective_rank, normalized_spectrum
+from lazyjax.kernels.spectrum import condition_number, effective_rank, normalized_spectrum, spectrum
+from lazyjax.plot.axes import FONT, GRAY, draw_legend, make_axes
+from lazyjax.plot.panels import draw_spectra
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import xarray
 
 PAPER = "the paper, in words, of CIFAR-10 at width 1 and n = 500"
+"""What a reference is for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the figure is computed from.
+    """The settings of the figure.
 
     Attributes:
         data: "digits", "fashion-mnist" or "cifar10".
         network: "vgg11" or "resnet18".
-        width: Times its channels.
-        gain: Times its Xavier weights. The paper has that of Figure 3(a), 1; its code's default is 2.
-        train: Images, n of each kind.
+        width: Factor of its channels.
+        gain: Factor of its Xavier weights. The paper has that of Figure 3(a), 1; the default of its code is 2.
+        train: Number of images, n of each kind.
 
     Raises:
-        ValueError: one of them out of its range, or an unknown data set or network.
+        ValueError: One of them is out of its range, or there is no such data set or network.
     """
 
     data: str = "fashion-mnist"
@@ -53,7 +56,7 @@ class Settings:
 
     @property
     def test(self) -> int:
-        """One test image, which is left alone."""
+        """The number of test images: one, which is not used."""
         return 1
 
 
@@ -72,21 +75,21 @@ def run(
     progress: bool = False,
     data_dir: Path | None = None,
 ) -> "xarray.Dataset":
-    """Figure 7(b): all eigenvalues of the two kernels.
+    """Compute Figure 7(b): all eigenvalues of the two kernels.
 
     Args:
         settings: None for those of the default size.
-        seed: Of the network's start and of the noise.
-        folder: Unused: there is nothing to go on from.
-        progress: Unused.
-        data_dir: Where the data's files are, see `lazyjax.images.load_images`.
+        seed: The seed of the network's start and of the noise.
+        folder: Not used: there is nothing to continue from.
+        progress: Not used.
+        data_dir: The folder with the files of the data set, see `lazyjax.data.load_images`.
 
     Returns:
-        A dataset over inputs ("images", "noise") and index: "eigenvalue" of the plain Gram, falling; "fraction" and
-        "value" as `lazyjax.normalized_spectrum` has them.
+        A dataset over inputs ("images", "noise") and index: "eigenvalue" of the plain Gram, decreasing; "fraction" and
+        "value" as `lazyjax.kernels.normalized_spectrum` has them.
 
     Raises:
-        ValueError, FileNotFoundError: no such data, see `lazyjax.images.load_images`.
+        ValueError, FileNotFoundError: There is no such data, see `lazyjax.data.load_images`.
 
     Source:
         Chizat, Oyallon, Bach (2019), supplement C.3, Figure 7(b).
@@ -113,7 +116,7 @@ def run(
 
 
 def tail_slope(data: "xarray.Dataset", inputs: str) -> float:
-    """The fitted power of the index in the eigenvalues from the second k to half of them, k outputs; NaN for none."""
+    """Return the fitted power of the index in the eigenvalues from 2k + 1 to half of all, with k outputs; or NaN."""
     values = data["value"].sel(inputs=inputs).values.astype(np.float64)
     index = data["index"].values.astype(np.float64)
     use = (index > 2 * data.attrs["outputs"]) & (index <= index.size / 2) & (values > 0)
@@ -121,7 +124,7 @@ def tail_slope(data: "xarray.Dataset", inputs: str) -> float:
 
 
 def numbers(data: "xarray.Dataset") -> list[Number]:
-    """Gap, slope of the tail and conditioning on both kinds of inputs."""
+    """List the gap, the slope of the tail and the conditioning on both kinds of inputs."""
     rows, k = [], data.attrs["outputs"]
     for inputs in data["inputs"].values:
         values = data["eigenvalue"].sel(inputs=inputs).values.astype(np.float64)
@@ -137,6 +140,28 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
     return rows
 
 
+def draw(data: "xarray.Dataset") -> "matplotlib.figure.Figure":
+    """Draw normalized eigenvalues on images and on noise, and where the first k end."""
+    figure, (ax,) = make_axes(1)
+    names = {"images": str(data.attrs["setting_data"]), "noise": "uniform noise"}
+    draw_spectra(ax, {names[str(i)]: (data["fraction"], data["value"].sel(inputs=i)) for i in data["inputs"].values})
+    k, size = int(data.attrs["outputs"]), data.sizes["index"]
+    ax.axvline(k / size, color=GRAY, linestyle=":", linewidth=1, label=f"the first k = {k}")
+    fraction = np.asarray(data["fraction"], np.float64)[2 * k :]
+    if fraction.size:
+        level = float(data["value"].isel(inputs=0, index=2 * k))
+        ax.plot(fraction, level * fraction[0] / fraction, color=GRAY, linewidth=1, label="$1/i$")
+    ax.xaxis.label.set_fontsize(FONT + 1)
+    ax.yaxis.label.set_fontsize(FONT + 1)
+    draw_legend(ax)
+    return figure
+
+
 FIGURE = Figure(
-    "spectrum of a deep network's tangent kernel on images and on noise", PRESETS, run, numbers, images=True
+    title="spectrum of a deep network's tangent kernel on images and on noise",
+    presets=PRESETS,
+    run=run,
+    numbers=numbers,
+    draw=draw,
+    images=True,
 )

@@ -5,8 +5,8 @@ On an underdetermined regression $X\beta = y$ the flow of the square loss conser
 $$Q_\alpha(\beta) = \sum_i \alpha^2 q(\beta_i/\alpha^2), \qquad q(z) = 2 - \sqrt{4 + z^2} + z\, \mathrm{arcsinh}(z/2),$$
 
 among all interpolators. Its conditions are $\beta = 2\alpha^2 \sinh(X^T\nu)$, so $\nu$ minimizes the convex
-$2\alpha^2 \sum_i (\cosh(x_i \cdot \nu) - 1) - y \cdot \nu$. As alpha grows this is least l2 (lazy), as it falls
-least l1. The paper's scale is $\alpha^2$ here.
+$2\alpha^2 \sum_i (\cosh(x_i \cdot \nu) - 1) - y \cdot \nu$. As alpha grows the l2 norm is least (lazy), as alpha
+decreases the l1 norm. The paper's scale is $\alpha^2$ here.
 """
 
 import dataclasses
@@ -19,33 +19,35 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, check_rising, record
+from lazyjax.experiments.figure import Figure, Number, check_counts, check_increasing, check_positive, record
 from lazyjax.experiments.student import check_double
 from lazyjax.flow.gradient_flow import gradient_flow
 from lazyjax.losses.square import square_loss
 from lazyjax.models.maps import on_data, rescale
 from lazyjax.models.shallow import diagonal_linear
+from lazyjax.plot.axes import BLACK, BLUE, FONT, ORANGE, draw_legend, make_axes, note_stopped
 from lazyjax.report.sweep import sweep
 
 if TYPE_CHECKING:
+    import matplotlib.figure
     import xarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the figure is computed from.
+    """The settings of the figure.
 
     Attributes:
         d: Dimension of the inputs.
         n: Samples, fewer than d.
         sparsity: d*, nonzero coordinates of the truth, each 1/sqrt(d*).
         sigma: Standard deviation of the inputs' coordinates.
-        alphas: Scales of the start, rising.
-        horizon: Flow time; long, for rates of convergence fall with alpha.
+        alphas: Scales of the start, increasing.
+        horizon: Flow time; long, because the rate of convergence decreases with alpha.
         max_steps: Solver steps after which a flow is given up.
 
     Raises:
-        ValueError: one of them out of its range.
+        ValueError: One of them is out of its range.
     """
 
     d: int = 100
@@ -62,7 +64,7 @@ class Settings:
         if not self.n < self.d or not self.sparsity <= self.d:
             msg = f"n must be below d and sparsity at most d, got n={self.n}, sparsity={self.sparsity}, d={self.d}."
             raise ValueError(msg)
-        check_rising(self, "alphas")
+        check_increasing(self, "alphas")
 
 
 PRESETS = {
@@ -72,35 +74,34 @@ PRESETS = {
 }
 
 
-def draw(settings: Settings, seed: Any) -> tuple[Float[Array, "n d"], Float[Array, " d"]]:
-    r"""Inputs $x \sim N(0, \sigma^2 I)$ and the sparse truth."""
+def sample(settings: Settings, seed: Any) -> tuple[Float[Array, "n d"], Float[Array, " d"]]:
+    r"""Draw inputs $x \sim N(0, \sigma^2 I)$, and return them with the sparse truth."""
     x = settings.sigma * jr.normal(jr.key(seed), (settings.n, settings.d))
     truth = jnp.where(jnp.arange(settings.d) < settings.sparsity, settings.sparsity**-0.5, 0.0)
     return x, truth
 
 
 def run_flow(x: Array, y: Array, alpha: Array, settings: Settings) -> dict[str, Any]:
-    r"""The flow from one alpha up to the horizon, and what it conserves.
+    r"""Follow the flow from one alpha up to the horizon, and check what it conserves.
 
-    In units of the start, $(u, v)/\alpha$, so that one tolerance serves all alpha: near the saddle at zero errors must
-    be small against the start. Time there is $t/\alpha^2$.
+    The unit is the start, $(u, v)/\alpha$, so that one tolerance serves all alpha: near the saddle at zero errors must
+    be small compared with the start. Time is then $t/\alpha^2$.
     """
     w0 = {name: jnp.ones(x.shape[1]) for name in ("u", "v")}
     h = rescale(on_data(diagonal_linear(), x), alpha**2)
     times = jnp.stack([jnp.zeros_like(alpha), settings.horizon / alpha**2])
-    flow = gradient_flow(
-        h, square_loss(y), w0, times, save=("displacement",), rtol=1e-8, atol=1e-8, max_steps=settings.max_steps,
-        throw=False,
-    )  # fmt: skip
+    options = {"save": ("displacement",), "rtol": 1e-8, "atol": 1e-8, "throw": False}
+    flow = gradient_flow(h, square_loss(y), w0, times, max_steps=settings.max_steps, **options)
     u, v = (flow.displacement[name][-1] + 1 for name in ("u", "v"))
     found = {"flow": alpha**2 * (u**2 - v**2), "flow_loss": flow.loss[-1], "drift": jnp.max(jnp.abs(u * v - 1))}
     return {**found, "flow_steps": flow.stats["num_steps"], "result": flow.result}
 
 
 def minimize_potential(x: np.ndarray, y: np.ndarray, alphas: tuple[float, ...]) -> np.ndarray:
-    r"""The minimizers of $Q_\alpha$ among the interpolators, (alpha, d): the convex dual by SciPy's trust region.
+    r"""Return the minimizers of $Q_\alpha$ among the interpolators, (alpha, d), by the convex dual.
 
-    From the largest alpha down, each from the last one's dual point: $\nu$ grows only as log(1/alpha).
+    SciPy's trust region starts at the largest alpha, and then each time at the dual point of the one before: $\nu$
+    grows only as log(1/alpha).
 
     Raises:
         ValueError: SciPy did not converge.
@@ -129,7 +130,7 @@ def minimize_potential(x: np.ndarray, y: np.ndarray, alphas: tuple[float, ...]) 
 
 
 def least_norms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The interpolators of least l1 norm, by a linear program, and of least l2 norm.
+    """Return the interpolators of least l1 norm, by a linear program, and of least l2 norm.
 
     Raises:
         ValueError: SciPy did not solve the program.
@@ -147,12 +148,12 @@ def least_norms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def run(
     settings: Settings | None = None, *, seed: int = 0, folder: Path | None = None, progress: bool = False
 ) -> "xarray.Dataset":
-    """Limits of the flow for every alpha, the potential's minimizers, and the solutions of least norm.
+    """Compute the limits of the flow for every alpha, the potential's minimizers, and the solutions of least norm.
 
     Args:
         settings: None for those of the default size: about a minute on two cores.
-        seed: Of the inputs.
-        folder: Where finished flows are kept, for a run that is interrupted to go on.
+        seed: The seed of the inputs.
+        folder: Where finished flows are kept, so that an interrupted run can continue.
         progress: Show a progress bar.
 
     Returns:
@@ -164,30 +165,40 @@ def run(
             norm.
 
     Source:
-        Smith's report, section 4, after Woodworth et al. (2020); the dual form is ours.
+        Smith's report, section 4, after Woodworth et al. (2020), see docs/sources.md; the dual form is ours.
     """
     check_double()
     settings = Settings() if settings is None else settings
-    x, truth = draw(settings, seed)
+    x, truth = sample(settings, seed)
     y = x @ truth
-    # First what may fail, then the long work.
+    # First what may fail, then what takes long.
     inputs, targets = jax.device_get((x, y))
     l1, l2 = least_norms(inputs, targets)
     least = minimize_potential(inputs, targets, settings.alphas)
     found = sweep(
         lambda alpha, x, y: run_flow(x, y, alpha, settings),
-        over={"alpha": list(settings.alphas)}, shared={"x": x, "y": y}, dims={"flow": ("coordinate",)}, chunk=1,
-        folder=folder, settings=dataclasses.asdict(settings), progress=progress,
-    )  # fmt: skip
+        over={"alpha": list(settings.alphas)},
+        shared={"x": x, "y": y},
+        dims={"flow": ("coordinate",)},
+        chunk=1,
+        folder=folder,
+        settings=dataclasses.asdict(settings),
+        progress=progress,
+    )
     data = found.assign(
         potential=(("alpha", "coordinate"), least),
-        l1=("coordinate", l1), l2=("coordinate", l2), truth=("coordinate", np.asarray(truth)),
-    )  # fmt: skip
+        l1=("coordinate", l1),
+        l2=("coordinate", l2),
+        truth=("coordinate", np.asarray(truth)),
+    )
     return record(data, settings, seed, variant="u^2 - v^2 from u = v = alpha; the paper's scale is alpha^2")
 
 
 def excess(data: "xarray.Dataset", name: str) -> "xarray.Dataset":
-    """Over alpha: l1 and l2 norm of "flow" or "potential" over the least possible less 1, and the test error."""
+    """Return by alpha the excess l1 and l2 norms of "flow" or "potential" over the least possible, and the test error.
+
+    The excess is the norm over the least possible one, minus 1.
+    """
     beta = data[name]
     ratio = {"l1": abs(beta).sum("coordinate") / abs(data["l1"]).sum(), "l2": (beta**2).sum("coordinate") ** 0.5}
     ratio["l2"] = ratio["l2"] / float((data["l2"] ** 2).sum()) ** 0.5
@@ -197,7 +208,7 @@ def excess(data: "xarray.Dataset", name: str) -> "xarray.Dataset":
 
 
 def numbers(data: "xarray.Dataset") -> list[Number]:
-    """The flow beside the exact potential, and the ends of the range beside l1 and l2."""
+    """List how far the flow is from the exact minimizer, and the ends of the range next to least l1 and l2."""
     gap = abs(data["flow"] - data["potential"]).max("coordinate") / abs(data["potential"]).max("coordinate")
     flow, last = excess(data, "flow"), data["alpha"].values[[0, -1]]
     zero = float((data["truth"] ** 2).sum()) * 0.5 * data.attrs["setting_sigma"] ** 2
@@ -214,4 +225,35 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
     ]
 
 
-FIGURE = Figure("diagonal linear nets: from least l1 to least l2 norm as alpha grows", PRESETS, run, numbers)
+def draw(data: "xarray.Dataset") -> "matplotlib.figure.Figure":
+    """Draw excess norms and below them the test error against alpha; dots are the flow, lines the potential."""
+    figure, (upper, lower) = make_axes(2, share=False)
+    flow, potential = excess(data, "flow"), excess(data, "potential")
+    alphas = np.asarray(data["alpha"], np.float64)
+    for kind, color, marker, label in (("l1", BLUE, "o", r"$\ell_1$"), ("l2", ORANGE, "s", r"$\ell_2$")):
+        upper.plot(alphas, potential[f"excess_{kind}"], color=color, linewidth=1.2, label=rf"least $Q_\alpha$, {label}")
+        values = flow[f"excess_{kind}"]
+        upper.plot(alphas, values, marker, color=color, markersize=4, label=f"flow, {label}")
+    upper.set_ylabel("excess norm over\nthe least possible", fontsize=FONT + 1)
+    lower.plot(alphas, potential["test_error"], color=BLACK, linewidth=1.2, label=r"least $Q_\alpha$")
+    lower.plot(alphas, flow["test_error"], "o", color=BLACK, markersize=4, label="flow")
+    for name, color, dashes in (("l1", BLUE, "--"), ("l2", ORANGE, ":")):
+        error = 0.5 * data.attrs["setting_sigma"] ** 2 * float(((data[name] - data["truth"]) ** 2).sum())
+        lower.axhline(error, color=color, linestyle=dashes, linewidth=1, label=rf"least $\ell_{name[1]}$", zorder=0)
+    lower.set_ylabel("test error", fontsize=FONT + 1)
+    lower.set_xlabel(r"scale of the start, $u_0=v_0=\alpha$", fontsize=FONT + 1)
+    for ax in (upper, lower):
+        ax.set_xscale("log")
+        ax.set_ylim(bottom=0)
+        draw_legend(ax)
+    note_stopped(lower, data)
+    return figure
+
+
+FIGURE = Figure(
+    title="diagonal linear nets: from least l1 to least l2 norm as alpha grows",
+    presets=PRESETS,
+    run=run,
+    numbers=numbers,
+    draw=draw,
+)

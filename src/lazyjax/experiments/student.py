@@ -1,4 +1,4 @@
-"""Students beside a teacher on the sphere: how an experiment is drawn, and its exact risk."""
+"""What the figures of a teacher and a student share: how a problem is drawn at random, and its exact risk."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from lazyjax.models.shallow import two_layer
 
 
 class Problem(NamedTuple):
-    """One experiment: inputs, targets, the teacher behind them, and a start of standard deviation 1."""
+    """One problem: inputs, targets, the teacher behind them, and a start of standard deviation 1."""
 
     x: Array
     y: Array
@@ -22,7 +22,7 @@ class Problem(NamedTuple):
     start: dict[str, Array]
 
 
-def draw(
+def sample_problem(
     seed: Any,
     n: int,
     d: int,
@@ -33,18 +33,19 @@ def draw(
     unit: bool = False,
     dtype: Any = None,
 ) -> Problem:
-    """The experiment of a seed, drawn in JAX's default dtype; what the student sees is then rounded to its own.
+    """Draw the problem of a seed in JAX's default dtype, and round what the student sees to its own.
 
     Args:
         seed: A whole number.
         n: Training samples.
         d: Dimension of the inputs.
         width: Units of the student.
-        symmetric: Mirror the second half of the start.
-        scale: Of the teacher.
-        unit: Start with output weights uniform in [0, 1] (a mirrored half negated) and input weights on the unit
-            sphere, as the paper's code draws Figures 1(a), 1(b) and 6; else both are Gaussian.
-        dtype: Of inputs, targets and start.
+        symmetric: Symmetrize the start.
+        scale: Scale of the teacher's outputs.
+        unit: Start with output weights uniform in [0, 1] (negated in the second half of a symmetrized start) and input
+            weights on the unit sphere, as the paper's code does for Figures 1(a), 1(b) and 6; otherwise both are
+            Gaussian.
+        dtype: The dtype of inputs, targets and start.
     """
     key_teacher, key_x, key_start = jr.split(jr.key(seed), 3)
     teacher, x = draw_teacher(key_teacher, d, scale=scale), sphere(key_x, n, d)
@@ -66,14 +67,14 @@ def _on_the_sphere(key: PRNGKeyArray, start: dict[str, Array], *, symmetric: boo
 
 
 def risk_at(w0: Params, displacement: Params, teacher: Params, alpha: Any = 1.0) -> Float[Array, ""]:
-    """The population risk of alpha f at w0 + v, in the teacher's dtype: in a net's own it would be lost."""
+    """Return the population risk of alpha f at w0 + v in the teacher's dtype: a lazy net's own would lose it."""
     dtype = teacher["b"].dtype
     w = jtu.tree_map(lambda a, b: a.astype(dtype) + b.astype(dtype), w0, displacement)
     return population_risk(w | {"a": jnp.asarray(alpha, dtype) * w["a"]}, teacher)
 
 
 def check_double() -> None:
-    """Refuse to measure risks in float32, where those of lazy nets cancel to nothing."""
+    """Check that JAX's default dtype is float64: in float32 the risks of lazy nets cancel to nothing."""
     if jnp.result_type(float) != jnp.float64:
         msg = 'risks of lazy nets cancel, so they need float64: jax.config.update("jax_enable_x64", True) first.'
         raise ValueError(msg)

@@ -4,9 +4,13 @@ Everything here acts on matplotlib axes that it is handed; `plot` makes them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
 
 BLUE, ORANGE, BLACK, GRAY = "#0072B2", "#D55E00", "#000000", "#999999"
 FONT = 8
@@ -72,6 +76,22 @@ class AlphaAxis:
         ax.plot(strokes, [0, 0], marker=[(-0.5, -1), (0.5, 1)], markersize=8, color=BLACK, markeredgewidth=1, **places)
 
 
+def make_axes(rows: int, *, share: bool = True) -> "tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]":
+    """Return a figure one column wide (3.5 inches) and its panels, one below the other.
+
+    Args:
+        rows: Number of panels.
+        share: Whether the panels share their horizontal axis.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.5, 0.7 + 1.9 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 1, sharex=share, squeeze=False)[:, 0])
+    for ax in axes:
+        style_axes(ax)
+    return figure, axes
+
+
 def style_axes(ax: Any) -> None:
     """Small type, a light grid, no box."""
     ax.tick_params(labelsize=FONT, which="both")
@@ -95,6 +115,14 @@ def draw_legend(ax: Any, *, columns: int = 2) -> None:
             columnspacing=1.2,
             borderaxespad=0.2,
         )
+
+
+def draw_band(ax: Any, x: Any, values: Any, *, color: str, marker: str, label: str) -> None:
+    """Draw the mean of an xarray over seeds as a line, and a band of one standard deviation to either side."""
+    mean, spread = (np.asarray(part, np.float64) for part in (values.mean("seed"), values.std("seed")))
+    places = np.asarray(x, np.float64)
+    ax.fill_between(places, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    ax.plot(places, mean, color=color, marker=marker, markersize=3.5, linewidth=1.2, label=label)
 
 
 def mark_failed(ax: Any, axis: AlphaAxis, failed: Any) -> None:

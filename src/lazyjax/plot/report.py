@@ -5,20 +5,11 @@ Colours are those of Okabe and Ito, which color-blind readers can tell apart; no
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lazyjax.experiments._plot_deep import draw_accuracies, draw_losses, draw_precision, draw_two_spectra, draw_wide
-from lazyjax.experiments._plot_kernel import draw_limit_kernel
-from lazyjax.experiments._plot_rates import draw_kappa_width, draw_rates, draw_sparse_regression
-from lazyjax.experiments._plot_student import draw_population, draw_student_scale, draw_student_width
-from lazyjax.experiments._plot_trajectories import draw_trajectories
-from lazyjax.experiments.fig2b_population_descent import unconverged
-from lazyjax.experiments.fig3b_deep_wide import reference_of
-from lazyjax.experiments.fig4_limit_kernel import LimitKernel, from_table
-from lazyjax.experiments.sparse_regression import excess
 from lazyjax.kernels.spectrum import normalized_spectrum
 from lazyjax.plot.axes import (
     BLACK,
@@ -26,16 +17,15 @@ from lazyjax.plot.axes import (
     ORANGE,
     AlphaAxis,
     draw_legend,
+    make_axes,
     mark_failed,
     only_positive,
-    style_axes,
 )
 from lazyjax.plot.panels import choose_lanes, draw_curve, draw_gap, draw_scores, draw_spectra
 from lazyjax.report.diagnose import LazinessReport
 from lazyjax.report.verdict import relative_gap
 
 if TYPE_CHECKING:
-    import matplotlib.axes
     import matplotlib.figure
     import xarray
 
@@ -89,7 +79,7 @@ def plot_scores(report: Source) -> "matplotlib.figure.Figure":
     data = _dataset(report)
     kinds = [kind for kind in ("accuracy", "loss") if f"train_{kind}" in data]
     axis = AlphaAxis(data["alpha"])
-    figure, axes = _make_axes(len(kinds))
+    figure, axes = make_axes(len(kinds))
     for ax, kind in zip(axes, kinds, strict=True):
         draw_scores(ax, axis, data, kind)
         mark_failed(ax, axis, data["failed"])
@@ -114,7 +104,7 @@ def plot_gaps(report: Source) -> "matplotlib.figure.Figure":
     scaled = float(data["scaled_param_gap"].isel(alpha=-1).max("time")) if np.isinf(alphas[-1]) else np.nan
     with np.errstate(divide="ignore"):
         param_floor = scaled / alphas / norm
-    figure, axes = _make_axes(2)
+    figure, axes = make_axes(2)
     draw_gap(axes[0], axis, relative_gap(data), np.full(alphas.size, floor), slopes.get("output_gap"))
     param_gap = np.asarray(data["param_gap"].max("time"), dtype=np.float64) / norm
     draw_gap(axes[1], axis, param_gap, param_floor, slopes.get("param_gap"))
@@ -144,7 +134,7 @@ def plot_drift(report: Source) -> "matplotlib.figure.Figure":
     if "stability" in data:
         values = 1 - np.asarray(data["stability"], dtype=np.float64)
         lines.append(("activations that changed sign", values, BLACK, "^"))
-    figure, (ax,) = _make_axes(1)
+    figure, (ax,) = make_axes(1)
     ax.set_yscale("log")
     for label, values, color, marker in lines:
         axis.plot(ax, only_positive(values), color=color, marker=marker, label=label)
@@ -168,7 +158,7 @@ def plot_curves(report: Source) -> "matplotlib.figure.Figure":
     names = ["train_loss", *([] if test is None else [test])]
     lanes = choose_lanes(data)
     colors = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(lanes), 2)))
-    figure, axes = _make_axes(len(names))
+    figure, axes = make_axes(len(names))
     for ax, name in zip(axes, names, strict=True):
         draw_curve(ax, data, name, lanes, colors)
     axes[-1].set_xlabel("flow time t (learning rate x steps)")
@@ -187,7 +177,7 @@ def plot_eigenvalues(report: Source) -> "matplotlib.figure.Figure":
     values = np.asarray(data["kernel_eigenvalue"], dtype=data.attrs["dtype"])
     largest = float(values[0])
     curve = normalized_spectrum(values, size=data.attrs["num_train"] * data.attrs["outputs"])
-    figure, (ax,) = _make_axes(1)
+    figure, (ax,) = make_axes(1)
     draw_spectra(ax, {rf"$\lambda_i/\lambda_1$, $\lambda_1={largest:.3g}$": curve})
     learned = r"$\lambda_i T=1$: learned above, by the end $T$"
     ax.axhline(1 / (largest * data.attrs["horizon"]), color=ORANGE, linestyle="--", linewidth=1, label=learned)
@@ -216,71 +206,10 @@ def plot_spectrum(spectra: Mapping[str, tuple[Any, Any]]) -> "matplotlib.figure.
     if not spectra:
         msg = "spectra must hold at least one curve, label to lazyjax.normalized_spectrum(eigenvalues), got none."
         raise ValueError(msg)
-    figure, (ax,) = _make_axes(1)
+    figure, (ax,) = make_axes(1)
     draw_spectra(ax, spectra)
     draw_legend(ax, columns=1 if max(map(len, spectra)) > 20 else 2)
     return figure
-
-
-def plot_limit_kernel(result: LimitKernel) -> "matplotlib.figure.Figure":
-    """Figure 4: tangent kernels of random two-layer nets beside their limit, and their distance against the width.
-
-    Args:
-        result: From `lazyjax.experiments.fig4_limit_kernel.run`.
-
-    Source:
-        Chizat, Oyallon, Bach (2019), supplement A.2, Figure 4.
-    """
-    figure, axes = _make_axes(2, share=False)
-    draw_limit_kernel(axes, result)
-    return figure
-
-
-EXPERIMENTS: "dict[str, tuple[int, Callable[[Sequence[Any], xarray.Dataset], None]]]" = {
-    **dict.fromkeys(("fig1a", "fig1b", "fig6a", "fig6b", "fig6c"), (1, draw_trajectories)),
-    "fig1c": (1, draw_student_scale),
-    "fig2a": (1, draw_student_width),
-    "fig2b": (1, lambda axes, data: draw_population(axes, data, unconverged(data))),
-    "fig3a": (2, draw_accuracies),
-    "fig3b": (1, lambda axes, data: draw_wide(axes, data, reference_of(data))),
-    "fig4": (2, lambda axes, data: draw_limit_kernel(axes, from_table(data))),
-    "fig7a": (1, draw_losses),
-    "fig7b": (1, draw_two_spectra),
-    "precision": (2, draw_precision),
-    "kappa-width": (1, draw_kappa_width),
-    "rates": (3, draw_rates),
-    "woodworth": (
-        2,
-        lambda axes, data: draw_sparse_regression(axes, data, excess(data, "flow"), excess(data, "potential")),
-    ),
-}
-"""How the figures of `lazyjax.experiments` are drawn: panels, and what fills them."""
-
-
-def plot_experiment(name: str, data: "xarray.Dataset") -> "matplotlib.figure.Figure":
-    """A figure of the paper from its data.
-
-    Args:
-        name: As in `lazyjax.experiments.catalogue.FIGURES`.
-        data: What its `run` returned, or that read back from NetCDF.
-    """
-    panels, draw = EXPERIMENTS[name]
-    figure, axes = _make_axes(panels, share=False)
-    if draw is draw_trajectories:  # a square panel
-        figure.set_size_inches(3.5, 4.2)
-    draw(axes, data)
-    return figure
-
-
-def _make_axes(rows: int, *, share: bool = True) -> "tuple[matplotlib.figure.Figure, list[matplotlib.axes.Axes]]":
-    """A figure one column wide of panels below each other, on one horizontal axis if they `share` it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.5, 0.7 + 1.9 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, 1, sharex=share, squeeze=False)[:, 0])
-    for ax in axes:
-        style_axes(ax)
-    return figure, axes
 
 
 def _parameter_unit(data: "xarray.Dataset") -> tuple[float, str]:
