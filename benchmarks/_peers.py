@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 import harness
 import lazyjax as lj
 from _problems import Case, Problem
-from lazyjax.flow.gradient_flow import EXPLICIT_PI, EXPONENTIAL_PI, GROWTH
+from lazyjax.flow.gradient_flow import EXPLICIT_PI, EXPONENTIAL_GROWTH, EXPONENTIAL_PI
 
 EXPLICIT = {"Tsit5": diffrax.Tsit5(), "Dopri8": diffrax.Dopri8()}
 LEVEL = 1e-4
@@ -49,7 +49,7 @@ def integrate(
     """The states at the moments of the horizon, the last one at its end, and the steps it took."""
     controls, dt0 = EXPLICIT_PI, None
     if isinstance(solver, lj.TangentExponential):  # as `gradient_flow` does it
-        controls = EXPONENTIAL_PI | {"factormax": GROWTH}
+        controls = EXPONENTIAL_PI | {"factormax": EXPONENTIAL_GROWTH}
         dt0 = jnp.minimum(1 / solver.linear.top, horizon)
     solution = diffrax.diffeqsolve(
         term,

@@ -10,7 +10,8 @@ import pytest
 import lazyjax as lj
 from helpers import relative_error
 from lazyjax._core.cost import ATTEMPTS, cheapest_rank, dense_cost, method_cost
-from lazyjax.flow.choose_solver import _measure
+from lazyjax.flow.choose_solver import _measure_stiffness
+from lazyjax.flow.field import ScaledObjective
 from lazyjax.models.maps import on_data
 
 KEYS = jr.split(jr.key(0), 3)
@@ -73,9 +74,8 @@ def test_the_density_of_the_eigenvalues_is_estimated():
     """Of 300 eigenvalues that fall as 1/j^2, how many are above the j-th: within a factor of 2 for j = 10 to 100."""
     scales = 1.0 / jnp.arange(1.0, 301.0)
     h = on_data(lambda w, x: x * w, scales)
-    size, _, values, counts = _measure(
-        (h, None), lj.square_loss(jnp.ones(300), mean=False), jnp.ones(300), jnp.array(1.0), False
-    )
+    loss = lj.square_loss(jnp.ones(300), mean=False)
+    size, _, values, counts = _measure_stiffness(ScaledObjective.of(h, loss, jnp.ones(300), 1.0, False))
     assert size == 300
     np.testing.assert_allclose(values[0], 1.0, rtol=1e-6)
     for j in (10, 30, 100):
@@ -86,7 +86,7 @@ def test_the_density_of_the_eigenvalues_is_estimated():
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_a_kernel_with_one_eigenvalue_is_measured(scale):
     """The Krylov space ends at once, and goes on from another vector than the one it began with."""
-    model, loss = (lambda w: scale * w, None), lj.square_loss(jnp.zeros(4, jnp.float32), mean=False)
-    _, _, values, counts = _measure(model, loss, jnp.ones(4, jnp.float32), jnp.array(1.0), False)
+    h, loss = lambda w: scale * w, lj.square_loss(jnp.zeros(4, jnp.float32), mean=False)
+    _, _, values, counts = _measure_stiffness(ScaledObjective.of(h, loss, jnp.ones(4, jnp.float32), 1.0, False))
     np.testing.assert_allclose(values, scale, rtol=1e-5)
     np.testing.assert_allclose(counts[-1], 4, rtol=1e-5)

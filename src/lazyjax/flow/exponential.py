@@ -351,10 +351,11 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
         state = self._refresh(State(f1, linear, cost), cost, y1, rho / h, steps_left)
         return y1, error, info, state, RESULTS.successful
 
-    def _refresh(
-        self, state: State, cost: RelinearizationCost, u: Params, rate: Array, steps_left: Array
-    ) -> State:
-        """Linearize anew at u if that is due. (A step that is rejected afterwards has paid: the solver is not told.)"""
+    def _refresh(self, state: State, cost: RelinearizationCost, u: Params, rate: Array, steps_left: Array) -> State:
+        """Linearize anew at u if that is due.
+
+        A step that is rejected afterwards has paid for it in vain: the solver is not told.
+        """
 
         def move() -> State:
             moved = self._build(u, state.linear)

@@ -16,7 +16,7 @@ from lazyjax._core.trees import move
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
 from lazyjax.flow.linear_part import LinearizationPoint
-from lazyjax.flow.start import as_argument, as_model, scaled_start
+from lazyjax.flow.start import as_argument, as_model, as_scalar, scaled_start
 from lazyjax.losses.loss import Loss
 from lazyjax.models.maps import without_constant
 from lazyjax.models.tangent import Tangent
@@ -74,7 +74,7 @@ class ModelField(eqx.Module):
 
 
 class TangentField(eqx.Module):
-    r"""The flow of a tangent model: $u \mapsto -Dh(w_0)^T \nabla R(\alpha h(w_0) + Dh(w_0) u)$, alpha in the start only.
+    r"""The flow of a tangent model: $u \mapsto -Dh(w_0)^T \nabla R(\alpha h(w_0) + Dh(w_0) u)$.
 
     Attributes:
         tangent: The tangent model.
@@ -112,7 +112,7 @@ class TangentField(eqx.Module):
 
 
 PLAIN_ALPHA = {"float64": 1e3}
-"""Largest alpha (1 in other precisions) up to which the right-hand side takes the plain difference (h(w) - h(w0)) alpha.
+"""Largest alpha (1 in other precisions) at which the right-hand side takes the plain difference (h(w) - h(w0)) alpha.
 Its rounding, alpha eps |h|, is at most 1e-13 of the outputs. What is saved always has `finite_jvp`'s digits."""
 
 
@@ -154,10 +154,8 @@ class ScaledObjective(eqx.Module):
     @classmethod
     def of(cls, h: Model, loss: Loss, w0: Params, alpha: RealScalar, zero_start: bool) -> "ScaledObjective":
         """Return the objective of a model, which `check_start` has checked."""
-        return cls(as_argument(h), loss, w0, jnp.asarray(alpha, float), zero_start)
+        return cls(as_argument(h), loss, w0, as_scalar(alpha), zero_start)
 
     def field(self, *, throw: bool = True) -> ModelField | TangentField:
         """Return the vector field of its flow; call it under jit."""
-        return make_field(
-            as_model(self.model), self.loss, self.w0, self.alpha, zero_start=self.zero_start, throw=throw
-        )
+        return make_field(as_model(self.model), self.loss, self.w0, self.alpha, zero_start=self.zero_start, throw=throw)

@@ -20,7 +20,7 @@ from lazyjax.flow.closed_form import solve_tangent, tangent_gram
 from lazyjax.flow.exponential import TangentExponential, Velocity
 from lazyjax.flow.field import ModelField, ScaledObjective, TangentField
 from lazyjax.flow.result import RESULTS, SOLVERS, Result, as_result, check_successful, is_array
-from lazyjax.flow.start import check_start
+from lazyjax.flow.start import as_scalar, check_start
 from lazyjax.flow.step_collapse import COLLAPSED, WatchedController
 from lazyjax.losses.loss import Loss, as_loss
 from lazyjax.losses.square import SquareLoss
@@ -169,8 +169,8 @@ def gradient_flow(
         solver,
         stepsize_controller,
         dt0,
-        jnp.asarray(rtol, float),
-        jnp.asarray(atol, float),
+        as_scalar(rtol),
+        as_scalar(atol),
         tuple(save),
         max_steps,
         progress,

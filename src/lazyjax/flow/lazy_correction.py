@@ -39,7 +39,7 @@ from lazyjax.flow.field import ScaledObjective, TangentField, make_field
 from lazyjax.flow.gradient_flow import Flow, Options, check_options, ends_at_infinity, integrate, nonfinite_unless
 from lazyjax.flow.linear_part import KrylovPart, LinearizationPoint, SpectralPart
 from lazyjax.flow.result import check_successful
-from lazyjax.flow.start import check_start
+from lazyjax.flow.start import as_scalar, check_start, values_of
 from lazyjax.losses.hessian_root import HessianRoot
 from lazyjax.losses.loss import Loss, as_loss
 from lazyjax.losses.square import SquareLoss
@@ -136,9 +136,8 @@ def lazy_correction(
         if isinstance(solver, TangentExponential) and isinstance(loss, SquareLoss):
             # The linear part at the start is that of all times.
             solver = dataclasses.replace(solver, relinearize=False)
-    relative, absolute = jnp.asarray(rtol, float), jnp.asarray(atol, float)
-    inside = throw and not zero_start
-    options = Options(solver, None, None, relative, absolute, ("outputs", "displacement"), max_steps, False, inside)
+    save, inside = ("outputs", "displacement"), throw and not zero_start
+    options = Options(solver, None, None, as_scalar(rtol), as_scalar(atol), save, max_steps, False, inside)
     out = _lazy_correction(h, loss, w0, jnp.asarray(ts), options, zero_start, ends_at_infinity(ts))
     return check_successful(out.tangent_flow.result, out) if throw else out
 
@@ -251,8 +250,7 @@ def _check_smooth(h: Model, loss: Loss, w0: Params) -> None:
     """Refuse a start on a kink, or where the second derivative does not exist, as far as the first step can tell."""
     if not is_concrete((eqx.filter((h, loss), eqx.is_array), w0)):
         return
-    with jax.ensure_compile_time_eval():  # values, even inside a user's jit
-        bend, forward, backward = (np.asarray(out) for out in _probe(h, loss, w0))
+    bend, forward, backward = values_of(_probe, h, loss, w0)
     bad = int(np.sum(~np.isfinite(bend)))
     if bad:
         msg = (

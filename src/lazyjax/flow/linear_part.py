@@ -118,7 +118,7 @@ Piece = tuple[Expansion, Any, Mapping[int, Any]]
 class LinearPart(eqx.Module):
     """L at an anchor; subclasses say how to take functions of it."""
 
-    anchored: eqx.AbstractVar[LinearizationPoint]
+    point: eqx.AbstractVar[LinearizationPoint]
     top: eqx.AbstractVar[Array]
 
     @abc.abstractmethod
@@ -166,7 +166,7 @@ def _direct(h: Array, pieces: Sequence[Piece]) -> Params:
 class SpectralPart(LinearPart):
     """By the eigendecomposition of BB^T, or its leading part, shared by all lanes of a vmap that share the anchor."""
 
-    anchored: LinearizationPoint
+    point: LinearizationPoint
     top: Float[Array, ""]
     values: Float[Array, " r"]
     vectors: Float[Array, "m r"]
@@ -178,7 +178,7 @@ class SpectralPart(LinearPart):
         """
         kept = int(np.sum(np.asarray(self.values) * horizon > 0.1))
         kept = min(self.values.size, max(block, -(-kept // block) * block))
-        return SpectralPart(self.anchored, self.top, self.values[-kept:], self.vectors[:, -kept:])
+        return SpectralPart(self.point, self.top, self.values[-kept:], self.vectors[:, -kept:])
 
     def origin(self) -> Array:
         """s = 0."""
@@ -229,7 +229,7 @@ def _(primals: Any, tangents: Any) -> Any:
 class KrylovPart(LinearPart):
     """By Lanczos in the outputs' space, started from each vector: no Gram is formed."""
 
-    anchored: LinearizationPoint
+    point: LinearizationPoint
     top: Float[Array, ""]
     num_lanczos: int = eqx.field(static=True)
     size: int = eqx.field(static=True)
@@ -281,38 +281,38 @@ class KrylovPart(LinearPart):
         return jtu.tree_map(jnp.add, error, b.rmatvec(z, error))
 
 
-def spectral_part(anchored: LinearizationPoint) -> SpectralPart:
+def spectral_part(point: LinearizationPoint) -> SpectralPart:
     """Diagonalize BB^T at the anchor."""
-    anchored = jax.lax.stop_gradient(anchored)
-    size = math.prod(anchored.products().shape)
-    gram = _times(anchored, size, lambda i: jnp.arange(size) == i)
+    point = jax.lax.stop_gradient(point)
+    size = math.prod(point.products().shape)
+    gram = _times(point, size, lambda i: jnp.arange(size) == i)
     # Its lower triangle is enough, and no copy is made to symmetrize it.
     values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
     values = jnp.maximum(values, 0)  # rounding may leave negative ones, which would grow
-    return SpectralPart(anchored, values[-1], values, vectors)
+    return SpectralPart(point, values[-1], values, vectors)
 
 
-def ritz_part(anchored: LinearizationPoint, rank: int, guess: Array | None = None) -> SpectralPart:
+def ritz_part(point: LinearizationPoint, rank: int, guess: Array | None = None) -> SpectralPart:
     r"""The leading part of BB^T without its Gram, by subspace iteration: with Ritz values and vectors for eigenpairs.
 
     L = -B^T V V^T B for any orthonormal V: functions of it are exact on Ritz pairs that are far from being
     eigenpairs, and what they miss is left to N. So a few products do, from a guess at hand one.
     """
-    anchored = jax.lax.stop_gradient(anchored)
-    b = anchored.products()
+    point = jax.lax.stop_gradient(point)
+    b = point.products()
     size = math.prod(b.shape)
     columns = jr.normal(jr.key(0), (rank, size), b.dtype) if guess is None else jax.lax.stop_gradient(guess).T
     for _ in range(POWERS if guess is None else 1):
-        columns = jnp.linalg.qr(_times(anchored, rank, lambda i, rows=columns: rows[i]).T)[0].T
-    projected = _times(anchored, rank, lambda i: columns[i]) @ columns.T
+        columns = jnp.linalg.qr(_times(point, rank, lambda i, rows=columns: rows[i]).T)[0].T
+    projected = _times(point, rank, lambda i: columns[i]) @ columns.T
     values, mixing = jnp.linalg.eigh(projected)
     values = jnp.maximum(values, 0)
-    return SpectralPart(anchored, values[-1], values, columns.T @ mixing)
+    return SpectralPart(point, values[-1], values, columns.T @ mixing)
 
 
-def _times(anchored: LinearizationPoint, count: int, row: Callable[[Array], Array]) -> Array:
+def _times(point: LinearizationPoint, count: int, row: Callable[[Array], Array]) -> Array:
     """BB^T on vectors, as rows, some of them side by side."""
-    b, like = anchored.products(), anchored.coordinates
+    b, like = point.products(), point.coordinates
 
     def product(i: Array) -> Array:
         return b.matvec(b.rmatvec(row(i).astype(b.dtype), like))
@@ -320,10 +320,10 @@ def _times(anchored: LinearizationPoint, count: int, row: Callable[[Array], Arra
     return jax.lax.map(product, jnp.arange(count), batch_size=min(GRAM_BLOCK, count))
 
 
-def krylov_part(anchored: LinearizationPoint, num_lanczos: int) -> KrylovPart:
+def krylov_part(point: LinearizationPoint, num_lanczos: int) -> KrylovPart:
     """No set-up but the largest eigenvalue, from 20 products."""
-    anchored = jax.lax.stop_gradient(anchored)
-    b, like = anchored.products(), anchored.coordinates
+    point = jax.lax.stop_gradient(point)
+    b, like = point.products(), point.coordinates
     size = math.prod(b.shape)
     values, _, _ = lanczos(lambda r: b.matvec(b.rmatvec(r, like)), size, 20, dtype=b.dtype)
-    return KrylovPart(anchored, values[-1], num_lanczos, size, b.dtype)
+    return KrylovPart(point, values[-1], num_lanczos, size, b.dtype)

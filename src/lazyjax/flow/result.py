@@ -1,15 +1,19 @@
-"""Why a flow ended, and what followed it: enumerations that travel through jit and vmap."""
+"""Why a flow ended, and what followed it: enumerations that travel through jit and vmap, and print as words."""
 
 from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Bool
+
+from lazyjax._core.checks import is_concrete
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore
-    """diffrax's, and the collapse of the steps of a flow with kinks."""
+    """diffrax's reasons for the end of a solve, and the collapse of the steps of a flow with kinks."""
 
     steps_collapsed = (
         "The step sizes collapsed: a quarter and more of the last 256 attempts were rejected, all were below a "
@@ -30,7 +34,14 @@ class SOLVERS(eqx.Enumeration):
 
 
 class Result(type(diffrax.RESULTS.successful)):  # pyright: ignore[reportGeneralTypeIssues]
-    """An item of `RESULTS` that also compares with diffrax's own: `flow.result == diffrax.RESULTS.successful`."""
+    """An item of `RESULTS`: it prints as its name and message, and compares with diffrax's own items too.
+
+    Example:
+        >>> print(RESULTS.successful)
+        successful
+        >>> bool(RESULTS.successful == diffrax.RESULTS.successful)
+        True
+    """
 
     def __eq__(self, other: Any) -> Bool[Array, "..."]:
         return super().__eq__(_promote(other))
@@ -40,20 +51,68 @@ class Result(type(diffrax.RESULTS.successful)):  # pyright: ignore[reportGeneral
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
+    def __repr__(self) -> str:
+        """Return the name and the message; for several lanes how many have which name; for a traced one its shape."""
+        (value,) = jtu.tree_leaves(self)
+        if not is_array(value):
+            return f"traced result of shape {getattr(value, 'shape', '()')}"
+        numbers, counts = np.unique(np.asarray(value), return_counts=True)
+        names = {_number(item): name for name, item in RESULTS._name_to_item.items()}
+        if np.ndim(value) == 0:
+            name, message = names[int(numbers[0])], RESULTS[self]
+            return f"{name}: {message}" if message else name
+        return ", ".join(
+            f"{names[int(i)]} ({count} of {np.size(value)})" for i, count in zip(numbers, counts, strict=True)
+        )
+
+    __str__ = __repr__
+
+
+def is_array(value: Any) -> bool:
+    """Return whether a value is an array whose entries are known."""
+    return isinstance(value, np.ndarray | np.generic) or (eqx.is_array(value) and is_concrete(value))
+
+
+def _number(item: Any) -> int:
+    """Return the number of an item, which is its one leaf."""
+    (value,) = jtu.tree_leaves(item)
+    return int(value)
+
 
 def _promote(item: Any) -> Any:
-    return RESULTS.promote(item) if isinstance(item, diffrax.RESULTS) else item
+    return as_result(item) if isinstance(item, diffrax.RESULTS) else item
 
 
 def as_result(item: Any) -> Result:
-    """An item of diffrax's enumeration, or of ours, as a `Result`."""
+    """Return an item of diffrax's enumeration, or of ours, as a `Result`."""
     if isinstance(item, Result):
         return item
-    # The one leaf of an item is its number.
-    (value,) = jtu.tree_leaves(_promote(item))
+    (value,) = jtu.tree_leaves(item)
+    if isinstance(item, diffrax.RESULTS):  # the same name has another number there
+        value = PROMOTED[np.asarray(value)] if is_array(value) else jnp.asarray(PROMOTED)[value]
     return Result(value, RESULTS)  # pyright: ignore[reportCallIssue]
 
 
+PROMOTED = np.asarray([_number(RESULTS._name_to_item[name]) for name in diffrax.RESULTS._name_to_item], np.int32)
+"""The number of each of diffrax's items, in their order, in `RESULTS`."""
+
+
+for _name, _item in RESULTS._name_to_item.items():
+    setattr(RESULTS, _name, as_result(_item))
+
+
 def is_result(value: Any) -> bool:
-    """Whether a value is an item of diffrax's enumeration or of ours."""
+    """Return whether a value is an item of diffrax's enumeration or of ours."""
     return isinstance(value, (diffrax.RESULTS, RESULTS))
+
+
+def check_successful(result: Result, out: Any) -> Any:
+    """Return what was computed; raise the message of the result unless it is successful, at run time if it is traced.
+
+    Raises:
+        equinox.EquinoxRuntimeError: the result is another than `successful`.
+    """
+    (value,) = jtu.tree_leaves(result)
+    if is_array(value) and np.all(np.asarray(value) == _number(RESULTS.successful)):
+        return out  # without a program for the comparison and the error
+    return result.error_if(out, result != RESULTS.successful)
