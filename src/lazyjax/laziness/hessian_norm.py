@@ -13,6 +13,7 @@ import jax
 import jax.flatten_util as jfu
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -34,8 +35,13 @@ class SecondDerivative(eqx.Module):
     w0: Params
     root: float = eqx.field(static=True)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the flat vector of coordinates."""
+        return jnp.result_type(*jtu.tree_leaves(eqx.filter(self.w0, eqx.is_inexact_array)))
+
     def point(self) -> Float[Array, " p"]:
-        """The coordinates of w0."""
+        """Return the coordinates of w0."""
         return jfu.ravel_pytree(eqx.filter(self.w0, eqx.is_inexact_array))[0]
 
     def model(self, v: Float[Array, " p"]) -> Float[Array, " q"]:
@@ -47,7 +53,7 @@ class SecondDerivative(eqx.Module):
 
     def second(self, u: Float[Array, " p"]) -> Float[Array, " q"]:
         """B(u, u), forward over forward."""
-        return bend(self.model, self.point(), u)
+        return second_directional_derivative(self.model, self.point(), u)
 
     def hessian(self, z: Float[Array, " q"]) -> Callable[[Array], Array]:
         """The product with H_z, forward over reverse."""
@@ -63,8 +69,8 @@ class SecondDerivative(eqx.Module):
         return count_flops(lambda z, u: self.hessian(z)(u), jnp.ones(outputs, point.dtype), point)
 
 
-def bend(model: Callable[[Params], Array], point: Params, u: Params) -> Array:
-    """The second derivative of a model along u, flat vectors or trees."""
+def second_directional_derivative(model: Callable[[Params], Array], point: Params, u: Params) -> Array:
+    """Return $D^2h(u, u)$ of a model at a point, flat vectors or trees."""
     return jax.jvp(lambda v: jax.jvp(model, (v,), (u,))[1], (point,), (u,))[1]
 
 

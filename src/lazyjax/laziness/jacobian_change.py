@@ -46,9 +46,9 @@ def relative_change(
     num_matvecs: int,
     key: PRNGKeyArray | None,
 ) -> Float[Array, ""]:
-    r"""Return $\|Dh(w_0 + \varepsilon u) - Dh(w_0)\|/|\varepsilon u|$ in F's metric, by Lanczos from below; 0 for u = 0.
+    r"""Return $\|Dh(w_0 + \varepsilon u) - Dh(w_0)\|/|\varepsilon u|$ in F's metric, by Lanczos from below.
 
-    At eps = 0 it is the limit, $\|D^2h(w_0)(u, \cdot)\|/|u|$.
+    It is 0 for u = 0. At eps = 0 it is the limit, $\|D^2h(w_0)(u, \cdot)\|/|u|$.
     """
     out = check_outputs(h, w0)
     length = tree_norm(u)

@@ -104,10 +104,11 @@ class Kappa(eqx.Module):
         return "smooth" if bent or float(self.finite_curvature) > 0 else "affine"
 
     def scaled(self, alpha: RealScalar | Real[np.ndarray, "..."]) -> Float[Array, "..."]:
-        r"""Return $\kappa_{\alpha h}(w_0) = \|h(w_0) - y^*/\alpha\|_F\|D^2h\|/\|Dh\|^2$ at other scales, of their shape.
+        r"""Return $\kappa_{\alpha h}(w_0) = \|h(w_0) - y^*/\alpha\|_F\|D^2h\|/\|Dh\|^2$ at other scales.
 
-        For an h homogeneous of degree q it is also the $\kappa_h(\lambda w_0)$ of a larger start, with
-        $\alpha = \lambda^q$. It falls as 1/alpha only if h(w0) = 0, else to a limit.
+        Its shape is that of alpha. For an h homogeneous of degree q it is also the
+        $\kappa_h(\lambda w_0)$ of a larger start, with $\alpha = \lambda^q$. It falls as 1/alpha only if h(w0) = 0,
+        else to a limit.
         """
         return _kappa_at(jnp.asarray(alpha, self.value.dtype), self)
 

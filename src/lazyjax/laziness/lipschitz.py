@@ -144,10 +144,10 @@ def path_constants(
     eps: Float[Array, ""],
     keys: Key[Array, " time"],
 ) -> tuple[Float[Array, " time"], Float[Array, " time"]]:
-    r"""Return $\|Dh(w_0 + \varepsilon u)\|$ and $\|Dh(w_0 + \varepsilon u) - Dh(w_0)\|/|\varepsilon u|$, one per displacement.
+    r"""Return $\|Dh(w_0 + \varepsilon u)\|$ and $\|Dh(w_0 + \varepsilon u) - Dh(w_0)\|/|\varepsilon u|$.
 
-    These are Ritz values, from below; times `path_slack` they are from above. One key per displacement; jit and vmap
-    go through.
+    One of each per displacement, with a random key of its own. These are Ritz values, from below; times `path_slack`
+    they are from above.
     """
     h = without_constant(h)
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
@@ -214,7 +214,7 @@ class TwoLayerLipschitz(eqx.Module):
         return "\n".join(["Lipschitz constants of a two-layer net on balls around w0, from above", *shown])
 
     def lip_dh(self, radius: float | Float[Array, "..."]) -> Float[Array, "..."]:
-        r"""Bound $\sup\|D^2h\|$ on the ball by $\frac12(s + \sqrt{s^2 + 4\,side^2})$, $s = (\max_j|a_j| + radius)\,inner$."""
+        r"""Bound $\sup\|D^2h\|$ on the ball: $\frac12(s + \sqrt{s^2 + 4 side^2})$, $s = (\max|a_j| + radius) inner$."""
         return join_blocks(self.side, (self.largest + radius) * self.inner)
 
     def lip_h(self, radius: float | Float[Array, "..."]) -> Float[Array, "..."]:
@@ -400,10 +400,10 @@ def _sampled(h: Model, loss: Loss, w0: Params, radius: Array, samples: int, key:
 
 
 def local_lipschitz(lip_dh: Callable[[float], Any], sigma_min: float) -> float:
-    r"""Return the local constant of theorem 2.4, $\inf\{L > 0: Dh \text{ is L-Lipschitz on } B(w_0, \sigma_{min}/(2L))\}$.
+    r"""Return the local constant of theorem 2.4: the least L with Dh L-Lipschitz on $B(w_0, \sigma_{min}/(2L))$.
 
-    The ball shrinks as L grows, so the infimum solves $L = \ell(\sigma_{min}/(2L))$, $\ell$ the constant on balls; it is
-    found by bisection. With it the theorem needs no constant on all of R^p.
+    The ball shrinks as L grows, so L solves $L = \ell(\sigma_{min}/(2L))$, $\ell$ the constant on balls; it is found
+    by bisection. With it the theorem needs no constant on all of R^p.
 
     Args:
         lip_dh: $\ell$, a nondecreasing function of the radius, such as `two_layer_lipschitz(...).lip_dh`. If it is an

@@ -1,4 +1,4 @@
-r"""How lazy a training is, from within anyone's training loop: a function of the current parameters."""
+r"""How lazy a training is, from within any training loop: a function of the current parameters."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_inputs, split_params
+from lazyjax._core.show import show
 from lazyjax._core.trees import safe_ratio, tree_norm
 from lazyjax._core.types import Model, Params
 from lazyjax.difference.finite_jvp import finite_value_and_jvp
@@ -18,24 +19,25 @@ from lazyjax.laziness.compare import activation_stability
 
 
 class Laziness(eqx.Module):
-    r"""How far parameters w are from lazy training that started at w0; made by a `Tracker`.
+    r"""A measurement of how far parameters w are from lazy training that started at w0; made by a `Tracker`.
 
     Norms of outputs are $\|y\|_F = (\frac1n \sum_i |y_i|^2)^{1/2}$ over the probe, those of parameters Euclidean.
 
     Attributes:
-        displacement: $\|w - w_0\|$.
+        displacement_norm: $\|w - w_0\|$.
         relative_displacement: $\|w - w_0\| / \|w_0\|$.
         output_change: $\|f(w) - f(w_0)\|_F$.
-        linearization_error: $\|f(w) - f(w_0) - Df(w_0)(w - w_0)\|_F$. Of the outputs $\alpha h$ it is alpha times that.
-        relative_error: Its share of `output_change`; 0 where nothing has changed.
-        kernel_drift: $\|K(w) - K(w_0)\|_{Frob} / \|K(w_0)\|_{Frob}$, K the tangent kernel's Gram on the probe.
+        linearization_error: $\|f(w) - f(w_0) - Df(w_0)(w - w_0)\|_F$; for the outputs $\alpha h$ multiply by alpha.
+        relative_error: `linearization_error` over `output_change`; 0 if nothing has changed.
+        kernel_drift: $\|K(w) - K(w_0)\|_{Frob} / \|K(w_0)\|_{Frob}$, K the tangent kernel's Gram on the probe; None
+            if the tracker was told not to measure the kernel.
         kernel_alignment: $\langle K(w), K(w_0)\rangle / (\|K(w)\| \|K(w_0)\|)$ in the Frobenius inner product, at
-            most 1 up to rounding. Like the drift None where the tracker was told not to measure the kernel.
+            most 1 up to rounding; None like the drift.
         stability: Share of hidden units and samples whose pre-activation has kept its sign; None for models that do
             not expose their pre-activations.
     """
 
-    displacement: Float[Array, ""]
+    displacement_norm: Float[Array, ""]
     relative_displacement: Float[Array, ""]
     output_change: Float[Array, ""]
     linearization_error: Float[Array, ""]
@@ -44,9 +46,28 @@ class Laziness(eqx.Module):
     kernel_alignment: Float[Array, ""] | None
     stability: Float[Array, ""] | None
 
+    def __str__(self) -> str:
+        """Show every measure, a line per subject."""
+        return show(self, self.displacement_norm, 0, self._lines)
+
+    __repr__ = __str__
+
+    def _lines(self) -> str:
+        lines = [
+            f"moved by {self.displacement_norm:.3g}, {100 * self.relative_displacement:.3g}% of |w0|",
+            f"outputs changed by {self.output_change:.3g}, of which the tangent model misses "
+            f"{100 * self.relative_error:.3g}%",
+        ]
+        if self.kernel_drift is not None:
+            alignment = f"alignment {self.kernel_alignment:.6g}"
+            lines.append(f"tangent kernel changed by {100 * self.kernel_drift:.3g}% ({alignment})")
+        if self.stability is not None:
+            lines.append(f"activations with the same sign: {100 * self.stability:.4g}%")
+        return "\n".join(lines)
+
 
 class Tracker(eqx.Module):
-    """Parameters to `Laziness`, compiled once; made by `track`."""
+    """A function of parameters that returns their `Laziness`, compiled once; made by `track`."""
 
     f: Model
     w0: Params
@@ -55,7 +76,7 @@ class Tracker(eqx.Module):
     difference: str = eqx.field(static=True)
 
     def __call__(self, w: Params) -> Laziness:
-        """What is measured at w, a tree like w0."""
+        """Return what is measured at w, a tree like w0."""
         coordinates = eqx.filter(self.w0, eqx.is_inexact_array)
         now = eqx.filter(w, eqx.is_inexact_array)
         _check_alike(now, coordinates)
@@ -71,19 +92,19 @@ def track(f: Model, w0: Params, x: Any, *, kernel: bool = True, difference: str 
     Args:
         f: Model f(w, x) with outputs (n,) or (n, k). If it has `preactivations(w, x)`, a list of arrays (n, width),
             the stability of its activations is measured too.
-        w0: The parameters that training starts from, any pytree. Keep them: a loop that gives its buffers away
-            (`donate_argnums`) needs a copy for itself.
-        x: Inputs to probe with, samples first; some tens are enough.
+        w0: The parameters that training starts from, any pytree. They are kept: a loop that donates its buffers
+            (`donate_argnums`) needs its own copy.
+        x: Inputs to probe with, samples first; a few dozen are enough.
         kernel: Measure the tangent kernel's drift and alignment, at the price of about three Grams of the probe.
-        difference: "exact": what changes by less than rounding keeps its digits (`finite_jvp`). "plain": values at w
+        difference: "exact": changes smaller than rounding keep their digits (`finite_jvp`). "plain": values at w
             less values at w0, for models with a primitive that `finite_jvp` has no rule for; changes are resolved
-            down to rounding, and the kernel's costs two Grams.
+            down to rounding, and the kernel costs two Grams.
 
     Returns:
         `Tracker`, a jitted function of the parameters that returns `Laziness`.
 
     Raises:
-        ValueError, TypeError: arguments or parameters unfit; a primitive without a rule.
+        ValueError, TypeError: arguments or parameters unfit; a primitive without a rule (with "exact").
 
     Source:
         Chizat, Oyallon, Bach (2019), sections 1.1 and 3.2, supplement C.2 (stability of activations).
@@ -106,7 +127,7 @@ def track(f: Model, w0: Params, x: Any, *, kernel: bool = True, difference: str 
     split_params(w0)
     x, _ = check_inputs(f, w0, x, "x")
     tracker = Tracker(f, jtu.tree_map(_as_array, w0), x, bool(kernel), difference)
-    # What has no rule is seen here, not in the midst of a training.
+    # A primitive without a rule is seen here, not in the midst of a training.
     eqx.filter_eval_shape(_measure, tracker, tracker.w0)
     return tracker
 
@@ -137,23 +158,24 @@ def _measure(tracker: Tracker, w: Params) -> Laziness:
     gap = change - jax.jvp(outputs, (start,), (step,))[1]
     scale = jnp.asarray(change.shape[0] ** -0.5, change.dtype)
     moved, error = scale * tree_norm(change), scale * tree_norm(gap)
+    has_units = hasattr(tracker.f, "preactivations")
     drift = alignment = None
     if tracker.kernel:
         drift, alignment = _kernel(tracker, start, rest, step)
     return Laziness(
-        displacement=tree_norm(step),
+        displacement_norm=tree_norm(step),
         relative_displacement=safe_ratio(tree_norm(step), tree_norm(start)),
         output_change=moved,
         linearization_error=error,
         relative_error=safe_ratio(error, moved),
         kernel_drift=drift,
         kernel_alignment=alignment,
-        stability=_stability(tracker, w),
+        stability=activation_stability(tracker.f, tracker.w0, w, tracker.x) if has_units else None,
     )
 
 
 def _change(tracker: Tracker, function: Any, start: Params, step: Params) -> tuple[Array, Array]:
-    """A function at w0, and its change to w."""
+    """Return a function at w0, and its change from there to w."""
     if tracker.difference == "exact":
         return finite_value_and_jvp(function, start, step, 1.0)
     before = function(start)
@@ -161,7 +183,7 @@ def _change(tracker: Tracker, function: Any, start: Params, step: Params) -> tup
 
 
 def _kernel(tracker: Tracker, start: Params, rest: Params, step: Params) -> tuple[Array, Array]:
-    """Drift and alignment of the Gram."""
+    """Return drift and alignment of the Gram."""
 
     def kernel(c: Params) -> Array:
         return gram(lambda v, x: tracker.f(eqx.combine(v, rest), x), c, tracker.x)
@@ -169,9 +191,3 @@ def _kernel(tracker: Tracker, start: Params, rest: Params, step: Params) -> tupl
     before, change = _change(tracker, kernel, start, step)
     first, moved, now = tree_norm(before), tree_norm(change), tree_norm(before + change)
     return safe_ratio(moved, first), safe_ratio(jnp.sum(before * (before + change)), first * now)
-
-
-def _stability(tracker: Tracker, w: Params) -> Array | None:
-    if not hasattr(tracker.f, "preactivations"):
-        return None
-    return activation_stability(tracker.f, tracker.w0, w, tracker.x)
