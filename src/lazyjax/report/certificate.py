@@ -16,8 +16,8 @@ from lazyjax.laziness.compare import Comparison, compare_flows
 from lazyjax.report.lane import SOLVE, Reference
 from lazyjax.report.problem import Problem
 from lazyjax.report.verdict import LAZY, relative_gap
-from lazyjax.theory.certify import HEAD, Certificate, certify_flows
-from lazyjax.theory.claims import FAILS, HOLDS, UNKNOWN
+from lazyjax.theory.certify import Certificate, certify_flows
+from lazyjax.theory.claims import HEAD
 
 if TYPE_CHECKING:
     import xarray
@@ -88,22 +88,22 @@ def format_certificate(certificate: Certificate) -> str:
 
 def headline(certificate: Certificate) -> str:
     """Tell how many bounds were checked against the flow, and whether any was violated."""
-    facts, applying = certificate.facts, [claim for claim in certificate.claims if bool(claim.applies)]
+    applying = [claim for claim in certificate.claims if bool(claim.applies)]
     verdict = f"{len(certificate.violated)} VIOLATED" if certificate.violated else "none violated"
     return (
-        f"certificate at alpha = {float(facts.alpha):g}: {len(applying)} of {len(certificate.claims)} bounds apply, "
+        f"certificate at alpha = {float(certificate.measurements.alpha):g}: {len(applying)} of "
+        f"{len(certificate.claims)} bounds apply, "
         f"{verdict}"
     )
 
 
 def certificate_table(certificate: Certificate) -> dict[str, Any]:
     """Return every claim at all its times as plain values for JSON."""
-    states = {HOLDS: "holds", UNKNOWN: "unknown", FAILS: "fails"}
     claims = [
         {
             "theorem": claim.theorem,
             "quantity": claim.quantity,
-            "assumptions": states[int(claim.state)],
+            "assumptions": str(claim.status),
             "bound": np.asarray(claim.bound, float).tolist(),
             "measured": np.asarray(claim.measured, float).tolist(),
             "ratio": float(claim.ratio),
@@ -111,6 +111,6 @@ def certificate_table(certificate: Certificate) -> dict[str, Any]:
         }
         for claim in certificate.claims
     ]
-    times = np.asarray(jnp.asarray(certificate.facts.time), float).tolist()
+    times = np.asarray(jnp.asarray(certificate.measurements.time), float).tolist()
     assumptions = certificate.assumptions()
-    return {"alpha": float(certificate.facts.alpha), "time": times, "claims": claims, "assumptions": assumptions}
+    return {"alpha": float(certificate.measurements.alpha), "time": times, "claims": claims, "assumptions": assumptions}

@@ -10,7 +10,8 @@ import numpy as np
 from lazyjax.report.certificate import headline
 from lazyjax.report.diagnose import LazinessReport
 from lazyjax.report.verdict import Slope, kernel_facts, table_columns
-from lazyjax.theory.certify import HEAD, Certificate
+from lazyjax.theory.certify import Certificate
+from lazyjax.theory.claims import HEAD
 
 CAPTIONS = {
     "scores": "Accuracy and loss at the end of training against the output scale. The dashed lines are the tangent "

@@ -1,7 +1,7 @@
-r"""What the theorems take and what they speak of, measured along one computed flow and its tangent's.
+r"""What the theorems take and what they bound, measured along one computed flow and its tangent's.
 
 Their proofs use Lip(h) and Lip(Dh) along the flow only, as $\|Dh(w(t))\|$ and $\|Dh(w(t)) - Dh(w_0)\|/|w(t) - w_0|$, so
-that a flow certifies its own bounds. All is traced: `jax.vmap` it over starts, data and alphas.
+that a flow certifies its own bounds. Everything is traced; `jax.vmap` over starts, data and alphas goes through.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from lazyjax.models.maps import without_constant
 from lazyjax.models.tangent import linearize
 
 DENSE_OUTPUTS = 256
-"""Up to so many outputs all singular values are computed, beyond only the largest, by Lanczos."""
+"""Outputs up to which all singular values are computed; beyond, only the largest, by Lanczos."""
 
 MATVECS = 40
 """Lanczos steps for a largest singular value; with 1e4 outputs it is then at most 3 % above the Ritz value."""
@@ -32,27 +32,27 @@ MATVECS = 40
 FAILURE = 1e-6
 """Probability that one of the norms by Lanczos is too small, over the random starts and up to 500 times."""
 
-
 SEGMENT = 9
-"""Points of the segment from w0 to w(t) where the second derivative is looked at, for proposition A.1."""
+"""Points of the segment from w0 to w(t) at which the second derivative is measured, for proposition A.1."""
 
 
 class Measurements(eqx.Module):
-    r"""Numbers at the start, and along the flow with the axis of time last; made by `measure_facts`.
+    r"""The numbers at the start, and along the flow with the time axis last; made by `measure`.
 
-    Norms in F are in the loss's metric. NaN is what could not be known: $\sigma_{min}$ beyond `DENSE_OUTPUTS`
-    outputs (unless there are fewer parameters, where it is 0), residuals of a loss without a minimizer.
+    Norms in F are in the loss's metric. NaN stands for what is not known: $\sigma_{min}$ beyond `DENSE_OUTPUTS`
+    outputs (with fewer parameters than outputs it is 0), residuals of a loss without a minimizer.
 
     Attributes:
-        time: Since the start.
+        time: Flow time since the start.
         alpha: Output scale, finite.
         start_loss: $R(y(0))$.
         start_residual: $D = \|y(0) - y^*\|$.
         start_gradient: $g = \alpha|\nabla F_\alpha(w_0)|$.
         dh_norm, sigma_min: Largest and smallest singular value of Dh(w0), over all outputs.
-        sigma_rank, rank: The smallest nonzero one, and how many there are.
-        path_dh_norm, path_sigma_min, path_rank: The same of Dh(w(t)).
-        quotient: $\|Dh(w(t)) - Dh(w_0)\|/|w(t) - w_0|$.
+        sigma_rank, rank: The smallest nonzero singular value of Dh(w0), and how many there are.
+        kink_share: Share of the change of Dh over random steps that $D^2h$ does not explain, as in `Kappa`.
+        path_dh_norm, path_sigma_min, path_rank: Largest and smallest singular value and rank of Dh(w(t)).
+        dh_change_ratio: $\|Dh(w(t)) - Dh(w_0)\|/|w(t) - w_0|$.
         curvature: $\|D^2h(w(t))(v, v)\|$, v the unit vector along w'(t).
         perturbation: $\|(\Sigma(w(t)) - \Sigma(w_0))\nabla R(y(t))\|$.
         gradient: $\|\nabla R(y(t))\|$.
@@ -61,10 +61,13 @@ class Measurements(eqx.Module):
         loss, tangent_loss: $R(y(t))$, $R(\bar y(t))$.
         tangent_displacement_norm: $|\bar w(t) - w_0|$.
         resolution: The error to expect of u and $\bar u$ in norm.
-        test_gap: The largest $|\alpha f(w, x) - \alpha\bar f(\bar w, x)|$ over other inputs, Euclidean; None without.
-        test_linearization: The largest $|\alpha f(w, x) - \alpha\bar f(w, x)|$ over them, both at w.
-        test_dh_norm: The largest $\|D_wf(w_0, x)\|$ over them.
-        test_curvature: The largest $\|D_w^2f(w_0 + s(w - w_0), x)(v, v)\|$ for s in [0, 1], v along w - w0.
+        num_params, num_outputs: p and nk.
+        test_gap: The largest $|\alpha f(w, x) - \alpha\bar f(\bar w, x)|$ over other inputs, Euclidean; like all that
+            begins with `test_` None if there are no other inputs.
+        test_linearization: The largest $|\alpha f(w, x) - \alpha\bar f(w, x)|$ over other inputs, both at w.
+        test_dh_norm: The largest $\|D_wf(w_0, x)\|$ over other inputs.
+        test_curvature: The largest $\|D_w^2f(w_0 + s(w - w_0), x)(v, v)\|$ over other inputs and s in [0, 1], v along
+            w - w0.
     """
 
     time: Float[Array, " time"]
@@ -76,10 +79,11 @@ class Measurements(eqx.Module):
     sigma_min: Float[Array, ""]
     sigma_rank: Float[Array, ""]
     rank: Int[Array, ""]
+    kink_share: Float[Array, ""]
     path_dh_norm: Float[Array, " time"]
     path_sigma_min: Float[Array, " time"]
     path_rank: Int[Array, " time"]
-    quotient: Float[Array, " time"]
+    dh_change_ratio: Float[Array, " time"]
     curvature: Float[Array, " time"]
     perturbation: Float[Array, " time"]
     gradient: Float[Array, " time"]
@@ -91,25 +95,44 @@ class Measurements(eqx.Module):
     tangent_loss: Float[Array, " time"]
     tangent_displacement_norm: Float[Array, " time"]
     resolution: Float[Array, ""]
+    num_params: int = eqx.field(static=True)
+    num_outputs: int = eqx.field(static=True)
     test_gap: Float[Array, " time"] | None = None
     test_linearization: Float[Array, " time"] | None = None
     test_dh_norm: Float[Array, ""] | None = None
     test_curvature: Float[Array, " time"] | None = None
 
+    @property
+    def lip_h(self) -> Float[Array, " time"]:
+        r"""The largest $\|Dh(w)\|$ met up to each time."""
+        return jax.lax.cummax(self.path_dh_norm, axis=0)
 
-def measure_facts(
+    @property
+    def lip_dh(self) -> Float[Array, " time"]:
+        r"""The largest $\|Dh(w) - Dh(w_0)\|/|w - w_0|$ met up to each time."""
+        return jax.lax.cummax(self.dh_change_ratio, axis=0)
+
+
+def measure(
     h: Model,
     loss: Loss,
     w0: Params,
     flows: tuple[Flow, Flow],
-    test: Model | None = None,
+    test_model: Model | None = None,
     *,
     tolerance: tuple[float, float],
+    kink_share: Float[Array, ""],
 ) -> Measurements:
-    """Everything that the claims need.
+    """Measure everything that the theorems need.
 
-    Both flows, of the model and of its tangent, hold outputs and displacements, at a finite alpha; `test` is the model
-    on other inputs, `tolerance` (rtol, atol) that of the flows.
+    Args:
+        h: Model h(w).
+        loss: R on outputs.
+        w0: Start of both flows.
+        flows: The flow of the model and that of its tangent model, with outputs and displacements, at a finite alpha.
+        test_model: The model on other inputs.
+        tolerance: (rtol, atol) of the flows.
+        kink_share: From `measure_kinks`; 0 for a model that is known to be smooth.
     """
     flow, tangent_flow = flows
     h, eps = without_constant(h), 1 / flow.alpha
@@ -128,6 +151,7 @@ def measure_facts(
         start_loss=flow.loss[0],
         start_residual=loss.norm(start - minimizer),
         start_gradient=tree_norm(pulled),
+        kink_share=kink_share,
         **at_start,
         **path,
         gradient=norm(jax.vmap(loss.gradient)(outputs)),
@@ -139,12 +163,14 @@ def measure_facts(
         tangent_loss=tangent_flow.loss,
         tangent_displacement_norm=eps * jax.vmap(tree_norm)(tangent_flow.displacement),
         resolution=10 * (max(tolerance[0], 32 * float(jnp.finfo(start.dtype).eps)) * jnp.max(size) + tolerance[1]),
-        **({} if test is None else _on_test(without_constant(test), w0, u, tangent_flow.displacement, eps)),
+        num_params=sum(leaf.size for leaf in jtu.tree_leaves(eqx.filter(w0, eqx.is_inexact_array))),
+        num_outputs=start.size,
+        **({} if test_model is None else _on_test(without_constant(test_model), w0, u, tangent_flow.displacement, eps)),
     )
 
 
 def _on_test(f: Model, w0: Params, u: Params, tangent_u: Params, eps: Array) -> dict[str, Array]:
-    """What proposition A.1 takes and speaks of, the largest over the samples, each in its Euclidean norm."""
+    """Return what proposition A.1 takes and bounds, the largest over the samples, each in its Euclidean norm."""
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
     tangent = linearize(f, w0)
     samples = tangent.outputs.shape[0]
@@ -168,8 +194,8 @@ def _on_test(f: Model, w0: Params, u: Params, tangent_u: Params, eps: Array) -> 
 
     gap, linearization, curvature = jax.lax.map(at, (u, tangent_u))
     rows = jax.jacrev(model)(coordinates)
-    flat = jnp.concatenate([leaf.reshape(samples, -1, w.size) for leaf, w in zip(
-        jtu.tree_leaves(rows), jtu.tree_leaves(coordinates), strict=True)], axis=2)  # fmt: skip
+    leaves = zip(jtu.tree_leaves(rows), jtu.tree_leaves(coordinates), strict=True)
+    flat = jnp.concatenate([leaf.reshape(samples, -1, w.size) for leaf, w in leaves], axis=2)
     dh_norm = jnp.max(jnp.linalg.eigvalsh(jnp.einsum("nkp,nlp->nkl", flat, flat))[:, -1])
     return {
         "test_gap": gap,
@@ -180,7 +206,7 @@ def _on_test(f: Model, w0: Params, u: Params, tangent_u: Params, eps: Array) -> 
 
 
 def _at(h: Model, loss: Loss, w0: Params, state: tuple[Params, Outputs], eps: Array) -> dict[str, Array]:
-    """At one time, with the displacement and the outputs there."""
+    """Return what is measured at one time, from the displacement and the outputs there."""
     u, y = state
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
     moved = move(coordinates, eps, u)
@@ -200,14 +226,14 @@ def _at(h: Model, loss: Loss, w0: Params, state: tuple[Params, Outputs], eps: Ar
         "path_dh_norm": here["dh_norm"],
         "path_sigma_min": here["sigma_min"],
         "path_rank": here["rank"],
-        "quotient": safe_ratio(largest, size),
+        "dh_change_ratio": safe_ratio(largest, size),
         "curvature": loss.norm(second),
         "perturbation": eps * loss.norm(turned),
     }
 
 
 def _singular_values(h: Model, loss: Loss, w: Params) -> dict[str, Array]:
-    """Of Dh(w) in F's metric."""
+    """Return the extreme singular values of Dh(w) in F's metric, and its rank."""
     tangent = linearize(h, w)
     out = tangent.outputs
     weight = jnp.asarray(loss.weight, out.dtype)
@@ -219,10 +245,8 @@ def _singular_values(h: Model, loss: Loss, w: Params) -> dict[str, Array]:
     unknown = jnp.full((), jnp.nan, out.dtype)
     if out.size > DENSE_OUTPUTS:
         smallest = jnp.zeros_like(unknown) if num_params < out.size else unknown
-        return {
-            "dh_norm": _largest(product, out.size, out.dtype), "sigma_min": smallest, "sigma_rank": unknown,
-            "rank": jnp.asarray(-1),
-        }  # fmt: skip
+        largest = _largest(product, out.size, out.dtype)
+        return {"dh_norm": largest, "sigma_min": smallest, "sigma_rank": unknown, "rank": jnp.asarray(-1)}
     values = jnp.linalg.eigvalsh(_matrix(product, out.size, out.dtype))
     rounding = 10 * out.size * jnp.finfo(out.dtype).eps * values[-1]
     nonzero = values > rounding
@@ -235,7 +259,7 @@ def _singular_values(h: Model, loss: Loss, w: Params) -> dict[str, Array]:
 
 
 def _largest(product: Any, size: int, dtype: Any) -> Array:
-    """The root of the largest eigenvalue, from above."""
+    """Return the root of the largest eigenvalue, from above."""
     if size <= DENSE_OUTPUTS:
         return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(_matrix(product, size, dtype))[-1], 0))
     theta = lanczos(product, size, MATVECS, dtype=dtype)[0][-1]

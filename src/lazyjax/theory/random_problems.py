@@ -1,4 +1,4 @@
-r"""Random instances of training problems for `verify`: nets, losses and data, a family a compiled program."""
+r"""Random instances of training problems for `verify`: one compiled program per family."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from lazyjax.models.shallow import diagonal_linear, mlp, two_layer
 
 
 class Instance(NamedTuple):
-    """A model on data, its loss and start, and the model on other inputs."""
+    """A model on data, its loss and start, and the same model on other inputs."""
 
     h: Model
     loss: Loss
@@ -31,9 +31,9 @@ class Family(NamedTuple):
     """A kind of instance.
 
     Attributes:
-        name: In words.
-        build: A random key to an instance.
-        output_slope: What the output gap's exponent in alpha is to be; None where theorem 2.2 has no rates, for
+        name: A name, in words.
+        build: Makes an instance from a random key.
+        output_slope: The exponent in alpha that the output gap should have; None if theorem 2.2 has no rates, since
             h(w0) is not zero.
     """
 
@@ -43,7 +43,7 @@ class Family(NamedTuple):
 
 
 class CurvedLoss(Loss):
-    r"""$R(y) = \sum_i [\frac12 r_i^2 + \sqrt{1 + r_i^2} - 1]$ over n, $r = y - y^*$: m = 1, M = 2, not quadratic."""
+    r"""The loss $\sum_i [\frac12 r_i^2 + \sqrt{1 + r_i^2} - 1]$ over n, $r = y - y^*$: m = 1, M = 2, not quadratic."""
 
     minimizer: Outputs
     weight: float
@@ -51,12 +51,12 @@ class CurvedLoss(Loss):
     hessian_fades: bool = False
 
     def __call__(self, y: Outputs) -> Float[Array, ""]:
-        """R(y)."""
+        """Return R(y)."""
         r = y - self.minimizer
         return self.weight * jnp.sum(0.5 * r**2 + r**2 / (jnp.sqrt(1 + r**2) + 1))
 
     def gradient(self, y: Outputs) -> Outputs:
-        r"""$r + r/\sqrt{1 + r^2}$."""
+        r"""Return $r + r/\sqrt{1 + r^2}$."""
         r = y - self.minimizer
         return r + r / jnp.sqrt(1 + r**2)
 
@@ -64,20 +64,20 @@ class CurvedLoss(Loss):
         return 1 + (1 + (y - self.minimizer) ** 2) ** -1.5
 
     def hvp(self, y: Outputs, v: Outputs) -> Outputs:
-        """The diagonal times v."""
+        """Return the diagonal Hessian times v."""
         return self._curvature(y) * v
 
     def root(self, y: Outputs) -> HessianRoot:
-        """Of the diagonal."""
+        """Return the root of the diagonal Hessian."""
         return DiagonalRoot(jnp.sqrt(self.weight * self._curvature(y)))
 
     def strong_convexity(self, radius: float = float("inf")) -> float:
-        """m = 1."""
+        """Return m = 1."""
         del radius
         return 1.0
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Outputs must have the target's shape."""
+        """Check that outputs have the target's shape."""
         if shape != self.minimizer.shape:
             msg = f"outputs must have the target's shape {self.minimizer.shape}, got {shape}."
             raise ValueError(msg)
@@ -86,12 +86,12 @@ class CurvedLoss(Loss):
 def _of_net(
     f: Model, w0: Params, key: PRNGKeyArray, sizes: tuple[int, int], loss: Callable[[PRNGKeyArray, int], Loss], how: str
 ) -> Instance:
-    """A net on n normal inputs in R^d, centered, mirrored or as it is."""
+    """Return a net on n normal inputs in R^d, centered, symmetrized or as it is."""
     n, d = sizes
     first, second, third = jr.split(key, 3)
     if how == "centered":
         f = center(f, w0)
-    elif how == "mirrored":
+    elif how == "symmetrized":
         f, w0 = symmetrize(f, w0)
     return Instance(on_data(f, jr.normal(first, (n, d))), loss(second, n), w0, on_data(f, jr.normal(third, (3, d))))
 
@@ -144,17 +144,17 @@ def _deep(
 
 
 def _diagonal(key: PRNGKeyArray) -> Instance:
-    """$u^2 - v^2$ with more coordinates than equations."""
+    """Return $u^2 - v^2$ with more coordinates than equations."""
     return _of_net(diagonal_linear(), diagonal_linear().init(d=8), key, (4, 8), _squares, "as it is")
 
 
 def _quadratic(key: PRNGKeyArray) -> Instance:
-    r"""$h_i(w) = a_i \cdot w + \frac12 w^TB_iw$, from w0 = 0."""
+    r"""Return $h_i(w) = a_i \cdot w + \frac12 w^TB_iw$, from w0 = 0."""
     first, second, third = jr.split(key, 3)
 
     def model(w: Array, coefficients: tuple[Array, Array]) -> Array:
-        slope, bend = coefficients
-        return slope @ w + 0.5 * jnp.einsum("ipq,p,q->i", bend, w, w)
+        slope, curvature = coefficients
+        return slope @ w + 0.5 * jnp.einsum("ipq,p,q->i", curvature, w, w)
 
     def maps(k: PRNGKeyArray) -> tuple[Array, Array]:
         a, b = jr.split(k)
@@ -167,7 +167,7 @@ def _quadratic(key: PRNGKeyArray) -> Instance:
 
 FAMILIES = (
     Family("two-layer tanh, centered, square loss", _shallow(jnp.tanh, 12, (4, 3), _squares)),
-    Family("two-layer tanh, mirrored, square loss", _shallow(jnp.tanh, 10, (4, 3), _squares, "mirrored"), -2.0),
+    Family("two-layer tanh, symmetrized, square loss", _shallow(jnp.tanh, 10, (4, 3), _squares, "symmetrized"), -2.0),
     Family("two-layer sin, h(w0) not zero, square loss", _shallow(jnp.sin, 12, (4, 3), _squares, "as it is"), None),
     Family("two-layer tanh, 1 neuron for 8 outputs, square loss", _shallow(jnp.tanh, 1, (8, 3), _squares)),
     Family("two-layer erf, centered, curved loss", _shallow(jax.scipy.special.erf, 12, (4, 3), _curved)),

@@ -1,28 +1,57 @@
-r"""The whole theory on random instances: how often a bound is violated (never), how sharp the sharpest case is."""
+r"""The whole theory on random instances: how often a bound is violated (never), how sharp the sharpest case is.
 
+Each family of problems is one compiled program, vmapped over starts, data and scales.
+"""
+
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
 
+from lazyjax._core.tables import format_table
+from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.flow.result import RESULTS
+from lazyjax.models.tangent import linearize, singular_values
+from lazyjax.theory.claims import Claim
 from lazyjax.theory.errata import Counterexample, generalization, poster_horizons, slow_descent, smith_inequality
+from lazyjax.theory.measurements import Measurements, measure
 from lazyjax.theory.random_problems import FAMILIES, Family
-from lazyjax.theory.trials import ALPHAS, RATES, Trials, fit_rates, run_family
+from lazyjax.theory.theorems import make_claims
+
+ALPHAS = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0)
+"""Scales at which each random instance is followed."""
+
+TIMES = tuple(np.geomspace(0.02, 100, 22))
+"""Times at which flows are looked at, in units of one over the kernel's largest eigenvalue."""
+
+TOLERANCE = (1e-10, 1e-13)
+"""Relative and absolute tolerance of the flows."""
+
+MAX_STEPS = 30_000
+"""Steps after which a flow counts as stopped."""
+
+LANES = 128
+"""Flows that are followed at a time."""
 
 EXPECTED = {"output_gap": -1.0, "param_gap": -2.0, "displacement_norm": -1.0}
+"""Exponents of alpha by theorem 2.2; that of the output gap depends on the family."""
 
 
 class Rates(eqx.Module):
-    """Fitted exponents of alpha of one family.
+    """The fitted exponents of alpha of one family.
 
     Attributes:
-        family: Its name.
-        fitted: Smallest and largest over the instances, by quantity.
-        expected: What they tend to.
+        family: Name of the family.
+        fitted: Smallest and largest exponent over the instances, by quantity.
+        expected: The exponents that they tend to.
     """
 
     family: str = eqx.field(static=True)
@@ -31,14 +60,14 @@ class Rates(eqx.Module):
 
 
 class Score(eqx.Module):
-    """What became of one bound over all instances.
+    """The record of one bound over all instances.
 
     Attributes:
-        theorem, quantity: Its name.
+        theorem, quantity: Name of the bound.
         instances: Flows to which the theorem applies.
-        violations: Of these, how many contradict it.
+        violations: How many of these flows contradict it.
         tightest: The least bound over measured.
-        median: Of the least of each flow.
+        median: The median, over flows, of the least bound over measured.
     """
 
     theorem: str = eqx.field(static=True)
@@ -50,14 +79,14 @@ class Score(eqx.Module):
 
 
 class Verification(eqx.Module):
-    """The theory tried; made by `verify`. Print it.
+    """The outcome of checking the theory on random instances; made by `verify`. Print it.
 
     Attributes:
-        scores: One a bound.
-        rates: One a family for which theorem 2.2 has rates.
-        counterexamples: Printed statements that are false, beside the corrected ones.
-        flows: How many pairs of flows were followed.
-        stopped: How many more were not, up to the last time.
+        scores: One per bound.
+        rates: One per family for which theorem 2.2 has rates.
+        counterexamples: Published statements that are false, next to the corrected ones.
+        flows: How many pairs of flows were followed to the last time.
+        stopped: How many more stopped before it.
     """
 
     scores: tuple[Score, ...]
@@ -68,21 +97,21 @@ class Verification(eqx.Module):
 
     @property
     def violations(self) -> int:
-        """Of corrected statements, in all."""
+        """How many corrected statements were violated, in all."""
         return sum(score.violations for score in self.scores) + sum(not c.holds for c in self.counterexamples)
 
     def __str__(self) -> str:
-        """Three tables."""
-        head = f"{self.flows} random flows beside their tangents', alpha from {ALPHAS[0]:g} to {ALPHAS[-1]:g}: "
+        """Show three tables: the bounds, the exponents of alpha, and the published statements."""
+        head = f"{self.flows} random flows next to their tangents', alpha from {ALPHAS[0]:g} to {ALPHAS[-1]:g}: "
         head += f"{self.violations} violation(s)" + (f"; {self.stopped} more stopped early" if self.stopped else "")
         scores = [("theorem", "quantity", "applies to", "violations", "tightest", "median")]
         scores += [
             (s.theorem, s.quantity, str(s.instances), str(s.violations), f"{s.tightest:.3g}", f"{s.median:.3g}")
             for s in self.scores
         ]
-        rates = [("exponents of alpha", *RATES)]
+        rates = [("exponents of alpha", *EXPECTED)]
         rates += [
-            (r.family, *(f"{r.fitted[n][0]:.3f} to {r.fitted[n][1]:.3f} ({r.expected[n]:g})" for n in RATES))
+            (r.family, *(f"{r.fitted[n][0]:.3f} to {r.fitted[n][1]:.3f} ({r.expected[n]:g})" for n in EXPECTED))
             for r in self.rates
         ]
         errors = [("as printed", "source", "fails in", "corrected", "holds")]
@@ -90,18 +119,15 @@ class Verification(eqx.Module):
             (
                 c.statement,
                 c.source,
-                f"{100 * c.refuted:.0f} % of {c.true.size}",
+                f"{100 * c.refuted:.0f}% of {c.true.size}",
                 c.correction,
                 "yes" if c.holds else "NO",
             )
             for c in self.counterexamples
         ]
-        return "\n\n".join([head, *(_format(table) for table in (scores, rates, errors))])
+        return "\n\n".join([head, *(format_table(table) for table in (scores, rates, errors))])
 
-
-def _format(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    __repr__ = __str__
 
 
 def verify(
@@ -111,17 +137,17 @@ def verify(
     seed: int = 0,
     report: Callable[[str], Any] | None = None,
 ) -> Verification:
-    r"""Try every theorem on random nets, losses, data and scales, in float64.
+    r"""Check every theorem on random nets, losses, data and scales, in float64.
 
     Each family of problems (`FAMILIES`: shallow and deep nets, a diagonal one, a random quadratic model; square,
     logistic, cross-entropy and another strongly convex loss; with more parameters than outputs and with fewer) is drawn
-    `instances` times and followed, beside its tangent model, at seven scales over a hundred times $1/\|Dh\|^2$.
+    `instances` times and followed, next to its tangent model, at seven scales over a hundred times $1/\|Dh\|^2$.
     The bounds take the constants met along the flow.
 
     Args:
-        instances: Of each family; 15 of ten families at seven scales are 1050 pairs of flows.
-        families: Which; the first is also the case of proposition A.1.
-        seed: Of everything random.
+        instances: Instances of each family; 15 of ten families at seven scales are 1050 pairs of flows.
+        families: The families to check; the first is also the case of proposition A.1.
+        seed: For everything random.
         report: Called with a line of text before each family, to show progress.
 
     Returns:
@@ -145,10 +171,13 @@ def verify(
     for i, family in enumerate(families):
         say(f"{i + 1}/{len(families)}: {family.name}, {instances * len(ALPHAS)} flows")
         trials.append(jax.block_until_ready(run_family(family, keys[i], instances)))
-    say("the sources' slips")
+    say("statements as published")
     counterexamples = (
-        *poster_horizons(), smith_inequality(keys[-1]), *slow_descent(), generalization(trials[0].facts)
-    )  # fmt: skip
+        *poster_horizons(),
+        smith_inequality(keys[-1]),
+        *slow_descent(),
+        generalization(trials[0].measurements),
+    )
     rates = tuple(
         Rates(family.name, fit_rates(trial), EXPECTED | {"output_gap": family.output_slope})
         for family, trial in zip(families, trials, strict=True)
@@ -158,8 +187,71 @@ def verify(
     return Verification(_scores(trials), rates, counterexamples, int(followed.sum()), int((~followed).sum()))
 
 
+class Trials(eqx.Module):
+    """All flows of a family; the axes are instance, alpha (and time).
+
+    Attributes:
+        claims: The claims, each with these axes.
+        measurements: What was measured, with these axes.
+        followed: Whether both flows got to their end.
+    """
+
+    claims: list[Claim]
+    measurements: Measurements
+    followed: Bool[Array, "..."]
+
+
+def run_family(family: Family, key: PRNGKeyArray, instances: int) -> Trials:
+    """Follow random instances of a family at all of `ALPHAS`, in one compiled program."""
+    keys = jr.split(key, instances)
+    lanes = [(k, a) for k in range(instances) for a in ALPHAS]
+    chosen = keys[np.array([k for k, _ in lanes])]
+    out = _run(family.build, chosen, jnp.asarray([a for _, a in lanes], float))
+    return jtu.tree_map(lambda leaf: leaf.reshape(instances, len(ALPHAS), *leaf.shape[1:]), out)
+
+
+@eqx.filter_jit
+def _run(build: Any, keys: Key[Array, " lanes"], alphas: Float[Array, " lanes"]) -> Trials:
+    return jax.lax.map(lambda lane: _lane(build, *lane), (keys, alphas), batch_size=LANES)
+
+
+def _lane(build: Any, key: PRNGKeyArray, alpha: Array) -> Trials:
+    h, loss, w0, test = build(key)
+    largest = singular_values(linearize(h, w0), loss).largest ** 2
+    ts = jnp.concatenate([jnp.zeros(1), jnp.asarray(TIMES) / largest])
+    follow = functools.partial(
+        gradient_flow,
+        loss=loss,
+        w0=w0,
+        ts=ts,
+        alpha=alpha,
+        solver=diffrax.Tsit5(),
+        rtol=TOLERANCE[0],
+        atol=TOLERANCE[1],
+        save=("outputs", "displacement"),
+        max_steps=MAX_STEPS,
+        throw=False,
+    )
+    flows = follow(h), follow(linearize(h, w0))
+    # The families are smooth.
+    measurements = measure(h, loss, w0, flows, test, tolerance=TOLERANCE, kink_share=jnp.zeros_like(alpha))
+    followed = (flows[0].result == RESULTS.successful) & (flows[1].result == RESULTS.successful)
+    return Trials(make_claims(measurements, loss), measurements, followed)
+
+
+def fit_rates(trials: Trials, last: int = 4) -> dict[str, tuple[float, float]]:
+    """Return the exponents of alpha of what theorem 2.2 has rates for, the smallest and largest over instances."""
+    alphas = np.log(np.asarray(ALPHAS[-last:]))
+    slopes = {}
+    for name in EXPECTED:
+        sizes = np.max(np.asarray(getattr(trials.measurements, name)), axis=-1)[:, -last:]
+        fits = [float(np.polyfit(alphas, np.log(row), 1)[0]) for row in sizes]
+        slopes[name] = (min(fits), max(fits))
+    return slopes
+
+
 def _scores(trials: Sequence[Trials]) -> tuple[Score, ...]:
-    """Over all families together."""
+    """Return the scores over all families together."""
     scores = []
     for claims in zip(*(trial.claims for trial in trials), strict=True):
         use = [np.asarray(claim.applies & trial.followed) for claim, trial in zip(claims, trials, strict=True)]

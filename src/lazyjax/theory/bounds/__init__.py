@@ -23,7 +23,7 @@ Sources: Chizat, Oyallon, Bach, On lazy training in differentiable programming (
 on lazy training; Smith's report.
 """
 
-from lazyjax.theory.bounds.finite_horizon import (
+from lazyjax.theory.bounds.finite_horizon_2_2_2_3 import (
     HorizonBounds,
     lip_sigma,
     theorem_2_2,
@@ -39,13 +39,13 @@ from lazyjax.theory.bounds.lecture_notes import (
     lecture_lemma_6,
     lecture_theorem_2,
 )
-from lazyjax.theory.bounds.overparameterized import (
+from lazyjax.theory.bounds.overparameterized_2_4 import (
     OverparameterizedBounds,
     lemma_b_1,
     lemma_b_2,
     theorem_2_4,
 )
-from lazyjax.theory.bounds.underparameterized import (
+from lazyjax.theory.bounds.underparameterized_2_5 import (
     UnderparameterizedBounds,
     theorem_2_5,
 )
