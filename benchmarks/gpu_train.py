@@ -25,7 +25,7 @@ import gpu_gram
 import harness
 from lazyjax.experiments import deep
 from lazyjax.experiments import fig3a_fig7a_deep_scale as deep_scale
-from lazyjax.plot.report import encode
+from lazyjax.plot.axes import encode
 from lazyjax.training.train import train
 
 TARGET_S = 600.0

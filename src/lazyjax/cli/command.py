@@ -30,7 +30,8 @@ from lazyjax.cli.reproduce import (
     render_numbers,
 )
 from lazyjax.cli.user_model import parse_alphas, split_key
-from lazyjax.plot.report import encode, report_figures
+from lazyjax.plot.axes import encode
+from lazyjax.plot.report import report_figures
 from lazyjax.report.diagnose import diagnose
 from lazyjax.theory.verify import verify
 

@@ -12,7 +12,7 @@ import tyro
 
 from lazyjax.cli.output import encode_numbers
 from lazyjax.experiments.figure import FIGURES, Number, find, settings_of
-from lazyjax.plot.report import encode
+from lazyjax.plot.axes import encode
 
 if TYPE_CHECKING:
     import xarray

@@ -18,7 +18,7 @@ from lazyjax.experiments import deep
 from lazyjax.experiments.figure import Figure, Number, check_counts, check_positive, record
 from lazyjax.kernels.spectrum import condition_number, effective_rank, normalized_spectrum, spectrum
 from lazyjax.plot.axes import FONT, GRAY, draw_legend, make_axes
-from lazyjax.plot.panels import draw_spectra
+from lazyjax.plot.spectrum import draw_spectra
 
 if TYPE_CHECKING:
     import matplotlib.figure

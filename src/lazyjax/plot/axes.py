@@ -1,8 +1,6 @@
-"""Parts that the figures share: an alpha axis that ends in inf, legends beside the data, scales that fit it.
+"""The style of all figures: panels one column wide, an alpha axis that ends in inf, legends above the data."""
 
-Everything here acts on matplotlib axes that it is handed; `plot` makes them.
-"""
-
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +32,7 @@ class AlphaAxis:
         self.positions = np.where(np.isfinite(self.alphas), self.alphas, self._end)
 
     def plot(self, ax: Any, values: np.ndarray, *, color: str, marker: str, label: str) -> None:
-        """Draw one value a scale: a line through the finite ones, a lone marker at inf."""
+        """Draw one value per scale: a line through the finite ones, a separate marker at inf."""
         values = np.asarray(values, dtype=np.float64)
         finite = np.isfinite(self.alphas)
         style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2}
@@ -42,7 +40,7 @@ class AlphaAxis:
         ax.plot(self.positions[~finite], values[~finite], linestyle="none", **style)
 
     def finish(self, ax: Any) -> None:
-        """Scale, ticks, label and the break; on the lowest of axes that share it."""
+        """Set scale, ticks, label and the break, on the lowest of the panels that share the axis."""
         ax.set_xscale("log")
         ax.set_xlabel(r"output scale $\alpha$")
         positions, labels = self._ticks()
@@ -67,7 +65,7 @@ class AlphaAxis:
         return positions, labels
 
     def _draw_break(self, ax: Any) -> None:
-        """Two strokes across the lower edge, where the axis jumps to inf."""
+        """Draw two strokes across the lower edge, where the axis jumps to inf."""
         middle = np.sqrt(self._finite.max() * self._end)
         apart = 10 ** (0.012 * np.log10(self._end / self._finite.min()))
         places = {"transform": ax.get_xaxis_transform(), "clip_on": False, "zorder": 5, "linestyle": "none"}
@@ -92,8 +90,27 @@ def make_axes(rows: int, *, share: bool = True) -> "tuple[matplotlib.figure.Figu
     return figure, axes
 
 
+def encode(figure: "matplotlib.figure.Figure", kind: str, *, dpi: int = 200) -> bytes:
+    """Return a figure as the bytes of a "png" or "svg" file; the same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        kind: "png" or "svg".
+        dpi: Dots per inch of a png.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    # No date and ids from a fixed salt: what a rerun writes differs only where its numbers do.
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with mpl.rc_context({"svg.hashsalt": "lazyjax"}):
+        FigureCanvasAgg(figure).print_figure(buffer, format=kind, dpi=dpi, facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
 def style_axes(ax: Any) -> None:
-    """Small type, a light grid, no box."""
+    """Set small type, a light grid, no box."""
     ax.tick_params(labelsize=FONT, which="both")
     ax.grid(visible=True, color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
@@ -103,7 +120,7 @@ def style_axes(ax: Any) -> None:
 
 
 def draw_legend(ax: Any, *, columns: int = 2) -> None:
-    """The legend above the axes, where it covers nothing."""
+    """Put the legend above the axes, where it covers nothing."""
     if ax.get_legend_handles_labels()[0]:
         ax.legend(
             loc="lower center",
@@ -126,7 +143,7 @@ def draw_band(ax: Any, x: Any, values: Any, *, color: str, marker: str, label: s
 
 
 def mark_failed(ax: Any, axis: AlphaAxis, failed: Any) -> None:
-    """Crosses on the lower edge at scales whose flow failed: they have no value to draw."""
+    """Draw crosses on the lower edge at scales whose flow failed: they have no value to draw."""
     failed = np.asarray(failed, dtype=bool)
     if failed.any():
         ax.plot(
@@ -140,7 +157,7 @@ def mark_failed(ax: Any, axis: AlphaAxis, failed: Any) -> None:
 
 
 def choose_scale(ax: Any, values: Sequence[float]) -> None:
-    """A logarithmic y axis where the positive values span more than one decade, else a linear one."""
+    """Choose a logarithmic y axis if the values are positive and span more than one decade, else a linear one."""
     shown = np.asarray(values, dtype=np.float64)
     shown = shown[np.isfinite(shown)]
     if shown.size and shown.min() > 0 and shown.max() > 10 * shown.min():
@@ -148,21 +165,28 @@ def choose_scale(ax: Any, values: Sequence[float]) -> None:
 
 
 def only_positive(values: Any) -> np.ndarray:
-    """Values that a logarithmic axis can show; NaN, a gap in the line, for the others."""
+    """Return the values that a logarithmic axis can show, NaN (a gap in the line) for the others."""
     values = np.asarray(values, dtype=np.float64)
     return np.where(values > 0, values, np.nan)
 
 
 def add_note(ax: Any, text: str) -> None:
-    """A line of small type below the axis label."""
+    """Write a line of small type below the axis label."""
     ax.annotate(
-        text, (0.5, 0), (0, -32), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
-        fontsize=FONT - 1.5, color="0.3",
-    )  # fmt: skip
+        text,
+        (0.5, 0),
+        (0, -32),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=FONT - 1.5,
+        color="0.3",
+    )
 
 
 def note_stopped(ax: Any, data: Any) -> None:
-    """Say below the axis how many flows and descents did not finish; nothing is drawn of a mean that lacks some."""
+    """Say below the axis how many flows and descents did not finish; a mean that lacks some is not drawn."""
     parts = []
     for name, text in (("failed", "flows stopped early: not drawn"), ("descent_failed", "descents diverged: left out")):
         count = int(data[name].sum()) if name in data else 0

@@ -1,11 +1,6 @@
-"""Results as figures: one function a figure, each one column (3.5 inches) wide.
+"""The figures of a report: one function per figure, each one column (3.5 inches) wide."""
 
-matplotlib is imported here only, inside the functions, by its object interface: no window, no global state.
-Colours are those of Okabe and Ito, which color-blind readers can tell apart; no line is told by color alone.
-"""
-
-import io
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,16 +9,18 @@ from lazyjax.kernels.spectrum import normalized_spectrum
 from lazyjax.plot.axes import (
     BLACK,
     BLUE,
+    GRAY,
     ORANGE,
     AlphaAxis,
+    choose_scale,
     draw_legend,
     make_axes,
     mark_failed,
     only_positive,
 )
-from lazyjax.plot.panels import choose_lanes, draw_curve, draw_gap, draw_scores, draw_spectra
+from lazyjax.plot.spectrum import draw_spectra
 from lazyjax.report.diagnose import LazinessReport
-from lazyjax.report.verdict import relative_gap
+from lazyjax.report.verdict import Slope, relative_gap
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -32,9 +29,11 @@ if TYPE_CHECKING:
 Source = LazinessReport | Any
 """A report, or its dataset."""
 
+PARTS = {"train": (BLUE, "o"), "test": (ORANGE, "s")}
+
 
 def report_figures(report: LazinessReport) -> "dict[str, matplotlib.figure.Figure]":
-    """All figures of a report, by name, in the order to read them in.
+    """Draw all figures of a report, by name, in the order to read them in.
 
     Args:
         report: From `lazyjax.diagnose`.
@@ -51,27 +50,8 @@ def report_figures(report: LazinessReport) -> "dict[str, matplotlib.figure.Figur
     }
 
 
-def encode(figure: "matplotlib.figure.Figure", kind: str, *, dpi: int = 200) -> bytes:
-    """A figure as the bytes of a "png" or "svg" file; the same figure gives the same bytes.
-
-    Args:
-        figure: The figure.
-        kind: "png" or "svg".
-        dpi: Dots per inch of a png.
-    """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    # No date and ids from a fixed salt: what a rerun writes differs only where its numbers do.
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with mpl.rc_context({"svg.hashsalt": "lazyjax"}):
-        FigureCanvasAgg(figure).print_figure(buffer, format=kind, dpi=dpi, facecolor="white", metadata=metadata)
-    return buffer.getvalue()
-
-
 def plot_scores(report: Source) -> "matplotlib.figure.Figure":
-    """Accuracy (where there are classes) and loss at the end of training against alpha, beside the tangent model.
+    """Draw accuracy (if there are classes) and loss at the end of training against alpha, next to the tangent model.
 
     Args:
         report: A `LazinessReport` or its dataset.
@@ -89,7 +69,7 @@ def plot_scores(report: Source) -> "matplotlib.figure.Figure":
 
 
 def plot_gaps(report: Source) -> "matplotlib.figure.Figure":
-    """Distance of the model from its tangent model against alpha, in outputs and in parameters.
+    """Draw the distance of the model from its tangent model against alpha, in outputs and in parameters.
 
     Args:
         report: A `LazinessReport`, whose fitted slopes are drawn too, or its dataset.
@@ -100,7 +80,7 @@ def plot_gaps(report: Source) -> "matplotlib.figure.Figure":
     norm, unit = _parameter_unit(data)
     alphas = np.asarray(data["alpha"], dtype=np.float64)
     floor = float(relative_gap(data)[-1]) if np.isinf(alphas[-1]) else np.nan
-    # The parameters' error is one of u = alpha (w - w0), so in w it falls with alpha.
+    # The error of the parameters is one of u = alpha (w - w0), so in w it falls with alpha.
     scaled = float(data["scaled_param_gap"].isel(alpha=-1).max("time")) if np.isinf(alphas[-1]) else np.nan
     with np.errstate(divide="ignore"):
         param_floor = scaled / alphas / norm
@@ -118,7 +98,7 @@ def plot_gaps(report: Source) -> "matplotlib.figure.Figure":
 
 
 def plot_drift(report: Source) -> "matplotlib.figure.Figure":
-    """How far parameters, tangent kernel and activations move until the end of training, against alpha.
+    """Draw how far parameters, tangent kernel and activations move by the end of training, against alpha.
 
     Args:
         report: A `LazinessReport` or its dataset.
@@ -126,7 +106,7 @@ def plot_drift(report: Source) -> "matplotlib.figure.Figure":
     data = _dataset(report)
     axis = AlphaAxis(data["alpha"])
     norm, unit = _parameter_unit(data)
-    moved = np.asarray(data["displacement"].isel(time=-1), dtype=np.float64) / norm
+    moved = np.asarray(data["displacement_norm"].isel(time=-1), dtype=np.float64) / norm
     lines = [(rf"parameters: $\|w-w_0\|${unit}", moved, BLUE, "o")]
     if "kernel_drift" in data:
         values = np.asarray(data["kernel_drift"], dtype=np.float64)
@@ -146,7 +126,7 @@ def plot_drift(report: Source) -> "matplotlib.figure.Figure":
 
 
 def plot_curves(report: Source) -> "matplotlib.figure.Figure":
-    """Training loss and test accuracy (or loss) of the model at a few alphas and of its tangent model, over time.
+    """Draw training loss and test accuracy (or loss) over time: the model at a few alphas, and its tangent model.
 
     Args:
         report: A `LazinessReport` or its dataset.
@@ -167,7 +147,7 @@ def plot_curves(report: Source) -> "matplotlib.figure.Figure":
 
 
 def plot_eigenvalues(report: Source) -> "matplotlib.figure.Figure":
-    """Spectrum of the tangent kernel at the start as in Figure 7(b), and which of its modes are learned in time.
+    """Draw the spectrum of the tangent kernel at the start as in Figure 7(b), and which modes are learned in time.
 
     Args:
         report: A `LazinessReport` or its dataset.
@@ -186,37 +166,79 @@ def plot_eigenvalues(report: Source) -> "matplotlib.figure.Figure":
     return figure
 
 
-def plot_spectrum(spectra: Mapping[str, tuple[Any, Any]]) -> "matplotlib.figure.Figure":
-    r"""Spectra of tangent kernels in one figure, as in Figure 7(b): $\lambda_i/\lambda_1$ over $i/(nk)$, log-log.
-
-    Args:
-        spectra: Label to (fraction, value), each (m,), from `lazyjax.normalized_spectrum`.
-
-    Raises:
-        ValueError: no spectrum.
-
-    Source:
-        Chizat, Oyallon, Bach (2019), supplement C.3, Figure 7(b).
-
-    Example:
-        >>> figure = plot_spectrum({"two modes": normalized_spectrum(np.array([4.0, 1.0]))})
-        >>> print(figure.axes[0].get_xscale())
-        log
-    """
-    if not spectra:
-        msg = "spectra must hold at least one curve, label to lazyjax.normalized_spectrum(eigenvalues), got none."
-        raise ValueError(msg)
-    figure, (ax,) = make_axes(1)
-    draw_spectra(ax, spectra)
-    draw_legend(ax, columns=1 if max(map(len, spectra)) > 20 else 2)
-    return figure
-
-
 def _parameter_unit(data: "xarray.Dataset") -> tuple[float, str]:
-    """What to measure distances of parameters in: the norm at the start, unless they start from zero."""
+    """Return the unit for distances of parameters: their norm at the start, unless they start from zero."""
     norm = float(data.attrs["w0_norm"])
     return (norm, r" / $\|w_0\|$") if norm > 0 else (1.0, "")
 
 
 def _dataset(report: Source) -> "xarray.Dataset":
     return report.dataset if isinstance(report, LazinessReport) else report
+
+
+def draw_scores(ax: Any, axis: AlphaAxis, data: Any, kind: str) -> None:
+    """Draw accuracy or loss at the end of training against alpha, with dashed lines for the tangent model."""
+    scale = 100.0 if kind == "accuracy" else 1.0
+    last, shown = data.isel(time=-1), []
+    for part, (color, marker) in PARTS.items():
+        if f"{part}_{kind}" not in data:
+            continue
+        values = scale * np.asarray(last[f"{part}_{kind}"], dtype=np.float64)
+        tangent = scale * float(last[f"tangent_{part}_{kind}"])
+        axis.plot(ax, values, color=color, marker=marker, label=part)
+        ax.axhline(tangent, color=color, linestyle="--", linewidth=1, label=f"{part}, tangent model", zorder=1)
+        shown += [*values, tangent]
+    if kind == "loss":
+        choose_scale(ax, shown)
+    ax.set_ylabel("accuracy (%)" if kind == "accuracy" else "loss R")
+
+
+def draw_gap(ax: Any, axis: AlphaAxis, values: np.ndarray, floor: np.ndarray, slope: Slope | None) -> None:
+    """Draw a gap against alpha, its fitted power law, and the numerical floor shaded."""
+    ax.set_yscale("log")
+    axis.plot(ax, only_positive(values), color=BLUE, marker="o", label="largest over time")
+    if slope is not None and np.isfinite(slope.value):
+        used = (axis.alphas >= slope.first) & (axis.alphas <= slope.last) & (values > 0)
+        level = np.mean(np.log(values[used]) - slope.value * np.log(axis.alphas[used]))
+        ends = np.array([slope.first, slope.last])
+        label = rf"fit: $\alpha^{{{slope.value:.2f}}}$"
+        ax.plot(ends, np.exp(level) * ends**slope.value, color=ORANGE, linewidth=4, alpha=0.5, label=label, zorder=1)
+    floor = only_positive(floor)
+    if np.isfinite(floor).any():
+        bottom = min(ax.get_ylim()[0], float(np.nanmin(floor)) / 3)
+        ax.set_ylim(bottom=bottom)
+        label = r"numerical floor ($\alpha=\infty$)"
+        ax.fill_between(axis.positions, bottom, floor, color=GRAY, alpha=0.35, linewidth=0, label=label)
+
+
+def draw_curve(ax: Any, data: Any, name: str, lanes: Sequence[int], colors: Any) -> None:
+    """Draw one measure along training: the model at a few alphas, later ones thinner, and its tangent model."""
+    times = np.asarray(data["time"], dtype=np.float64)
+    later = times > 0  # the start has no place on a logarithmic axis
+    scale = 100.0 if name.endswith("accuracy") else 1.0
+    shown = []
+    for lane, color, width in zip(lanes, colors, (3.5, 2.6, 1.9, 1.3), strict=False):
+        values = scale * np.asarray(data[name].isel(alpha=lane), dtype=np.float64)
+        label = rf"$\alpha={_power(float(data['alpha'][lane]))}$"
+        ax.plot(times[later], values[later], color=color, linewidth=width, label=label)
+        shown += [*values[later]]
+    tangent = scale * np.asarray(data[f"tangent_{name}"], dtype=np.float64)
+    ax.plot(times[later], tangent[later], color=BLACK, linestyle="--", linewidth=1, label="tangent model")
+    ax.set_xscale("log")
+    if name.endswith("loss"):
+        choose_scale(ax, [*shown, *tangent[later]])
+    labels = {"train_loss": "training loss R", "test_loss": "test loss R", "test_accuracy": "test accuracy (%)"}
+    ax.set_ylabel(labels[name])
+
+
+def choose_lanes(data: Any) -> list[int]:
+    """Return the three smallest scales, at which the curves differ, and the largest finite one."""
+    alphas = np.asarray(data["alpha"], dtype=np.float64)
+    usable = [i for i in range(alphas.size) if np.isfinite(alphas[i]) and not bool(data["failed"][i])]
+    return usable if len(usable) <= 4 else [*usable[:3], usable[-1]]
+
+
+def _power(alpha: float) -> str:
+    exponent = np.log10(alpha)
+    whole = round(exponent)
+    return f"10^{{{whole}}}" if abs(exponent - whole) < 1e-6 and abs(whole) > 2 else f"{alpha:g}"
