@@ -81,10 +81,15 @@ def linearize(h: Model, w0: Params) -> Tangent:
     """
     coordinates, rest = split_params(w0)
     check_outputs(h, w0)
-    outputs, jvp = jax.linearize(lambda w: h(eqx.combine(w, rest)), coordinates)
-    if declares_zero(h, w0):
-        outputs = jnp.zeros_like(outputs)
+    outputs, jvp = _linearize(h, coordinates, rest, declares_zero(h, w0))
     return Tangent(h, w0, outputs, jvp)
+
+
+@eqx.filter_jit
+def _linearize(h: Model, coordinates: Params, rest: Params, zero: bool) -> tuple[Outputs, Callable[[Params], Outputs]]:
+    """Return h(w0), exactly zero if that is declared, and the product with Dh(w0); one program."""
+    outputs, jvp = jax.linearize(lambda w: h(eqx.combine(w, rest)), coordinates)
+    return jnp.zeros_like(outputs) if zero else outputs, jvp
 
 
 def _match(u: Params, w0: Params) -> Params:
