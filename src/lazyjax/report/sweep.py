@@ -1,13 +1,10 @@
-r"""Many runs as one compiled program: a grid over named axes, in chunks of lanes that fit memory, labeled."""
+r"""Many runs as one compiled program: a grid over named axes, in chunks of lanes that fit in memory, labeled."""
 
 import functools
-import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +16,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
+from lazyjax._core.records import as_json, check_configuration, digest_of, versions, whole_file, write_whole
 from lazyjax.flow.result import RESULTS, as_result, is_result
 
 if TYPE_CHECKING:
@@ -49,7 +47,7 @@ def sweep(
     `memory`, they go in equal chunks through the same program, the last one filled up with repeated lanes.
 
     Args:
-        run: `run(alpha=..., seed=..., ...)` with one traced scalar an axis, to a dict of named arrays. An entry
+        run: `run(alpha=..., seed=..., ...)` with one traced scalar per axis, to a dict of named arrays. An entry
             "result" (a diffrax result, as `Flow.result`) marks lanes that failed: call flows with throw=False.
         over: The axes: name to numbers (one dtype each), for example {"alpha": [1, 10, jnp.inf], "seed": [0, 1]}.
         shared: Further keyword arguments of `run`, the same in every lane (data, parameters): arrays in them are
@@ -58,10 +56,10 @@ def sweep(
             ones are called "<output>_0", ...
         coords: Coordinates of these axes, for example {"time": ts}.
         chunk: Lanes in a chunk; None for as many as fit `memory`. Fewer show more progress, and spare lanes that
-            take few solver steps from waiting for those that take many.
+            take few solver steps from waiting for lanes that take many.
         memory: Bytes that one chunk may take, temporaries included.
-        progress: Show a progress bar with an estimate, one tick a lane.
-        folder: Where to keep each finished chunk until the end, so that the same call continues after it when it was
+        progress: Show a progress bar with an estimate, one tick per lane.
+        folder: Where to keep each finished chunk, so that the same call continues after the last one if it was
             interrupted. The folder stays: delete it when its results are safe elsewhere.
         settings: What else decides the results of `run`, plain numbers and texts by name: with it, the axes, the
             arrays of `shared` and the versions of lazyjax and JAX a folder is recognized.
@@ -69,7 +67,8 @@ def sweep(
     Returns:
         A Dataset with the axes of `over` first, coordinates on them, and "failed" (bool) and "message" per lane.
         A lane fails by its "result" or by a value that is not finite; its numbers are NaN in the variable itself,
-        so that means and plots leave them out, and stay as computed in "<name>_failed".
+        so that means and plots leave them out, and stay as computed in "<name>_failed". The message is the name of
+        the result with what it means, or the name of the variable that is not finite.
 
     Raises:
         ValueError: no axes or an empty one; `chunk` below 1; `run` returns a reserved name or an axis name; `dims`
@@ -107,22 +106,20 @@ class _Kept:
         self.folder, self.structure = folder, structure
 
     def check(self, configuration: Mapping[str, Any]) -> None:
-        """Take the folder for this configuration, or refuse it."""
+        """Take the folder for this configuration.
+
+        Raises:
+            ValueError: it holds another sweep.
+        """
         path = self.folder / "sweep.json"
-        here = json.loads(json.dumps(configuration, default=str))
         if path.exists():
             there = json.loads(path.read_text(encoding="utf-8"))
-            differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-            if differ:
-                changes = ", ".join(f"{name} {there.get(name)} there and {here.get(name)} here" for name in differ)
-                msg = f"folder {self.folder} holds another sweep ({changes}); choose another folder, or delete it."
-                raise ValueError(msg)
+            check_configuration(configuration, there, holder=f"folder {self.folder}", kind="sweep")
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, lambda file: file.write(json.dumps(here, indent=1).encode()))
+            write_whole(path, json.dumps(as_json(configuration), indent=1))
 
     def load(self, first: int) -> Any:
-        """The chunk that begins with this lane, None where it is not finished."""
+        """Return the chunk that begins with this lane, None if it is not finished."""
         path = self._path(first)
         if not path.exists():
             return None
@@ -131,35 +128,23 @@ class _Kept:
 
     def store(self, first: int, part: Any) -> None:
         """Keep a finished chunk."""
-        _write_whole(self._path(first), lambda file: np.savez(file, *jtu.tree_leaves(part)))
+        with whole_file(self._path(first)) as path, path.open("wb") as file:
+            np.savez(file, *jtu.tree_leaves(part))
 
     def _path(self, first: int) -> Path:
         return self.folder / f"lanes-{first:06d}.npz"
 
 
-def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    aside = path.with_name(f"{path.name}.partial")
-    with aside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def _configuration(
     axes: Mapping[str, np.ndarray], size: int, shared: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a kept chunk belongs to."""
-    digest = hashlib.sha256()
-    for path, leaf in jtu.tree_leaves_with_path(eqx.filter(dict(shared), eqx.is_array)):
-        digest.update(f"{jtu.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    """Return what a kept chunk belongs to."""
     return {
         **settings,
         **{f"axis {name}": [str(values.dtype), *map(str, values.tolist())] for name, values in axes.items()},
         "chunk": size,
-        "shared": digest.hexdigest(),
-        "versions": {name: version(name) for name in ("lazyjax", "jax")},
+        "shared": digest_of(dict(shared)),
+        "versions": versions("lazyjax", "jax"),
     }
 
 
@@ -182,10 +167,14 @@ def _compile(
     chunk: int | None,
     memory: int,
 ) -> tuple[Callable[[dict[str, Array]], Any], int, Any]:
-    """One program for `size` lanes at a time, all or by the first try's need as many as fit; its output's tree."""
+    """Compile one program for `size` lanes at a time: all, or as many as fit by what the first try needs.
+
+    Returns:
+        (program, size, structure of the program's output).
+    """
     total = len(next(iter(lanes.values())))
     arrays, static = eqx.partition(shared, eqx.is_array)
-    arrays = jtu.tree_map(jnp.asarray, arrays)  # NumPy's too are arguments
+    arrays = jtu.tree_map(jnp.asarray, arrays)  # NumPy arrays are arguments too
 
     def batch(points: dict[str, Array], arrays: dict[str, Any]) -> dict[str, Any]:
         def lane(point: dict[str, Array]) -> dict[str, Any]:
@@ -193,7 +182,7 @@ def _compile(
 
         if next(iter(points.values())).shape[0] > 1:
             return jax.vmap(lane)(points)
-        # A lane alone keeps its branches: under a vmap both sides of a cond are computed.
+        # A single lane keeps its branches: under a vmap both sides of a cond are computed.
         alone = lane({name: values[0] for name, values in points.items()})
         return jtu.tree_map(lambda leaf: leaf[None], alone)
 
@@ -218,7 +207,7 @@ def _run_chunks(
     *,
     progress: bool,
 ) -> list[Any]:
-    """All chunks in order: first those that were kept, then the others, kept as they are finished."""
+    """Return all chunks in order: first the kept ones, then the others, which are kept as they are finished."""
     total = len(next(iter(lanes.values())))
     parts, first = [], 0
     while kept is not None and first < total and (part := kept.load(first)) is not None:
@@ -241,7 +230,7 @@ def _call(program: Callable[..., Any], arrays: dict[str, Any], points: dict[str,
 
 
 def _checked(out: Any, axes: Mapping[str, Any], dims: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """What one lane returns, refused while tracing if it cannot be labeled."""
+    """Check, while tracing, that what one lane returns can be labeled, and return it as arrays."""
     if not isinstance(out, Mapping):
         msg = f"run must return a dict of named arrays, got {type(out).__name__}."
         raise TypeError(msg)
@@ -283,7 +272,7 @@ def _label(
 
 
 def _failures(out: dict[str, Any], result: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which lanes failed, and why."""
+    """Return which lanes failed, and why."""
     failed = np.zeros(count, bool)
     messages = np.full(count, "", dtype=object)
     for name, values in out.items():
@@ -293,8 +282,8 @@ def _failures(out: dict[str, Any], result: Any, count: int) -> tuple[np.ndarray,
             failed |= bad
     if result is not None:
         for lane in range(count):
-            item = jtu.tree_map(lambda leaf, lane=lane: np.asarray(leaf[lane]), result)
-            if not bool(item == RESULTS.successful):
+            item = as_result(jtu.tree_map(lambda leaf, lane=lane: np.asarray(leaf[lane]), result))
+            if str(item) != str(RESULTS.successful):
                 failed[lane] = True
-                messages[lane] = RESULTS[item]
+                messages[lane] = str(item)
     return failed, messages.astype(str)
