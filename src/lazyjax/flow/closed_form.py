@@ -1,8 +1,8 @@
 r"""The tangent flow of the square loss in closed form: one eigendecomposition, all times at once.
 
-Everything is a filter of the modes of $K = c JJ^T$. Of the coefficient of $\bar y(0) - y^*$ on a mode of eigenvalue
-$\lambda$ the flow takes away the share $1 - e^{-t\lambda}$, ridge regression $\lambda/(\lambda + \mu)$; with
-$\mu = 1/t$ the former is the larger, by 30 % at most, and they agree to first order at both ends.
+Everything is a filter of the modes of $K = c JJ^T$. On a mode of eigenvalue $\lambda$ the flow takes away the share
+$1 - e^{-t\lambda}$ of the coefficient of $\bar y(0) - y^*$, ridge regression the share $\lambda/(\lambda + \mu)$; with
+$\mu = 1/t$ the former is the larger, by 30% at most, and they agree to first order at both ends.
 """
 
 from collections.abc import Callable
@@ -24,89 +24,124 @@ Numbers = float | int | Real[Array, ""] | Real[Array, " time"] | Real[np.ndarray
 
 
 class TangentSolution(eqx.Module):
-    r"""Closed form of the tangent flow of the square loss; made by `solve_tangent`.
+    r"""The closed form of the tangent flow of the square loss; made by `solve_tangent`.
 
     $\bar y(t) = y^* + e^{-tK}(\bar y(0) - y^*)$ and $\bar u(t) = -J^T c\, t\varphi_1(-tK)(\bar y(0) - y^*)$ with
     $K = c JJ^T$, c the weight of the loss. Eigenvalues below rounding are an exact zero, where the residual stays.
 
     Attributes:
-        eigenvalues: Of K in F's metric, falling, the zeros at the end.
+        eigenvalues: The eigenvalues of K in F's metric, (m,), falling, the zeros at the end.
         condition: Largest over smallest nonzero eigenvalue.
+        vectors: The eigenvectors, as columns.
+        coefficients: $\bar y(0) - y^*$ on the eigenvectors, (m,).
+        start: $\bar y(0)$.
+        weight: c.
     """
 
     eigenvalues: Float[Array, " m"]
     condition: Float[Array, ""]
-    _vectors: Float[Array, "m m"]
-    _coefficients: Float[Array, " m"]
+    vectors: Float[Array, "m m"]
+    coefficients: Float[Array, " m"]
     start: Outputs
-    _weight: float = eqx.field(static=True)
+    weight: float = eqx.field(static=True)
 
     def outputs(self, t: Numbers) -> Float[Array, "..."]:
-        r"""$\bar y(t)$, t in [0, inf], of the targets' shape."""
-        return self._each(t, "t", lambda s: self._without(-jnp.expm1(-self._exponent(s))))
+        r"""Return $\bar y(t)$, t in [0, inf], of the targets' shape."""
+        return self._each(t, "t", _outputs)
 
     def loss(self, t: Numbers) -> Float[Array, "..."]:
-        r"""$R(\bar y(t))$."""
-        c = self._weight
-        return self._each(t, "t", lambda s: 0.5 * c * jnp.sum((jnp.exp(-self._exponent(s)) * self._coefficients) ** 2))
+        r"""Return $R(\bar y(t))$."""
+        return self._each(t, "t", _loss)
 
     def cotangent(self, t: Numbers) -> Float[Array, "..."]:
-        r"""The r for which $\bar u(t) = J^T r$, so that $D f(w_0, x)\, J^T r$ are the outputs at other inputs."""
-        return self._each(t, "t", lambda s: self._cotangent(-jnp.expm1(-self._exponent(s)) / self._safe()))
+        r"""Return the r for which $\bar u(t) = J^T r$, so that $D f(w_0, x)\, J^T r$ are outputs at other inputs."""
+        return self._each(t, "t", _cotangent)
 
     def ridge(self, penalty: Numbers) -> Float[Array, "..."]:
-        r"""The outputs at the u that minimizes $R(\bar y(0) + Ju) + \frac{\mu}{2}|u|^2$, the penalty mu in [0, inf]."""
-        return self._each(penalty, "penalty", lambda mu: self._without(self.eigenvalues / (self._safe() + mu)))
+        r"""Return the outputs at the minimizer u of $R(\bar y(0) + Ju) + \frac{\mu}{2}|u|^2$, mu in [0, inf]."""
+        return self._each(penalty, "penalty", _ridge)
 
     def ridge_cotangent(self, penalty: Numbers) -> Float[Array, "..."]:
-        r"""The r for which that u is $J^T r$."""
-        return self._each(penalty, "penalty", lambda mu: self._cotangent(1 / (self._safe() + mu)))
+        r"""Return the r for which that u is $J^T r$."""
+        return self._each(penalty, "penalty", _ridge_cotangent)
 
     def modes(self, t: Numbers) -> Float[Array, "..."]:
-        r"""$\bar u(t)$ in an orthonormal basis of the range of $J^T$, (m,); so its norm is $|\bar u(t)|$."""
-        scaled = self._scale() * self._coefficients
-        return self._each(t, "t", lambda s: jnp.expm1(-self._exponent(s)) * scaled)
+        r"""Return $\bar u(t)$ in an orthonormal basis of the range of $J^T$, (m,); so its norm is $|\bar u(t)|$."""
+        return self._each(t, "t", _modes)
 
     def from_modes(self, modes: Float[Array, " m"]) -> Outputs:
-        r"""The r for which $J^T r$ is the vector that `modes` writes so."""
-        return (self._vectors @ (self._scale() * modes)).reshape(self.start.shape)
+        r"""Return the r for which $J^T r$ has these coordinates in the basis of `modes`."""
+        return (self.vectors @ (self._scale() * modes)).reshape(self.start.shape)
 
-    def _each(self, values: Numbers, name: str, function: Callable[[Array], Array]) -> Array:
-        """The function of a number, or of each one of a vector."""
+    def _each(
+        self, values: Numbers, name: str, function: Callable[["TangentSolution", Array], Array]
+    ) -> Float[Array, "..."]:
+        """Return the function of a number, or of each one of a vector, by one program."""
         _check_numbers(values, name)
-        numbers = jnp.asarray(values, self.start.dtype)
-        return function(numbers) if numbers.ndim == 0 else jax.vmap(function)(numbers)
+        numbers = np.asarray(values, self.start.dtype) if is_concrete(values) else values
+        return _map(self, jnp.asarray(numbers, self.start.dtype), function)
 
     def _positive(self, values: Array) -> Array:
-        """Without the modes of eigenvalue zero."""
+        """Return values per mode, with zero for those of eigenvalue zero."""
         return jnp.where(self.eigenvalues > 0, values, 0)
 
     def _safe(self) -> Array:
-        """The eigenvalues, with 1 for a zero: no derivative of an unused branch is a NaN."""
+        """Return the eigenvalues, with 1 for a zero: no derivative of an unused branch is a NaN."""
         return jnp.where(self.eigenvalues > 0, self.eigenvalues, 1)
 
     def _scale(self) -> Array:
-        """From coordinates of a displacement to those of its cotangent: 1 over the singular values of J."""
-        return self._positive(jnp.sqrt(self._weight / self._safe()))
+        """Return 1 over the singular values of J: from coordinates of a displacement to those of its cotangent."""
+        return self._positive(jnp.sqrt(self.weight / self._safe()))
 
     def _exponent(self, t: Array) -> Array:
-        """T times the eigenvalues; inf * 0 must be 0: a zero eigenvalue keeps its residual for ever."""
+        """Return t times the eigenvalues; inf * 0 must be 0: a zero eigenvalue keeps its residual for ever."""
         # The derivative by an eigenvalue at t = inf must be 0, not inf * 0.
         finite = jnp.isfinite(t)
         return self._positive(jnp.where(finite, jnp.where(finite, t, 0) * self._safe(), jnp.inf))
 
     def _without(self, share: Array) -> Outputs:
-        """The start less these shares of the coefficients."""
-        return self.start - (self._vectors @ (share * self._coefficients)).reshape(self.start.shape)
+        """Return the start less these shares of the coefficients."""
+        return self.start - (self.vectors @ (share * self.coefficients)).reshape(self.start.shape)
 
     def _cotangent(self, factor: Array) -> Outputs:
-        # On a zero eigenvalue J^T r is zero whatever r.
-        r = -self._weight * (self._vectors @ self._positive(factor * self._coefficients))
+        """Return the cotangent with this factor on each coefficient; on a zero eigenvalue J^T r is zero whatever r."""
+        r = -self.weight * (self.vectors @ self._positive(factor * self.coefficients))
         return r.reshape(self.start.shape)
 
 
+@eqx.filter_jit
+def _map(solution: TangentSolution, numbers: Array, function: Callable[[TangentSolution, Array], Array]) -> Array:
+    if numbers.ndim == 0:
+        return function(solution, numbers)
+    return jax.vmap(lambda number: function(solution, number))(numbers)
+
+
+def _outputs(solution: TangentSolution, t: Array) -> Array:
+    return solution._without(-jnp.expm1(-solution._exponent(t)))
+
+
+def _loss(solution: TangentSolution, t: Array) -> Array:
+    return 0.5 * solution.weight * jnp.sum((jnp.exp(-solution._exponent(t)) * solution.coefficients) ** 2)
+
+
+def _cotangent(solution: TangentSolution, t: Array) -> Array:
+    return solution._cotangent(-jnp.expm1(-solution._exponent(t)) / solution._safe())
+
+
+def _ridge(solution: TangentSolution, penalty: Array) -> Array:
+    return solution._without(solution.eigenvalues / (solution._safe() + penalty))
+
+
+def _ridge_cotangent(solution: TangentSolution, penalty: Array) -> Array:
+    return solution._cotangent(1 / (solution._safe() + penalty))
+
+
+def _modes(solution: TangentSolution, t: Array) -> Array:
+    return jnp.expm1(-solution._exponent(t)) * (solution._scale() * solution.coefficients)
+
+
 def _check_numbers(values: Any, name: str) -> None:
-    """Refuse what is no number in [0, inf] or vector of them."""
+    """Check for a number in [0, inf], or a vector of them."""
     if np.ndim(values) > 1:
         msg = f"{name} must be a number or a vector of them, got shape {np.shape(values)}."
         raise ValueError(msg)
@@ -116,21 +151,24 @@ def _check_numbers(values: Any, name: str) -> None:
         raise ValueError(msg)
 
 
-def solve_tangent(matrix: Float[Array, "m m"], start: Outputs, target: Outputs, weight: float) -> TangentSolution:
-    r"""Diagonalize $K = c JJ^T$ once, for the tangent flow of $\frac c2 |y - y^*|^2$ at any time.
+def solve_tangent(
+    matrix: Float[Array, "m m"], start: Outputs, target: Outputs, weight: float, *, rtol: float | None = None
+) -> TangentSolution:
+    r"""Diagonalize $K = c JJ^T$ once, for the tangent flow of $\frac c2 |y - y^*|^2$ at any time; call it under jit.
 
     Args:
         matrix: The plain Gram $JJ^T$ over all n*k outputs.
         start: $\bar y(0)$, (n,) or (n, k).
         target: $y^*$, of the same shape.
         weight: c, the loss's weight.
+        rtol: Eigenvalues not above this share of the largest are taken for zero; None for their rounding.
 
     Source:
         $\bar y' = c JJ^T (y^* - \bar y) = -K(\bar y - y^*)$, so $\bar y(t) - y^* = e^{-tK}(\bar y(0) - y^*)$; the flow
         of Chizat, Oyallon, Bach (2019), section 2.3.
     """
     values, vectors = jnp.linalg.eigh(jnp.asarray(weight, matrix.dtype) * matrix)
-    return tangent_solution(values, vectors, start, target, weight)
+    return tangent_solution(values, vectors, start, target, weight, rtol=rtol)
 
 
 def tangent_solution(
@@ -142,14 +180,14 @@ def tangent_solution(
     *,
     rtol: float | None = None,
 ) -> TangentSolution:
-    """As `solve_tangent`, from the eigenvalues (rising) and eigenvectors of K; rtol as for `condition_number`."""
+    """Return the solution for the eigenvalues (rising) and eigenvectors of K; rtol as for `condition_number`."""
     values = without_rounding(values, rtol)
     coefficients = vectors.T @ (start - target.astype(start.dtype)).ravel()
     return TangentSolution(values[::-1], condition_of(values), vectors[:, ::-1], coefficients[::-1], start, weight)
 
 
 def tangent_gram(tangent: Tangent, *, block: int = 128) -> Float[Array, "m m"]:
-    r"""The plain $JJ^T$ of a tangent model over all its outputs, `block` columns (a jvp and a vjp each) at a time."""
+    r"""Return the plain $JJ^T$ of a tangent model over all its outputs, `block` columns (jvp and vjp) at a time."""
     shape, dtype = tangent.outputs.shape, tangent.outputs.dtype
     size = tangent.outputs.size
 

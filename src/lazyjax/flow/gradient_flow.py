@@ -19,7 +19,7 @@ from lazyjax.flow.choose_solver import DENSE_OUTPUTS, choose_solver, name_of
 from lazyjax.flow.closed_form import solve_tangent, tangent_gram
 from lazyjax.flow.exponential import TangentExponential, Velocity
 from lazyjax.flow.field import ModelField, ScaledObjective, TangentField
-from lazyjax.flow.result import RESULTS, SOLVERS, Result, as_result, check_successful, is_array
+from lazyjax.flow.result import RESULTS, SOLVERS, Result, as_result, check_successful, in_words, is_array, solver_words
 from lazyjax.flow.start import as_scalar, check_start
 from lazyjax.flow.step_collapse import COLLAPSED, WatchedController
 from lazyjax.losses.loss import Loss, as_loss
@@ -78,18 +78,12 @@ class Flow(eqx.Module):
             if saved:
                 rows.append((name, ", ".join(str(leaf.shape) for leaf in saved)))
         rows.append(("result", str(self.result)))
-        rows.append(("solver", f"{np.unique(SOLVERS[self.stats['solver']]).item(0)}, {in_words(steps)} steps"))
+        rows.append(("solver", f"{solver_words(self.stats['solver'])}, {in_words(steps)} steps"))
         table = "\n  ".join(format_table(rows).splitlines())
         times = f"{ts.shape[-1]} times from {in_words(ts[..., 0])} to {in_words(ts[..., -1])}"
         return f"Flow at alpha = {in_words(self.alpha)}, {times}{lanes}\n  {table}"
 
     __str__ = __repr__
-
-
-def in_words(values: Any) -> str:
-    """Return a number as text; for several lanes the smallest and the largest."""
-    low, high = (f"{number(np.asarray(values)):.4g}" for number in (np.min, np.max))
-    return low if low == high else f"{low} to {high}"
 
 
 def gradient_flow(

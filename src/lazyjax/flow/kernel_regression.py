@@ -1,8 +1,8 @@
 r"""Regression with the tangent kernel: what the tangent model predicts at any training time, in closed form.
 
-The tangent model's flow for the square loss is a filter of the modes of the kernel (`lazyjax.closed_form`), so one
+The tangent model's flow for the square loss is a filter of the modes of the kernel (`lazyjax.flow.closed_form`), so one
 eigendecomposition gives its outputs at all times, the end included, on the training data and, through the cross Gram,
-on any other inputs; and ridge regression with the same kernel beside it.
+on any other inputs; and so does ridge regression with the same kernel.
 """
 
 import math
@@ -12,13 +12,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from lazyjax._core.checks import check_alpha, check_finite
+from lazyjax._core.checks import check_finite
+from lazyjax._core.tables import format_table
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow.closed_form import Numbers, TangentSolution, tangent_solution
+from lazyjax.flow.closed_form import Numbers, TangentSolution, solve_tangent
 from lazyjax.flow.field import make_field
-from lazyjax.flow.start import check_start
+from lazyjax.flow.result import in_words, is_array
+from lazyjax.flow.start import as_scalar, check_start
 from lazyjax.kernels.gram import gram
 from lazyjax.kernels.spectrum import check_rtol, effective_rank
 from lazyjax.losses.loss import Loss
@@ -26,15 +29,15 @@ from lazyjax.losses.square import SquareLoss
 from lazyjax.models.maps import on_data, without_constant
 
 PER_DECADE = 16
-"""Times a decade among which the best one is looked for first. A flow's outputs change on the scale of e in time."""
+"""Times per decade among which the best one is looked for first. A flow's outputs change on the scale of e in time."""
 
 
 class KernelRegression(eqx.Module):
     r"""The tangent model trained with the square loss, on training and test points; made by `kernel_regression`.
 
-    Times are flow times in [0, inf], penalties numbers in [0, inf]; of a vector of them the results have its axis in
-    front. Everything can be jitted, mapped, and differentiated in times, penalties, targets and alpha (not in w0 and x
-    where eigenvalues are repeated: their eigenvectors have no derivative).
+    Times are flow times in [0, inf], penalties numbers in [0, inf]; for a vector of them its axis comes first in the
+    results. Everything can be jitted, mapped, and differentiated in times, penalties, targets and alpha (not in w0 and
+    x if eigenvalues are repeated: their eigenvectors have no derivative).
 
     Attributes:
         solution: The flow on the training data, with all eigenvalues and eigenvectors.
@@ -44,59 +47,77 @@ class KernelRegression(eqx.Module):
     _transfer: Callable[[Array], Array] | None
     _test_start: Outputs | None
 
+    def __repr__(self) -> str:
+        """Return the spectrum, the loss at both ends, and the number of test points, in a few lines."""
+        values, coefficients = self.solution.eigenvalues, self.solution.coefficients
+        if not (is_array(values) and is_array(coefficients)) or values.ndim != 1:
+            return eqx.tree_pformat(self)
+        positive, squares = np.asarray(values) > 0, 0.5 * self.solution.weight * np.asarray(coefficients) ** 2
+        nonzero = np.asarray(values)[positive]
+        shown = f"{in_words(nonzero)}, condition {in_words(self.condition)}" if nonzero.size else "0"
+        rows = [
+            ("rank", f"{positive.sum()} of {positive.size}"),
+            ("eigenvalues", shown),
+            ("loss", f"{np.sum(squares):.4g} at t = 0, {np.sum(squares[~positive]):.4g} at t = inf"),
+            ("test outputs", "none" if self._test_start is None else str(self._test_start.shape)),
+        ]
+        return "\n  ".join(["KernelRegression", *format_table(rows).splitlines()])
+
+    __str__ = __repr__
+
     @property
     def eigenvalues(self) -> Float[Array, " m"]:
-        r"""Of $K = Dh(w_0) Dh(w_0)^*$ in F's metric (1/flow time), all n*k, falling; exact zeros at the end."""
+        r"""The eigenvalues of $K = Dh(w_0) Dh(w_0)^*$ in F's metric (1/flow time), all n*k, falling; exact zeros."""
         return self.solution.eigenvalues
 
     @property
     def condition(self) -> Float[Array, ""]:
-        """Largest over smallest nonzero eigenvalue; so many units of rounding is the relative error at t = inf."""
+        """The largest over the smallest nonzero eigenvalue: the relative error at t = inf in units of rounding."""
         return self.solution.condition
 
     @property
     def rank(self) -> Int[Array, ""]:
-        """Number of nonzero eigenvalues."""
+        """The number of nonzero eigenvalues."""
         return jnp.sum(self.eigenvalues > 0)
 
     @property
     def effective_rank(self) -> Float[Array, ""]:
-        """As `lazyjax.effective_rank` of the eigenvalues."""
+        """The `lazyjax.kernels.effective_rank` of the eigenvalues."""
         return effective_rank(self.eigenvalues)
 
     def outputs(self, t: Numbers) -> Float[Array, "..."]:
-        r"""$\bar y(t) = y^* + e^{-tK}(\bar y(0) - y^*)$ on the training data, (n,) or (n, k)."""
+        r"""Return $\bar y(t) = y^* + e^{-tK}(\bar y(0) - y^*)$ on the training data, (n,) or (n, k)."""
         return self.solution.outputs(t)
 
     def test_outputs(self, t: Numbers) -> Float[Array, "..."]:
-        r"""$\alpha h(w_0, x') - K(x', x) K^{-1} (1 - e^{-tK}) (\bar y(0) - y^*)$ on the test points x'."""
+        r"""Return $\alpha h(w_0, x') - K(x', x) K^{-1} (1 - e^{-tK}) (\bar y(0) - y^*)$ on the test points x'."""
         return self._on_test(self.solution.cotangent(t))
 
     def loss(self, t: Numbers) -> Float[Array, "..."]:
-        r"""The training loss $R(\bar y(t))$."""
+        r"""Return the training loss $R(\bar y(t))$."""
         return self.solution.loss(t)
 
     def ridge(self, penalty: Numbers) -> Float[Array, "..."]:
-        r"""Training outputs $\bar y(0) + Dh(w_0) u$ of the minimizer u of $R + \frac{\mu}{2}|u|^2$, mu the penalty.
+        r"""Return training outputs $\bar y(0) + Dh(w_0) u$ for the u that minimizes $R + \frac{\mu}{2}|u|^2$.
 
         A mode of eigenvalue lambda is fitted to the share $\lambda/(\lambda + \mu)$, by the flow to
-        $1 - e^{-t\lambda}$: with $\mu = 1/t$ the flow fits every mode more closely, by at most 30 %, and early
-        stopping and ridge regression are nearly the same. mu = 0 is t = inf.
+        $1 - e^{-t\lambda}$: with $\mu = 1/t$ the flow fits every mode more closely, by at most 30%, and early
+        stopping and ridge regression are nearly the same. The penalty mu = 0 is t = inf.
 
         Source:
-            Ali, Kolter, Tibshirani, A continuous-time view of early stopping for least squares, AISTATS (2019).
+            Ali, Kolter, Tibshirani (2019), A continuous-time view of early stopping for least squares, AISTATS.
         """
         return self.solution.ridge(penalty)
 
     def test_ridge(self, penalty: Numbers) -> Float[Array, "..."]:
-        """As `ridge`, on the test points."""
+        """Return what `ridge` does, on the test points."""
         return self._on_test(self.solution.ridge_cotangent(penalty))
 
     def best_time(self, loss: Loss) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        r"""The time in [0, inf] at which the loss on the test points is smallest, and that loss.
+        r"""Return the time in [0, inf] at which the loss on the test points is smallest, and that loss.
 
-        Found to rounding: on a logarithmic grid of 16 times a decade over all times at which outputs change, then by
-        bisection of the derivative. It is inf where no earlier stop is better by more than rounding.
+        Found to rounding: on a logarithmic grid of 16 times per decade over all times at which outputs change, then by
+        bisection of the derivative. It is inf if no earlier stop is better by more than rounding.
 
         Args:
             loss: The square loss of the test targets, `lazyjax.square_loss(y_test)`.
@@ -113,8 +134,9 @@ class KernelRegression(eqx.Module):
         loss.check(start.shape)
         return _search(self, loss)
 
+    @eqx.filter_jit
     def _on_test(self, cotangents: Array) -> Array:
-        """Test outputs for a cotangent on the training data, or for a number of them."""
+        """Return test outputs for a cotangent on the training data, or for a number of them."""
         transfer, start = self._need_test()
         if cotangents.ndim == self.solution.start.ndim:
             return start + transfer(cotangents[None])[0]
@@ -128,12 +150,12 @@ class KernelRegression(eqx.Module):
 
 
 class GramTransfer(eqx.Module):
-    """Cotangents on the training data (number, n[, k]) to changes of the test outputs, by the cross Gram."""
+    """The cross Gram as a map from cotangents on the training data, (number, n[, k]), to changes of test outputs."""
 
     cross: Float[Array, "..."]
 
     def __call__(self, cotangents: Array) -> Array:
-        """One product of matrices for all of them."""
+        """Return the changes by one product of matrices for all cotangents."""
         axes = self.cross.ndim // 2
         return jnp.tensordot(cotangents, self.cross, ([*range(1, 1 + axes)], [*range(axes, 2 * axes)]))
 
@@ -148,7 +170,7 @@ def kernel_regression(
     alpha: RealScalar = 1.0,
     rtol: float | None = None,
 ) -> KernelRegression:
-    r"""Train the tangent model of f at w0 to any time at once: $\bar y(t) = y^* + e^{-tK}(\bar y(0) - y^*)$.
+    r"""Train the tangent model of f at w0 for any time at once: $\bar y(t) = y^* + e^{-tK}(\bar y(0) - y^*)$.
 
     The same as `gradient_flow(linearize(h, w0), loss, w0, ts, alpha=alpha)` with h = f(., x), at all t from one
     eigendecomposition, and with test points. The start is $\bar y(0) = \alpha h(w_0)$; `center(f, w0)` makes it zero.
@@ -186,25 +208,23 @@ def kernel_regression(
         1
     """
     loss = check_square(loss)
-    check_alpha(alpha)
     check_rtol(rtol)
     _check_inputs(x, x_test)
     zero_start = check_start(on_data(f, x), loss, w0, alpha, rtol=1e-6)
-    start = _start(f, w0, x, loss, alpha, zero_start)
-    # The same derivative, at half the price.
+    scale = as_scalar(alpha)
+    start = _start(f, w0, x, loss, scale, zero_start)
+    # Without the constant the derivative is the same, at half the price.
     model = without_constant(f)
     transfer = test_start = None
     if x_test is not None:
-        test_start = _start(f, w0, x_test, loss, alpha, zero_start)
+        test_start = _start(f, w0, x_test, loss, scale, zero_start)
         check_finite(test_start, "alpha f(w0, x_test)")
         transfer = GramTransfer(gram(model, w0, x_test, x))
-    values, vectors = _diagonalize(gram(model, w0, x), loss.weight)
-    solution = tangent_solution(values, vectors, start, loss.minimizer, loss.weight, rtol=rtol)
-    return KernelRegression(solution, transfer, test_start)
+    return KernelRegression(_solve(gram(model, w0, x), start, loss, rtol), transfer, test_start)
 
 
 def check_square(loss: Any) -> SquareLoss:
-    """Refuse all other losses, whose flows have no closed form."""
+    """Check that a loss is the square loss: the flows of all others have no closed form."""
     if isinstance(loss, SquareLoss):
         return loss
     msg = (
@@ -231,9 +251,9 @@ def _start(f: Model, w0: Params, x: Array, loss: Loss, alpha: RealScalar, zero_s
 
 
 @eqx.filter_jit
-def _diagonalize(matrix: Array, weight: float) -> tuple[Array, Array]:
-    size = round(matrix.size**0.5)
-    return jnp.linalg.eigh(weight * matrix.reshape(size, size))
+def _solve(matrix: Array, start: Outputs, loss: SquareLoss, rtol: float | None) -> TangentSolution:
+    matrix = matrix.reshape(start.size, start.size)
+    return solve_tangent(matrix, start, loss.minimizer, loss.weight, rtol=rtol)
 
 
 @eqx.filter_jit
@@ -256,14 +276,14 @@ def _search(regression: KernelRegression, loss: SquareLoss) -> tuple[Array, Arra
     found = 0.5 * (low + high)
     refined = jnp.linalg.norm(distance(found))
     time, best = jnp.where(refined < norms[i], found, times[i]), jnp.minimum(refined, norms[i])
-    # Of an optimum at the end the last finite times are as good as inf, or better by rounding.
+    # If the end is best, the last finite times are as good as inf, or better by rounding.
     rounding = 10 * jnp.finfo(times.dtype).eps * jnp.maximum(norms[0], norms[-1])
     to_infinity = norms[-1] <= best + rounding
     return jnp.where(to_infinity, jnp.inf, time), 0.5 * loss.weight * jnp.where(to_infinity, norms[-1], best) ** 2
 
 
 def _time_grid(eigenvalues: Array) -> Array:
-    """0, all times between which outputs change, in even steps of their logarithm, and inf."""
+    """Return 0, all times between which outputs change, in even steps of their logarithm, and inf."""
     positive = eigenvalues > 0
     largest = jnp.where(positive[0], eigenvalues[0], 1)
     smallest = jnp.minimum(largest, jnp.min(jnp.where(positive, eigenvalues, jnp.inf)))
@@ -280,7 +300,7 @@ def _digits(values: Array) -> float:
 
 
 def _distance_on_test(regression: KernelRegression, loss: SquareLoss) -> Callable[[Array], Array]:
-    r"""A function of t to a short vector of the norm of $y_{test}(t) - y^*_{test}$, at the price of few products.
+    r"""Return a function of t to a short vector of the norm of $y_{test}(t) - y^*_{test}$, by few products.
 
     The displacements u(t) of all times lie to rounding in a space of few dimensions, because exponentials e^{-t lambda}
     do. So the test outputs of a basis of it are all that is needed, and of these the triangular factor.

@@ -11,8 +11,8 @@ z = dy/deps, follows a linear equation along the tangent flow, with all derivati
 
 So alpha (y_alpha - ybar) -> z and alpha^2 (w_alpha - wbar) = alpha (u_alpha - ubar) -> v. Nothing divides by eps.
 
-The linear part of the pair (ubar, v) is that of the tangent flow, twice: what is stiff in one is stiff in the other,
-and an exponential solver that has diagonalized the one has the other.
+The linear part of the pair (ubar, v) is that of the tangent flow, twice: what is stiff in ubar is stiff in v, and one
+eigendecomposition serves both.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_times, is_concrete
+from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.difference.finite_jvp import finite_jvp
@@ -38,7 +39,7 @@ from lazyjax.flow.exponential import TangentExponential
 from lazyjax.flow.field import ScaledObjective, TangentField, make_field
 from lazyjax.flow.gradient_flow import Flow, Options, check_options, ends_at_infinity, integrate, nonfinite_unless
 from lazyjax.flow.linear_part import KrylovPart, LinearizationPoint, SpectralPart
-from lazyjax.flow.result import check_successful
+from lazyjax.flow.result import check_successful, in_words, is_array
 from lazyjax.flow.start import as_scalar, check_start, values_of
 from lazyjax.losses.hessian_root import HessianRoot
 from lazyjax.losses.loss import Loss, as_loss
@@ -56,8 +57,8 @@ class Correction(eqx.Module):
             (time, n, k).
         displacement: $v(t) = \lim \alpha^2(w_\alpha(t) - \bar w_\alpha(t))$, a tree of w0's coordinates with a leading
             time axis.
-        output_gap: $\|z(t)\|_F$ in the loss's metric, (time,): `compare(...).output_gap` is this over alpha, and a
-            share O(1/alpha) of it.
+        output_gap: $\|z(t)\|_F$ in the loss's metric, (time,): `compare(...).output_gap` is this over alpha, up
+            to a share O(1/alpha) of it.
         param_gap: $\|v(t)\|$, (time,): `compare(...).param_gap` is this over alpha^2, likewise.
         tangent_flow: The tangent flow along which it was computed, with `outputs` and `displacement`; its `result`
             and `stats` are those of the one solve of both.
@@ -69,6 +70,21 @@ class Correction(eqx.Module):
     output_gap: Float[Array, " time"]
     param_gap: Float[Array, " time"]
     tangent_flow: Flow
+
+    def __repr__(self) -> str:
+        """Return the two gaps at the end, the shapes, and the flow along which they were found, in a few lines."""
+        if not all(map(is_array, (self.ts, self.output_gap, self.param_gap))):
+            return eqx.tree_pformat(self)
+        rows = [
+            ("output_gap", f"{in_words(np.asarray(self.output_gap)[..., -1])} / alpha at the end"),
+            ("param_gap", f"{in_words(np.asarray(self.param_gap)[..., -1])} / alpha^2 at the end"),
+            ("outputs", str(self.outputs.shape)),
+            ("displacement", ", ".join(str(leaf.shape) for leaf in jtu.tree_leaves(self.displacement))),
+        ]
+        table, flow = format_table(rows).splitlines(), f"along a {self.tangent_flow}".splitlines()
+        return "\n  ".join(["Correction to first order in 1/alpha", *table, *flow])
+
+    __str__ = __repr__
 
 
 def lazy_correction(
@@ -83,11 +99,11 @@ def lazy_correction(
     max_steps: int = 4096,
     throw: bool = True,
 ) -> Correction:
-    r"""The limits of $\alpha(y_\alpha - \bar y)$ and $\alpha^2(w_\alpha - \bar w_\alpha)$ as $\alpha \to \infty$.
+    r"""Return the limits of $\alpha(y_\alpha - \bar y)$ and $\alpha^2(w_\alpha - \bar w_\alpha)$ at $\alpha = \infty$.
 
     These are the constants in the rates of lazy training, from one solve at $\alpha = \infty$ and without a fit: at a
     fixed time the output gap is output_gap/alpha, the distance of the parameters param_gap/alpha^2, both up to a share
-    O(1/alpha). Where the outputs' limit is zero, as for a mirrored model, their gap falls as 1/alpha^2 or faster.
+    O(1/alpha). If the limit of the outputs is zero, as for a symmetrized model, their gap falls as 1/alpha^2 or faster.
 
     A ReLU model is smooth near w0 unless a unit sits on its kink there: its limits are right too, and describe the
     flows at those alpha that are large enough for no unit to cross its kink.
@@ -98,7 +114,7 @@ def lazy_correction(
         loss: R on outputs, twice differentiable.
         w0: Start; any pytree, its floating arrays are the coordinates.
         ts: Times to save at, strictly increasing; the first is the start, the last may be inf: run until the tangent
-            flow and the correction both stand still. (Where Dh(w0) does not reach the target, the correction may grow
+            flow and the correction both stand still. (If Dh(w0) does not reach the target, the correction may grow
             for ever.) A vector-field evaluation costs a small multiple of a gradient.
         solver: Any diffrax solver. None: as `gradient_flow` at alpha = inf, `TangentExponential` or Tsit5 by predicted
             cost (`tangent_flow.stats["solver"]` says which).
@@ -111,13 +127,13 @@ def lazy_correction(
         `Correction`.
 
     Raises:
-        ValueError, TypeError: as `gradient_flow` at alpha = inf; w0 on a kink of h, or where D^2h is not finite (as
-            seen along the first step of the flow, outside of a trace).
+        ValueError, TypeError: as `gradient_flow` at alpha = inf; w0 lies on a kink of h, or D^2h is not finite there
+            (as seen along the first step of the flow, outside of a trace).
         equinox.EquinoxRuntimeError: `throw` and the solve stopped early.
 
     Source:
         Chizat, Oyallon, Bach (2019), theorem 2.2 has the rates; the limits are ours. That those of the outputs vanish
-        for mirrored models, which the paper does not say, is their antisymmetry: h(Sw) = -h(w).
+        for symmetrized models, which the paper does not say, is their antisymmetry: h(Sw) = -h(w).
 
     Example:
         >>> from lazyjax import square_loss
@@ -149,12 +165,12 @@ class PairField(TangentField):
     """
 
     def _anchor(self) -> tuple[Callable[[Params], Outputs], Params]:
-        """The model as a function of the coordinates, and those of w0."""
+        """Return the model as a function of the coordinates, and those of w0."""
         coordinates, rest = eqx.partition(self.tangent.w0, eqx.is_inexact_array)
         return lambda w: self.tangent.h(eqx.combine(w, rest)), coordinates
 
     def outputs(self, u: Params) -> Outputs:
-        r"""$\bar y = Dh\,\bar u$ and $z = Dh\,v + \frac12 D^2h(\bar u, \bar u)$, (2n,) or (2n, k).
+        r"""Return $\bar y = Dh\,\bar u$ and $z = Dh\,v + \frac12 D^2h(\bar u, \bar u)$, (2n,) or (2n, k).
 
         `finite_jvp` would give z as its derivative by eps, but not through a `jax.custom_jvp`, whose value at eps = 0
         it takes for itself.
@@ -165,13 +181,13 @@ class PairField(TangentField):
         return self.start + jnp.concatenate([slope, self.tangent.jvp(v) + 0.5 * bend])
 
     def linearization_point(self, u: Params | None = None) -> LinearizationPoint:
-        """The model at w0, twice; the loss where u has taken the outputs of the tangent model."""
+        """Return the model at w0, twice; the loss where u has taken the outputs of the tangent model."""
         outputs = self.start if u is None else self.outputs(u)
         root = self.loss.root(jnp.split(outputs, 2)[0])
         return LinearizationPoint(_Twice(self.tangent.h), self.rest, self.coordinates, _TwiceRoot(root))
 
     def __call__(self, u: Params) -> Params:
-        r"""$(\bar u', v')$."""
+        r"""Return $(\bar u', v')$."""
         model, w0 = self._anchor()
         y, z = jnp.split(self.outputs(u), 2)
         cotangents = jax.jvp(self.loss.cotangent, (y,), (z,))
@@ -185,7 +201,7 @@ class PairField(TangentField):
 
 
 class _Twice(eqx.Module):
-    """A model of two sets of parameters: the outputs of both."""
+    """The model of two sets of parameters that returns the outputs of both."""
 
     h: Model
 
@@ -194,21 +210,21 @@ class _Twice(eqx.Module):
 
 
 class _TwiceRoot(HessianRoot):
-    """The same root for both."""
+    """The root of a loss on each half of the outputs of `_Twice`."""
 
     root: HessianRoot
 
     def apply(self, v: Outputs) -> Outputs:
-        """S of each half."""
+        """Return S v of each half."""
         return jax.vmap(self.root.apply)(v.reshape(2, -1, *v.shape[1:])).reshape(v.shape)
 
     def transpose(self, v: Outputs) -> Outputs:
-        """S^T of each half."""
+        """Return S^T v of each half."""
         return jax.vmap(self.root.transpose)(v.reshape(2, -1, *v.shape[1:])).reshape(v.shape)
 
 
 def _attach(solver: TangentExponential, single: TangentField, pair: PairField, horizon: Array) -> TangentExponential:
-    """The solver with the linear part of the pair: of the tangent flow, found once, for both."""
+    """Return the solver with the linear part of the pair: that of the tangent flow, found once, for both."""
     if solver.relinearize:  # it finds new ones by itself
         rank = None if solver.rank is None else 2 * solver.rank
         return dataclasses.replace(solver, rank=rank).attach(pair, horizon)
@@ -247,7 +263,7 @@ def _lazy_correction(
 
 
 def _check_smooth(h: Model, loss: Loss, w0: Params) -> None:
-    """Refuse a start on a kink, or where the second derivative does not exist, as far as the first step can tell."""
+    """Check that w0 is not on a kink and has a second derivative, as far as the first step can tell."""
     if not is_concrete((eqx.filter((h, loss), eqx.is_array), w0)):
         return
     bend, forward, backward = values_of(_probe, h, loss, w0)
@@ -270,7 +286,7 @@ def _check_smooth(h: Model, loss: Loss, w0: Params) -> None:
 
 @eqx.filter_jit
 def _probe(h: Model, loss: Loss, w0: Params) -> tuple[Outputs, Outputs, Outputs]:
-    """D^2h(d, d) along the first step d, and the difference quotients over one unit of rounding on either side."""
+    """Return D^2h(d, d) for the first step d, and the difference quotients over one unit of rounding on either side."""
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
 
     def model(w: Params) -> Outputs:

@@ -1,14 +1,14 @@
-r"""The linear part $L = -B^T B$ of a gradient flow about an anchor, and functions of it on vectors.
+r"""The linear part $L = -B^T B$ of a gradient flow about a point, and functions of it on vectors.
 
-With J the Jacobian at the anchor and $\nabla^2 R = SS^T$ there, $B = S^T J$: the Gauss-Newton part. For any D,
+With J the Jacobian at the point and $\nabla^2 R = SS^T$ there, $B = S^T J$: the Gauss-Newton part. For any D,
 
     phi_k(hL) D = D/k! - h B^T phi_{k+1}(-h BB^T) B D,
 
 so only functions of the small matrix $BB^T$ are needed and never a division by its eigenvalues: one jvp and one
-vjp a vector, nothing of size p^2 or p n. They come from its eigendecomposition (`SpectralPart`) or from Lanczos
+vjp per vector, nothing of size p^2 or p n. They come from its eigendecomposition (`SpectralPart`) or from Lanczos
 with the vector at hand (`KrylovPart`).
 
-Source: design of exponential integrators as in Hochbruck, Ostermann, Acta Numerica 19 (2010).
+Source: design of exponential integrators as in Hochbruck, Ostermann (2010), Exponential integrators, Acta Numerica 19.
 """
 
 import abc
@@ -32,11 +32,11 @@ from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.losses.hessian_root import HessianRoot
 
 GRAM_BLOCK = 128
-"""Columns of the Gram (a jvp and a vjp each) that are made side by side."""
+"""Columns of the Gram (a jvp and a vjp each) that are made at the same time."""
 
 
 class Products(eqx.Module):
-    """B and its transpose at the anchor."""
+    """The products with B and its transpose at a linearization point."""
 
     jvp: Callable[[Params], Outputs]
     root: HessianRoot
@@ -44,17 +44,17 @@ class Products(eqx.Module):
     dtype: Any = eqx.field(static=True)
 
     def matvec(self, v: Params) -> Array:
-        """B v, flat."""
+        """Return B v, flat."""
         return self.root.transpose(self.jvp(v)).ravel()
 
     def rmatvec(self, r: Array, like: Params) -> Params:
-        """B^T r."""
+        """Return B^T r."""
         (out,) = jax.linear_transpose(self.jvp, like)(self.root.apply(r.reshape(self.shape)))
         return out
 
 
 class LinearizationPoint(eqx.Module):
-    """A model at an anchor, every array a leaf and the rest static, so that it can travel through a solver."""
+    """A model at a point, every array a leaf and the rest static, so that it can travel through a solver."""
 
     coordinates: Params
     root: HessianRoot
@@ -74,7 +74,7 @@ class LinearizationPoint(eqx.Module):
         return lambda w: h(eqx.combine(w, rest))
 
     def flops(self) -> float:
-        """Multiply-adds of one evaluation of the model."""
+        """Return the multiply-adds of one evaluation of the model."""
         return count_flops(self._model(), self.coordinates)
 
     def products(self) -> Products:
@@ -87,8 +87,8 @@ class LinearizationPoint(eqx.Module):
 class Expansion(eqx.Module):
     """A vector D = d + B^T s, and B D in coordinates in which BB^T is diagonal.
 
-    By Lanczos these are its own: `basis` takes them to the outputs, and `residual` is the vector that comes next, with
-    `residual_row` the couplings to it.
+    With Lanczos every vector has its own coordinates: `basis` takes them to the outputs, and `residual` is the vector
+    that comes next, with `residual_row` the couplings to it.
     """
 
     direct: Params
@@ -100,12 +100,12 @@ class Expansion(eqx.Module):
     residual_row: Array | None = None
 
     def in_outputs(self, z: Array) -> Array:
-        """Coordinates on the Krylov basis, as outputs."""
+        """Return outputs from their coordinates on the Krylov basis."""
         assert self.basis is not None
         return self.basis @ z
 
     def beyond(self, z: Array) -> Array:
-        """What BB^T makes of coordinates outside of the Krylov space."""
+        """Return the part of BB^T times these coordinates that lies outside of the Krylov space."""
         assert self.residual_row is not None
         assert self.residual is not None
         return (self.residual_row @ z) * self.residual
@@ -116,31 +116,31 @@ Piece = tuple[Expansion, Any, Mapping[int, Any]]
 
 
 class LinearPart(eqx.Module):
-    """L at an anchor; subclasses say how to take functions of it."""
+    """The linear part L at a point; subclasses say how to take functions of it."""
 
     point: eqx.AbstractVar[LinearizationPoint]
     top: eqx.AbstractVar[Array]
 
     @abc.abstractmethod
     def expand(self, b: Products, direct: Params, lifted: Array) -> Expansion:
-        """D = d + B^T s in coordinates; s in those of `combine`."""
+        """Return D = d + B^T s in coordinates; s in those of `combine`."""
 
     @abc.abstractmethod
     def origin(self) -> Array:
-        """s = 0."""
+        """Return s = 0."""
 
     @abc.abstractmethod
     def subtract(self, b: Products, e: Expansion, others: Sequence[Expansion], lifted: Array) -> Expansion:
-        """Of D_e less the others, plus B^T of `lifted`."""
+        """Return the expansion of D_e less the others, plus B^T of `lifted`."""
 
     def truncated(self, b: Products, h: Array, pieces: Sequence[Piece], error: Params) -> Params:
-        """An error estimate of the scheme, joined by that of the functions themselves; exact ones add nothing."""
+        """Return the error estimate of the scheme plus that of the functions themselves; exact ones add nothing."""
         del b, h, pieces
         return error
 
     @abc.abstractmethod
     def combine(self, b: Products, h: Array, pieces: Sequence[Piece]) -> tuple[Params, Array]:
-        """The sum delta of the pieces, and B delta (as what `expand` takes for s)."""
+        """Return the sum delta of the pieces, and B delta (in the form that `expand` takes for s)."""
 
 
 def _sum(arrays: Sequence[Array]) -> Array:
@@ -148,12 +148,12 @@ def _sum(arrays: Sequence[Array]) -> Array:
 
 
 def _factor(h: Array, weights: Mapping[int, Any]) -> Array:
-    """Of D itself in the sum of h b phi_k(c h L) D."""
+    """Return the factor of D itself in the sum of h b phi_k(c h L) D."""
     return h * _sum([jnp.asarray(b, h.dtype) / math.factorial(k) for k, b in weights.items()])
 
 
 def _inside(values: Array, h: Array, c: Any, weights: Mapping[int, Any], shift: int) -> Array:
-    """Sum of b phi_{k+shift}(-c h values)."""
+    """Return the sum of b phi_{k+shift}(-c h values)."""
     return _sum([jnp.asarray(b, h.dtype) * phi(-c * h * values, k + shift) for k, b in weights.items()])
 
 
@@ -164,7 +164,10 @@ def _direct(h: Array, pieces: Sequence[Piece]) -> Params:
 
 
 class SpectralPart(LinearPart):
-    """By the eigendecomposition of BB^T, or its leading part, shared by all lanes of a vmap that share the anchor."""
+    """The linear part by the eigendecomposition of BB^T, or its leading part.
+
+    It is shared by all lanes of a vmap that share the linearization point.
+    """
 
     point: LinearizationPoint
     top: Float[Array, ""]
@@ -172,32 +175,32 @@ class SpectralPart(LinearPart):
     vectors: Float[Array, "m r"]
 
     def leading(self, horizon: float, *, block: int = 64) -> "SpectralPart":
-        """Only what is stiff over this time: modes with h lambda below 0.1 need no exponential, but cost their share.
+        """Return only what is stiff over this time: modes with h lambda below 0.1 need no exponential.
 
-        Their number is rounded up to whole blocks, so that a little change of data is no new program.
+        Their number is rounded up to whole blocks, so that slightly different data are no new program.
         """
         kept = int(np.sum(np.asarray(self.values) * horizon > 0.1))
         kept = min(self.values.size, max(block, -(-kept // block) * block))
         return SpectralPart(self.point, self.top, self.values[-kept:], self.vectors[:, -kept:])
 
     def origin(self) -> Array:
-        """s = 0."""
+        """Return s = 0."""
         return jnp.zeros_like(self.values)
 
     def expand(self, b: Products, direct: Params, lifted: Array) -> Expansion:
-        """Coordinates of B D on the eigenvectors; s is held in them too, so that BB^T s needs no product."""
+        """Return the coordinates of B D on the eigenvectors; s is held in them too, so that BB^T s needs no product."""
         values, vectors = jax.lax.stop_gradient((self.values, self.vectors))
         return Expansion(direct, lifted, b.matvec(direct) @ vectors + values * lifted, values)
 
     def subtract(self, b: Products, e: Expansion, others: Sequence[Expansion], lifted: Array) -> Expansion:
-        """In coordinates, without a product."""
+        """Subtract in coordinates, without a product."""
         del b
         parts = [(x.direct, x.lifted, x.coordinates) for x in (e, *others)]
         direct, s, z = jtu.tree_map(lambda x, *rest: x - _sum(rest), *parts)
         return Expansion(direct, s + lifted, z + e.values * lifted, e.values)
 
     def combine(self, b: Products, h: Array, pieces: Sequence[Piece]) -> tuple[Params, Array]:
-        """The sum of the pieces: one product with the eigenvectors and one vjp for all of them."""
+        """Return the sum of the pieces: one product with the eigenvectors and one vjp for all of them."""
         vectors = jax.lax.stop_gradient(self.vectors)
         direct = _direct(h, pieces)
         z = _sum(
@@ -212,7 +215,7 @@ class SpectralPart(LinearPart):
 
 @jax.custom_jvp
 def _constant(start: Array) -> Array:
-    """The same vector, not to be differentiated: the derivative of a Krylov space has a pole where the space ends."""
+    """Return the vector, not to be differentiated: the derivative of a Krylov space has a pole where the space ends."""
     return start
 
 
@@ -227,7 +230,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 class KrylovPart(LinearPart):
-    """By Lanczos in the outputs' space, started from each vector: no Gram is formed."""
+    """The linear part by Lanczos in the outputs' space, started from each vector: no Gram is formed."""
 
     point: LinearizationPoint
     top: Float[Array, ""]
@@ -236,11 +239,11 @@ class KrylovPart(LinearPart):
     dtype: Any = eqx.field(static=True)
 
     def origin(self) -> Array:
-        """s = 0."""
+        """Return s = 0."""
         return jnp.zeros(self.size, self.dtype)
 
     def expand(self, b: Products, direct: Params, lifted: Array) -> Expansion:
-        """Coordinates of B D on the Ritz vectors of its own Krylov space; s is held in the outputs' space."""
+        """Return the coordinates of B D on the Ritz vectors of its Krylov space; s is held in the outputs' space."""
         start = _constant(b.matvec(jtu.tree_map(jnp.add, direct, b.rmatvec(lifted, direct))))
         space = krylov(lambda r: b.matvec(b.rmatvec(r, direct)), start, self.num_lanczos)
         values, ritz = jnp.linalg.eigh(space.projected)
@@ -250,13 +253,13 @@ class KrylovPart(LinearPart):
         )
 
     def subtract(self, b: Products, e: Expansion, others: Sequence[Expansion], lifted: Array) -> Expansion:
-        """By a Krylov space of its own."""
+        """Subtract, and expand the difference in a Krylov space of its own."""
         parts = [(x.direct, x.lifted) for x in (e, *others)]
         direct, s = jtu.tree_map(lambda x, *rest: x - _sum(rest), *parts)
         return self.expand(b, direct, s + lifted)
 
     def combine(self, b: Products, h: Array, pieces: Sequence[Piece]) -> tuple[Params, Array]:
-        """The sum of the pieces, one vjp for all of them."""
+        """Return the sum of the pieces, with one vjp for all of them."""
         direct = _direct(h, pieces)
         z = _sum(
             [
@@ -271,7 +274,7 @@ class KrylovPart(LinearPart):
         return jtu.tree_map(jnp.add, direct, b.rmatvec(z, direct)), image
 
     def truncated(self, b: Products, h: Array, pieces: Sequence[Piece], error: Params) -> Params:
-        r"""Adds what the Krylov spaces are too small for: the next vector, times its first coefficient.
+        r"""Add what the Krylov spaces are too small for: the next vector, times its first coefficient.
 
         phi_k(-hA) v and its projection differ by about $h \beta [\varphi_{k+1}(-hT)]_{m1} |v| q_{m+1}$ (Saad 1992).
         """
@@ -282,21 +285,21 @@ class KrylovPart(LinearPart):
 
 
 def spectral_part(point: LinearizationPoint) -> SpectralPart:
-    """Diagonalize BB^T at the anchor."""
+    """Return the linear part at a point, with BB^T diagonalized."""
     point = jax.lax.stop_gradient(point)
     size = math.prod(point.products().shape)
     gram = _times(point, size, lambda i: jnp.arange(size) == i)
-    # Its lower triangle is enough, and no copy is made to symmetrize it.
+    # The lower triangle is enough, and no copy is made to symmetrize it.
     values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
     values = jnp.maximum(values, 0)  # rounding may leave negative ones, which would grow
     return SpectralPart(point, values[-1], values, vectors)
 
 
 def ritz_part(point: LinearizationPoint, rank: int, guess: Array | None = None) -> SpectralPart:
-    r"""The leading part of BB^T without its Gram, by subspace iteration: with Ritz values and vectors for eigenpairs.
+    r"""Return the leading part of BB^T without its Gram: Ritz values and vectors, by subspace iteration.
 
     L = -B^T V V^T B for any orthonormal V: functions of it are exact on Ritz pairs that are far from being
-    eigenpairs, and what they miss is left to N. So a few products do, from a guess at hand one.
+    eigenpairs, and what they miss is left to N. So a few products do, and one if there is a guess.
     """
     point = jax.lax.stop_gradient(point)
     b = point.products()
@@ -311,7 +314,7 @@ def ritz_part(point: LinearizationPoint, rank: int, guess: Array | None = None) 
 
 
 def _times(point: LinearizationPoint, count: int, row: Callable[[Array], Array]) -> Array:
-    """BB^T on vectors, as rows, some of them side by side."""
+    """Return BB^T on vectors, as rows, some of them at the same time."""
     b, like = point.products(), point.coordinates
 
     def product(i: Array) -> Array:
@@ -321,7 +324,7 @@ def _times(point: LinearizationPoint, count: int, row: Callable[[Array], Array])
 
 
 def krylov_part(point: LinearizationPoint, num_lanczos: int) -> KrylovPart:
-    """No set-up but the largest eigenvalue, from 20 products."""
+    """Return the linear part by Lanczos: its set-up is the largest eigenvalue, from 20 products."""
     point = jax.lax.stop_gradient(point)
     b, like = point.products(), point.coordinates
     size = math.prod(b.shape)

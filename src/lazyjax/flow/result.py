@@ -116,3 +116,15 @@ def check_successful(result: Result, out: Any) -> Any:
     if is_array(value) and np.all(np.asarray(value) == _number(RESULTS.successful)):
         return out  # without a program for the comparison and the error
     return result.error_if(out, result != RESULTS.successful)
+
+
+def in_words(values: Any) -> str:
+    """Return a number as text; for several lanes the smallest and the largest."""
+    low, high = (f"{number(np.asarray(values)):.4g}" for number in (np.min, np.max))
+    return low if low == high else f"{low} to {high}"
+
+
+def solver_words(item: Any) -> str:
+    """Return what an item of `SOLVERS` says; for several lanes all that they say."""
+    (value,) = jtu.tree_leaves(item)
+    return ", ".join(SOLVERS._index_to_message[number] for number in np.unique(np.asarray(value)))

@@ -17,20 +17,31 @@ WINDOW = 256
 """Attempts that must all be small before the steps count as collapsed."""
 
 SMALL = 1 / 30
-"""Against the longest accepted step: stiffness that grows as features are learned takes away less."""
+"""Share of the longest accepted step below which one is small: stiffness that grows with the features takes less."""
 
 REJECTED = 0.25
-"""Share of the attempts: an explicit method at its stability bound rejects about a fifth."""
+"""Share of rejected attempts of a collapse: an explicit method at its stability bound rejects about a fifth."""
 
 PROGRESS = 0.1
 """Share of the time gone by that the window must add in a flow without an end."""
 
 COLLAPSED = RESULTS.max_steps_rejected
-"""What the controller returns; nothing else in a flow does."""
+"""The result that the controller returns; nothing else in a flow does."""
 
 
 class WatchState(eqx.Module):
-    """The controller's own state, all attempts, the longest step; since the last one not small, counts and a time."""
+    """The state of the watch.
+
+    Attributes:
+        inner: State of the wrapped controller.
+        begin: Start of the flow.
+        end: Its end.
+        total: Attempts so far.
+        longest: The longest accepted step.
+        attempts: Attempts since the last accepted step that was not small.
+        rejected: Those of them that were rejected.
+        since: Time of that step.
+    """
 
     inner: Any
     begin: Array
@@ -43,7 +54,7 @@ class WatchState(eqx.Module):
 
 
 class WatchedController(diffrax.AbstractAdaptiveStepSizeController):
-    """Another controller, and the watch over its steps; implicit solvers take their tolerances from it."""
+    """A controller that wraps another one and watches its steps; implicit solvers take their tolerances from it."""
 
     rtol: Any
     atol: Any
@@ -56,23 +67,30 @@ class WatchedController(diffrax.AbstractAdaptiveStepSizeController):
         self.controller, self.max_steps = controller, max_steps
 
     def wrap(self, direction: Any) -> "WatchedController":
-        """As the controller's."""
+        """Return this watch over the wrapped controller's `wrap`."""
         wrapped = self.controller.wrap(direction)
         assert isinstance(wrapped, diffrax.AbstractAdaptiveStepSizeController)
         return WatchedController(wrapped, self.max_steps)
 
     def init(self, terms: Any, t0: Any, t1: Any, *args: Any, **kwargs: Any) -> tuple[Any, WatchState]:
-        """As the controller's."""
+        """Delegate to the wrapped controller; nothing has been attempted yet."""
         t_next, inner = self.controller.init(terms, t0, t1, *args, **kwargs)
         t0 = jnp.asarray(t0)
         zero = jnp.zeros_like(t0)  # counts too are held in the dtype of time, to be weighed against it
         return t_next, WatchState(inner, t0, jnp.asarray(t1, t0.dtype), zero, zero, zero, zero, t0)
 
     def adapt_step_size(
-        self, t0: Any, t1: Any, y0: Any, y1_candidate: Any, args: Any, y_error: Any, error_order: Any,
+        self,
+        t0: Any,
+        t1: Any,
+        y0: Any,
+        y1_candidate: Any,
+        args: Any,
+        y_error: Any,
+        error_order: Any,
         controller_state: WatchState,
-    ) -> tuple[Any, Any, Any, Any, WatchState, RESULTS]:  # fmt: skip
-        """The controller's answer, unless the steps have collapsed."""
+    ) -> tuple[Any, Any, Any, Any, WatchState, RESULTS]:
+        """Return the wrapped controller's answer, unless the steps have collapsed."""
         state = controller_state
         keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, state.inner
