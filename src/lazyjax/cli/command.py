@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from lazyjax.cli.output import REPORT, STAGE, check_folder, describe, versions
+from lazyjax._core.records import whole_file, write_whole
+from lazyjax.cli.output import REPORT, all_versions, check_folder, describe
 from lazyjax.cli.quiet import without_cache_noise
 from lazyjax.cli.report import Report, check_options, choose_model, load_data, render_files
 from lazyjax.cli.reproduce import (
@@ -38,14 +39,14 @@ from lazyjax.theory.verify import verify
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Try every theorem on random nets, losses, data and scales.
+    """Check every theorem on random networks, losses, data and scales.
 
-    Prints how often each bound was violated, how sharp it was, the rates in alpha, and where the sources err. In
-    float64. Ends with code 1 if anything is violated.
+    Prints how often each bound was violated, how sharp it was, the rates in alpha, and where the published statements
+    fail and the corrected ones hold. Computes in float64. Exits with code 1 if anything is violated.
 
     Attributes:
-        instances: Of each of ten families of problems; each is followed at seven scales.
-        seed: Of everything random.
+        instances: How many problems of each of ten families; each is followed at seven scales.
+        seed: Random seed of the problems.
     """
 
     instances: int = 15
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        argv: Arguments; None for the process's own.
+        argv: Arguments; None for those of the process.
 
     Raises:
         SystemExit: with one line on stderr: code 2 for bad input, 1 for a flow that failed, 130 for Ctrl-C.
@@ -100,17 +101,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         kept = isinstance(options, Reproduce) and options.kept.exists()
-        left = "the same command goes on where it stopped" if kept else "nothing written"
+        left = "the same command continues where it stopped" if kept else "nothing written"
         print(f"lazyjax: interrupted, {left}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def describe_machine() -> dict[str, str]:
-    """What `lazyjax info` prints: versions, devices, precision, cache folder."""
+    """Return what `lazyjax info` prints: versions, devices, precision, cache folder."""
     devices = ", ".join(str(device) for device in jax.devices())
     x64 = "on" if jnp.result_type(float) == jnp.float64 else "off; lazyjax report --x64 turns it on"
     return {
-        **versions(),
+        **all_versions(),
         "backend": jax.default_backend(),
         "devices": devices,
         "precision": f"{jnp.result_type(float)} (x64 {x64})",
@@ -119,7 +120,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def default_cache() -> Path:
-    """Where compiled programs are kept: lazyjax's folder in the platform's place for caches."""
+    """Return where compiled programs are kept: a folder of lazyjax in the platform's place for caches."""
     home = Path.home()
     if "XDG_CACHE_HOME" in os.environ:
         base = Path(os.environ["XDG_CACHE_HOME"])
@@ -137,14 +138,14 @@ def _say(text: str) -> None:
 
 
 class Stages:
-    """Says on stderr what is being done, and keeps how long each stage took."""
+    """A clock that says on stderr what is being done, and keeps how long each stage took."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, name: str, text: str) -> Iterator[None]:
-        """One stage: its line when it begins, its time when it ends."""
+        """Print the line of a stage when it begins, keep its time when it ends."""
         _say(text)
         started = time.perf_counter()
         yield
@@ -152,7 +153,7 @@ class Stages:
 
 
 def run_verify(options: Verify) -> None:
-    """`lazyjax verify`."""
+    """Run `lazyjax verify`."""
     jax.config.update("jax_enable_x64", True)
     found = verify(instances=options.instances, seed=options.seed, report=_say)
     print(found)
@@ -161,7 +162,7 @@ def run_verify(options: Verify) -> None:
 
 
 def run_report(options: Report, command: str) -> None:
-    """`lazyjax report`: everything that can be wrong with the input is found before the long work."""
+    """Run `lazyjax report`: everything that can be wrong with the input is found before the long work."""
     alphas = parse_alphas(options.alphas)
     check_options(options)
     _configure(options)
@@ -181,11 +182,19 @@ def run_report(options: Report, command: str) -> None:
         check_folder(options.out, configuration)
         key, probe_key = split_key(options.seed)
         f, w0 = choose_model(options, key, data)
-    with stages("diagnose", "the model beside its tangent model"), without_cache_noise():
+    with stages("diagnose", "the model and its tangent model"), without_cache_noise():
         report = diagnose(
-            f, w0, data.x, data.y, loss=options.loss, test=data.test, alphas=alphas, time=options.time,
-            key=probe_key, progress=True,
-        )  # fmt: skip
+            f,
+            w0,
+            data.x,
+            data.y,
+            loss=options.loss,
+            test=data.test,
+            alphas=alphas,
+            time=options.time,
+            key=probe_key,
+            progress=True,
+        )
     with stages("figures", "drawing the figures"):
         images = {
             (name, kind): encode(figure, kind)
@@ -195,11 +204,11 @@ def run_report(options: Report, command: str) -> None:
     print(report)
     files = render_files(report, images, configuration, command, stages.seconds)
     _write(options.out, {"sweep.nc": report.dataset}, files)
-    print(f"\nwrote {options.out / 'report.html'} (beside it: {REPORT}, sweep.nc, figures/)")
+    print(f"\nwrote {options.out / 'report.html'} (next to it: {REPORT}, sweep.nc, figures/)")
 
 
 def run_reproduce(options: Reproduce) -> None:
-    """`lazyjax reproduce`: settings are checked before the long work, results moved into place at its end."""
+    """Run `lazyjax reproduce`: settings are checked before the long work, results moved into place at its end."""
     if options.figure == "list":
         print(list_figures())
         return
@@ -213,15 +222,14 @@ def run_reproduce(options: Reproduce) -> None:
     print(render_numbers(options, data))
     _write(options.out, {f"{options.figure}.nc": data}, files)
     shutil.rmtree(options.kept, ignore_errors=True)
-    print(f"\nwrote {options.out / options.figure}.png (beside it: .svg, .nc); {stages.seconds['run']:.0f} s")
+    print(f"\nwrote {options.out / options.figure}.png (next to it: .svg, .nc); {stages.seconds['run']:.0f} s")
 
 
 @contextlib.contextmanager
 def _keeping(options: Reproduce, settings: Any) -> Iterator[None]:
-    """What parts of a run belong to lies beside them; a run that ends before it has any leaves nothing."""
+    """Keep the configuration of a run next to its finished parts; a run that ends before it has any leaves nothing."""
     name, there = options.kept / CONFIGURATION, options.out.exists()
-    options.kept.mkdir(parents=True, exist_ok=True)
-    name.write_text(describe_run(options, settings), encoding="utf-8")
+    write_whole(name, describe_run(options, settings))
     try:
         yield
     except BaseException:
@@ -233,31 +241,24 @@ def _keeping(options: Reproduce, settings: Any) -> Iterator[None]:
 
 
 def _configure(options: Report | Reproduce) -> None:
-    """Precision and compilation cache, before JAX computes anything."""
+    """Set precision and compilation cache, before JAX computes anything."""
     if options.x64:
         jax.config.update("jax_enable_x64", True)
     if not options.no_cache:
         folder = options.cache or default_cache()
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Of a hundred small programs each costs little to compile, and all of them seconds.
+        # Small programs too: each costs little to compile, but all of them seconds.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def _write(out: Path, datasets: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Write everything aside, then move it into place, the last file last: no half-written file is ever there."""
-    stage = out / STAGE
-    shutil.rmtree(stage, ignore_errors=True)
-    for name in (*datasets, *files):
-        for folder in (stage, out):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    for name, dataset in datasets.items():
-        dataset.to_netcdf(stage / name, engine="netcdf4")
-    for name, content in files.items():
-        (stage / name).write_bytes(content)
-    for name in (*datasets, *files):
-        with (stage / name).open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(stage / name, out / name)
-    shutil.rmtree(stage)
+    """Write all files under other names, then move them into place in order: none is ever there half-written."""
+    with contextlib.ExitStack() as stack:
+        # The stack closes what it has entered last first.
+        paths = {name: stack.enter_context(whole_file(out / name)) for name in reversed([*datasets, *files])}
+        for name, dataset in datasets.items():
+            dataset.to_netcdf(paths[name], engine="netcdf4")
+        for name, content in files.items():
+            paths[name].write_bytes(content)

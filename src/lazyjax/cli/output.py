@@ -1,4 +1,4 @@
-"""What the command line writes, as values: the configuration and its fingerprints, strict JSON, the checked folder."""
+"""What `lazyjax report` writes, as values: the configuration, strict JSON, and the check of the folder."""
 
 import dataclasses
 import hashlib
@@ -7,12 +7,12 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lazyjax._core.records import check_configuration, digest_of, versions
 from lazyjax.cli.user_model import GAIN, HIDDEN, split_spec
 from lazyjax.data.datasets import DataSet
 from lazyjax.report.certificate import certificate_table
@@ -21,21 +21,16 @@ from lazyjax.report.diagnose import LazinessReport
 REPORT = "report.json"
 """The last file to be written: a folder that holds it is complete."""
 
-STAGE = ".lazyjax-partial"
-"""Where files are written before they are moved into place."""
-
-PACKAGES = ("lazyjax", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy")
-
 ABOUT = (
     "Made by `lazyjax report`. Numbers that are not finite are the strings 'inf', '-inf' and 'nan'. In 'table', gaps "
-    "are the largest over time, all else is at the end of training; 'tangent' is the tangent model. Every curve is in "
-    "sweep.nc (xarray.open_dataset)."
+    "are the largest over time, everything else is at the end of training; 'tangent' is the tangent model. Every curve "
+    "is in sweep.nc (xarray.open_dataset)."
 )
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that the numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+def all_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that the numbers depend on."""
+    return {"python": platform.python_version(), **versions()}
 
 
 def describe(
@@ -48,15 +43,15 @@ def describe(
     seed: int,
     train: int | None,
 ) -> dict[str, Any]:
-    """The configuration of a report: equal ones give equal results.
+    """Return the configuration of a report: equal ones give equal results.
 
     Args:
-        data: What is trained on; enters by the digest of its arrays.
-        model: FILE:FUNCTION, which enters by its name and the digest of the file; None for the default network.
+        data: What is trained on; the digest of its arrays enters.
+        model: FILE:FUNCTION, of which the name and the digest of the file enter; None for the default network.
         alphas: Scales.
-        loss: Its name.
+        loss: Name of the loss.
         time: Flow time, None to have it chosen.
-        seed: Of the init, and of the split of the digits.
+        seed: Random seed of the initial weights, and of the split of the digits.
         train: How many digits, None for a user's own data.
     """
     if model is None:
@@ -66,7 +61,7 @@ def describe(
         source = f"{path.name}:{name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
     return {
         "model": source,
-        "data": f"{'own arrays' if train is None else f'{train} digits'}, sha256 {_digest(data)}",
+        "data": f"{'own arrays' if train is None else f'{train} digits'}, digest {digest_of(data._asdict())}",
         "alphas": encode_numbers(sorted({*alphas, math.inf})),
         "loss": loss,
         "time": time,
@@ -75,21 +70,11 @@ def describe(
     }
 
 
-def _digest(data: DataSet) -> str:
-    digest = hashlib.sha256()
-    for name, array in data._asdict().items():
-        if array is not None:
-            values = np.ascontiguousarray(array)
-            digest.update(f"{name} {values.dtype} {values.shape}".encode())
-            digest.update(values.tobytes())
-    return digest.hexdigest()
-
-
 def check_folder(out: Path, configuration: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds something else than this configuration's results.
+    """Check that a folder may be written to: it is empty, or holds the results of this very configuration.
 
     Raises:
-        ValueError: not a folder, no right to write, other files, or another configuration.
+        ValueError: not a folder, no permission to write, other files, or another configuration.
     """
     remedy = "choose another folder with --out, or delete this one"
     if out.exists() and not out.is_dir():
@@ -97,23 +82,22 @@ def check_folder(out: Path, configuration: Mapping[str, Any]) -> None:
         raise ValueError(msg)
     above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        msg = f"--out {out} cannot be written (no right to write in {above}); choose another folder with --out."
+        msg = f"--out {out} cannot be written (no permission to write in {above}); choose another folder with --out."
         raise ValueError(msg)
-    if not out.exists() or not {path.name for path in out.iterdir()} - {STAGE}:
+    # What a run leaves behind that is killed while it writes does not count.
+    if not any(path.is_file() and not path.match(".*.partial") for path in out.rglob("*")):
         return
     there = _read_configuration(out / REPORT)
     if there is None:
         msg = f"--out {out} holds files that are not a lazyjax report, nothing was overwritten; {remedy}."
         raise ValueError(msg)
-    differ = [name for name in {**configuration, **there} if configuration.get(name) != there.get(name)]
-    if differ:
-        changes = ", ".join(f"{name} {there.get(name)} there and {configuration.get(name)} here" for name in differ)
-        msg = f"--out {out} holds the results of another configuration ({changes}), nothing was overwritten; {remedy}."
-        raise ValueError(msg)
+    check_configuration(
+        configuration, there, holder=f"--out {out}", kind="report", remedy=f"nothing was overwritten; {remedy}"
+    )
 
 
 def _read_configuration(path: Path) -> dict[str, Any] | None:
-    """The configuration in a `report.json` of ours, None for any other file."""
+    """Return the configuration in a `report.json` of ours, None for any other file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("configuration")
     except (OSError, ValueError, AttributeError):
@@ -124,7 +108,7 @@ def _read_configuration(path: Path) -> dict[str, Any] | None:
 def report_json(
     report: LazinessReport, configuration: Mapping[str, Any], command: str, seconds: Mapping[str, float]
 ) -> str:
-    """The report without its curves, as strict JSON; `ABOUT` says how to read it."""
+    """Return the report without its curves as strict JSON; `ABOUT` says how to read it."""
     slopes = {name: dataclasses.asdict(slope) for name, slope in report.slopes.items()}
     content = {
         "about": ABOUT,
@@ -136,14 +120,14 @@ def report_json(
         "settings": dict(report.dataset.attrs),
         "configuration": dict(configuration),
         "command": command,
-        "versions": versions(),
+        "versions": all_versions(),
         "timings_s": {name: round(value, 3) for name, value in seconds.items()},
     }
     return json.dumps(encode_numbers(content), indent=1, allow_nan=False) + "\n"
 
 
 def report_table(report: LazinessReport) -> list[dict[str, Any]]:
-    """One row of plain numbers a scale, the tangent model last."""
+    """Return one row of plain numbers per scale, the tangent model last."""
     data = report.dataset
     rows: list[dict[str, Any]] = [{"alpha": alpha} for alpha in np.asarray(data["alpha"], np.float64).tolist()]
     for name in (str(name) for name in data.data_vars if not str(name).endswith("_failed")):
@@ -162,7 +146,7 @@ def report_table(report: LazinessReport) -> list[dict[str, Any]]:
 
 
 def encode_numbers(value: Any) -> Any:
-    """Plain JSON values: NumPy's scalars as Python's, numbers that are not finite as strings."""
+    """Return plain JSON values: Python scalars instead of NumPy's, strings for numbers that are not finite."""
     if isinstance(value, Mapping):
         return {str(name): encode_numbers(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Keeps XLA's false alarms about cached programs off the screen, and nothing else."""
+"""A filter that keeps the false alarms of XLA about cached programs off the screen, and nothing else."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ NOISE = b"cpu_aot_loader"
 def without_cache_noise() -> Iterator[None]:
     """Drop the lines on stderr that XLA writes for every program that it finds in the compilation cache on CPU.
 
-    They say that the machine does not fit, with the list of its features, twice a program, because XLA's check takes
-    two preferences of its own compiler for features (jax issue 38445). XLA's log level can only be set before JAX is
+    They say, twice per program, that the machine does not fit, with the list of its features, because the check takes
+    two preferences of XLA's own compiler for features (jax issue 38445). XLA's log level can only be set before JAX is
     imported, so its lines are filtered here, on their way from XLA to the file descriptor. Python's own stderr,
     progress bars included, goes where it went before.
     """

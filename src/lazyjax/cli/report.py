@@ -1,4 +1,4 @@
-"""`lazyjax report`: its options, what they may get wrong, and what it makes, as values; `cli` prints and writes."""
+"""`lazyjax report`: its options and their checks, and what it makes, as values."""
 
 import base64
 import dataclasses
@@ -11,7 +11,7 @@ import jax
 import tyro
 
 from lazyjax._core.types import Model, Params
-from lazyjax.cli.output import REPORT, report_json, versions
+from lazyjax.cli.output import REPORT, all_versions, report_json
 from lazyjax.cli.user_model import check_model, default_model, load_model, split_spec
 from lazyjax.data.datasets import DataSet, digits, load_arrays
 from lazyjax.report.diagnose import LazinessReport
@@ -25,23 +25,23 @@ NUM_DIGITS = 256
 class Report:
     """Tell how lazily a model trains.
 
-    Trains it and its tangent model at many output scales alpha, prints what it finds, and writes one folder:
-    report.html to read, report.json, sweep.nc with every curve, and the figures. Without arguments: a small
+    Trains the model and its tangent model at many output scales alpha, prints the results, and writes one folder:
+    report.html to read, report.json, sweep.nc with every curve, and the figures. Without arguments it takes a small
     network on handwritten digits.
 
     Attributes:
         model: Your network: a file and a function in it, build(key) -> (f, params), with f(params, x) -> outputs
-            for a batch x. Without it: a small tanh network of the size of the data.
+            for a batch x. Default: a small tanh network of the size of the data.
         data: Your data: a .npz file with arrays x and y, and optionally x_test and y_test. Integer y are classes.
-            Without it: scikit-learn's handwritten digits.
+            Default: the handwritten digits of scikit-learn.
         alphas: Output scales in (0, inf]; inf, the numerical floor, is added.
         loss: Square (classes become one-hot rows), softmax (cross-entropy), or logistic (two classes).
-        time: Flow time to train for, learning rate times steps. Without it: until the tangent model has learned.
-        seed: Of the network's init, and of the split of the digits.
-        train: How many digits to train on, the others are for testing; 256 without it.
+        time: Flow time to train for, learning rate times steps. Default: until the tangent model has learned.
+        seed: Random seed of the initial weights of the network, and of the split of the digits.
+        train: Number of digits to train on, the others are for testing. Default: 256.
         x64: Compute in float64.
-        out: Folder for the results; a folder with another configuration's results is refused.
-        cache: Folder for compiled programs, which make the next run start sooner. Without it: lazyjax's folder in
+        out: Folder for the results; a folder with the results of another configuration is refused.
+        cache: Folder for compiled programs, which make the next run start sooner. Default: a folder of lazyjax in
             the user's cache folder, see `lazyjax info`.
         no_cache: Compile everything anew and keep nothing.
     """
@@ -60,7 +60,11 @@ class Report:
 
 
 def check_options(options: Report) -> None:
-    """What the options themselves can get wrong."""
+    """Check the options by themselves.
+
+    Raises:
+        ValueError: one is out of its range, or does not go with another.
+    """
     if options.model is not None:
         split_spec(options.model)
     if options.time is not None and not 0 < options.time < math.inf:
@@ -75,12 +79,14 @@ def check_options(options: Report) -> None:
 
 
 def load_data(options: Report) -> DataSet:
+    """Return the user's data, or the digits."""
     if options.data is not None:
         return load_arrays(options.data)
     return digits(NUM_DIGITS if options.train is None else options.train, seed=options.seed)
 
 
 def choose_model(options: Report, key: jax.Array, data: DataSet) -> tuple[Model, Params]:
+    """Return the user's model and its parameters, or the default network."""
     if options.model is None:
         return default_model(key, data, options.loss)
     f, w0 = load_model(options.model, key)
@@ -95,13 +101,13 @@ def render_files(
     command: str,
     seconds: Mapping[str, float],
 ) -> dict[str, bytes]:
-    """All files but the dataset: name in the folder to content, the report's JSON last."""
+    """Return all files except the dataset, name in the folder to content, report.json last."""
     sources = {
         name: "data:image/svg+xml;base64," + base64.b64encode(content).decode("ascii")
         for (name, kind), content in images.items()
         if kind == "svg"
     }
-    made = {"command": command, **configuration, "seconds": dict(seconds), "versions": versions()}
+    made = {"command": command, **configuration, "seconds": dict(seconds), "versions": all_versions()}
     files = {f"figures/{name}.{kind}": content for (name, kind), content in images.items()}
     files["report.html"] = render_html(report, sources, made).encode()
     files[REPORT] = report_json(report, configuration, command, seconds).encode()

@@ -1,4 +1,4 @@
-"""`lazyjax reproduce`: its options, what they may get wrong, and what it makes, as values; `cli` prints and writes."""
+"""`lazyjax reproduce`: its options and their checks, and what it makes, as values."""
 
 import ast
 import dataclasses
@@ -10,35 +10,38 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from lazyjax._core.records import check_configuration
+from lazyjax._core.tables import format_table
 from lazyjax.cli.output import encode_numbers
-from lazyjax.experiments.figure import FIGURES, Number, find, settings_of
+from lazyjax.experiments.figure import FIGURES, find, settings_of
 from lazyjax.plot.axes import encode
 
 if TYPE_CHECKING:
     import xarray
 
 CONFIGURATION = "configuration.json"
-"""What the parts beside it belong to."""
+"""The file in the folder of an unfinished run that says what its parts belong to."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Make a figure of the paper anew, and print its numbers beside their references.
+    """Reproduce a figure of the paper, and print its numbers next to their references.
 
-    Writes FIGURE.png, FIGURE.svg and FIGURE.nc (all data, with settings and versions). An interrupted run goes on where
-    it stopped when it is called again.
+    Writes FIGURE.png, FIGURE.svg and FIGURE.nc (all data, with settings and versions). An interrupted run continues
+    where it stopped when the same command is run again.
 
     Attributes:
-        figure: Which one, for example fig1c; `lazyjax reproduce list` names all.
-        size: Small takes seconds to two minutes, default minutes on two cores, paper has the paper's own numbers; gpu
-            has them for deep networks, which take an accelerator.
-        data: Of the figures of deep networks: digits, fashion-mnist or cifar10. Without it: digits at small size,
-            fashion-mnist at default size, cifar10 at gpu size.
-        data_dir: Folder of its files. Without it: where Debian's package dataset-fashion-mnist has them.
+        figure: Name of the figure, for example fig1c; `lazyjax reproduce list` prints all names.
+        size: Small takes between a few seconds and two minutes, default a few minutes on two cores; paper has the
+            numbers of the paper, and gpu has them for deep networks, which take an accelerator.
+        data: Data set for the figures of deep networks: digits, fashion-mnist or cifar10. Default: digits at small
+            size, fashion-mnist at default size, cifar10 at gpu size.
+        data_dir: Folder with the files of the data set. Default: where the Debian package dataset-fashion-mnist has
+            them.
         set: Settings to change, for example --set taus=0.1,1,10 seeds=2.
         seed: The first of the random seeds.
         out: Folder for the files; those of another configuration are not overwritten.
-        cache: Folder for compiled programs. Without it: lazyjax's folder in the user's cache folder.
+        cache: Folder for compiled programs. Default: a folder of lazyjax in the user's cache folder.
         no_cache: Compile everything anew and keep nothing.
     """
 
@@ -54,22 +57,22 @@ class Reproduce:
 
     @property
     def x64(self) -> bool:
-        """Always: descents run in the dtype of their settings, the risks of lazy nets need float64."""
+        """Always on: descents run in the dtype of their settings, the risks of lazy networks need float64."""
         return True
 
     @property
     def kept(self) -> Path:
-        """Where parts of an unfinished run are kept."""
+        """Folder of the finished parts of an unfinished run."""
         return self.out / f".{self.figure}-partial"
 
 
 def list_figures() -> str:
-    """What `lazyjax reproduce list` prints."""
-    return "\n".join(f"{name:12} {find(name).title}" for name in FIGURES)
+    """Return what `lazyjax reproduce list` prints."""
+    return format_table([(name, find(name).title) for name in FIGURES])
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE texts as settings: numbers, texts, and numbers with commas between them.
+    """Return NAME=VALUE texts as settings: numbers, texts, and numbers with commas between them.
 
     Raises:
         ValueError: not of that form.
@@ -88,7 +91,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def choose_settings(options: Reproduce) -> Any:
-    """The settings that the options ask for; everything that they can get wrong is found here.
+    """Return the settings that the options ask for; everything that can be wrong with them is found here.
 
     Raises:
         ValueError: an unknown figure or setting, a value out of its range, a file of another configuration.
@@ -106,7 +109,7 @@ def choose_settings(options: Reproduce) -> Any:
 
 
 def _changes(options: Reproduce) -> dict[str, Any]:
-    """--set, and --data as one of them; both options of data are refused where there is none."""
+    """Return the changes of --set, and --data as one of them; refuse the data options for a figure without data set."""
     changes = parse_changes(options.set)
     asked = [flag for flag, value in (("--data", options.data), ("--data-dir", options.data_dir)) if value is not None]
     if asked and not find(options.figure).images:
@@ -119,9 +122,9 @@ def _changes(options: Reproduce) -> dict[str, Any]:
 
 
 def describe_run(options: Reproduce, settings: Any, figure: str | None = None) -> str:
-    """The configuration of a figure: equal ones give equal results."""
+    """Return the configuration of a figure as JSON: equal ones give equal results."""
     made = {"figure": figure or options.figure, "seed": options.seed, **dataclasses.asdict(settings)}
-    # Files of one name in different folders are different data.
+    # Files with one name in different folders are different data.
     made |= {} if options.data_dir is None else {"data_dir": str(options.data_dir.resolve())}
     return json.dumps(encode_numbers(made), allow_nan=False)
 
@@ -134,28 +137,29 @@ def _check_file(options: Reproduce, settings: Any) -> None:
         return
     try:
         with xarray.open_dataset(path, engine="netcdf4") as data:
-            there = data.attrs.get("configuration")
+            there = json.loads(data.attrs.get("configuration", "{}"))
     except (OSError, ValueError):
-        there = None
-    if there != describe_run(options, settings):
-        msg = f"{path} is of another configuration, nothing was overwritten; choose another folder with --out."
-        raise ValueError(msg)
+        there = {}
+    remedy = "nothing was overwritten; choose another folder with --out"
+    _compare(options, settings, there, holder=str(path), kind="figure", remedy=remedy)
 
 
 def _check_kept(options: Reproduce, settings: Any) -> None:
-    """Refuse the finished parts of an interrupted run of another configuration: they would be deleted at the end."""
+    """Refuse the finished parts of another interrupted run: they would be deleted at the end."""
     path = options.kept / CONFIGURATION
-    parts = options.kept.is_dir() and any(entry != path for entry in options.kept.iterdir())
-    if parts and (not path.exists() or path.read_text(encoding="utf-8") != describe_run(options, settings)):
-        msg = (
-            f"{options.kept} holds the parts of an interrupted run of another configuration, nothing was changed; "
-            "finish that one, choose another folder with --out, or delete this one."
-        )
-        raise ValueError(msg)
+    if not (options.kept.is_dir() and any(entry != path for entry in options.kept.iterdir())):
+        return
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    remedy = "nothing was changed; finish that one, choose another folder with --out, or delete this one"
+    _compare(options, settings, there, holder=str(options.kept), kind="interrupted run", remedy=remedy)
+
+
+def _compare(options: Reproduce, settings: Any, there: Any, **words: str) -> None:
+    check_configuration(json.loads(describe_run(options, settings)), there if isinstance(there, dict) else {}, **words)
 
 
 def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
-    """Run the experiment, going on from what an interrupted run has kept."""
+    """Run the experiment, continuing from what an interrupted run has kept."""
     figure = find(options.figure)
     data = _of_twin(options, settings, figure.twin)
     if data is None:
@@ -167,7 +171,7 @@ def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
 
 
 def _of_twin(options: Reproduce, settings: Any, twin: str | None) -> "xarray.Dataset | None":
-    """What another figure of the same run, and of equal settings, has left in the folder."""
+    """Return what another figure of the same run and with equal settings has left in the folder."""
     import xarray
 
     path = options.out / f"{twin}.nc"
@@ -181,20 +185,21 @@ def _of_twin(options: Reproduce, settings: Any, twin: str | None) -> "xarray.Dat
 
 
 def draw_files(options: Reproduce, data: "xarray.Dataset") -> dict[str, bytes]:
-    """The figure as files: name to content."""
+    """Return the files of the figure, name to content."""
     figure = find(options.figure).draw(data)
     return {f"{options.figure}.{kind}": encode(figure, kind) for kind in ("png", "svg")}
 
 
 def render_numbers(options: Reproduce, data: "xarray.Dataset") -> str:
-    """The numbers of a figure beside their references, as a table."""
+    """Return the numbers of a figure next to their references, as a table."""
     figure = find(options.figure)
-    found = figure.numbers(data)
-    width = max(len(number.label) for number in found)
-    head = f"{options.figure}: {figure.title}\n{'':{width}}  {'here':>10}  {'reference':>10}"
-    return "\n".join([head, *(_row(number, width) for number in found)])
-
-
-def _row(number: Number, width: int) -> str:
-    reference = "" if number.reference is None else f"{number.reference:.4g}"
-    return f"{number.label:{width}}  {number.value:>10.4g}  {reference:>10}  {number.note}".rstrip()
+    rows = [
+        (
+            number.label,
+            f"{number.value:.4g}",
+            "" if number.reference is None else f"{number.reference:.4g}",
+            number.note,
+        )
+        for number in figure.numbers(data)
+    ]
+    return f"{options.figure}: {figure.title}\n" + format_table([("", "here", "reference", ""), *rows], "<>><")

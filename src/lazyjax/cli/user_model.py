@@ -1,4 +1,4 @@
-"""What a user brings to the command line: a model from a file, scales as text, and a network where none is given."""
+"""What a user gives to the command line: a model from a file, scales as text; and the network if none is given."""
 
 import contextlib
 import importlib.util
@@ -21,14 +21,14 @@ from lazyjax.data.datasets import DataSet
 from lazyjax.models.shallow import MLP, mlp
 
 HIDDEN = (64, 64)
-"""Hidden layers of the network that is trained where the user brings none."""
+"""Hidden layers of the network that is trained if the user gives none."""
 
 GAIN = 0.5
-"""Its init in units of Xavier's: small enough that at alpha = 1 it learns features of the digits."""
+"""Scale of its initial weights, times that of Xavier: small enough that at alpha = 1 it learns features of the digits."""
 
 
 def parse_alphas(texts: Sequence[str]) -> list[float]:
-    """Scales from the command line.
+    """Return the scales of the command line as numbers.
 
     Raises:
         ValueError: none at all, not a number, or not in (0, inf].
@@ -54,17 +54,17 @@ class Network(eqx.Module):
     scalar: bool = eqx.field(static=True)
 
     def __call__(self, w: Params, x: Array) -> Array:
-        """The network's outputs."""
+        """Return the outputs of the network."""
         out = self.net(w, x.reshape(x.shape[0], -1))
         return out[:, 0] if self.scalar else out
 
     def preactivations(self, w: Params, x: Array) -> list[Array]:
-        """Its hidden layers before their activation."""
+        """Return the hidden layers before their activation."""
         return self.net.preactivations(w, x.reshape(x.shape[0], -1))
 
 
 def default_model(key: PRNGKeyArray, data: DataSet, loss: str) -> tuple[Model, Params]:
-    """A small tanh network of the size of the data: one output a class, or one a real target.
+    """Make a small tanh network of the size of the data: one output per class, or one per real target.
 
     Raises:
         ValueError: integer targets with more values than samples.
@@ -75,7 +75,7 @@ def default_model(key: PRNGKeyArray, data: DataSet, loss: str) -> tuple[Model, P
 
 
 def _count_outputs(data: DataSet, loss: str) -> int:
-    """Outputs a sample; 0 stands for one number without an axis of its own."""
+    """Return the number of outputs per sample; 0 stands for one number without an axis of its own."""
     y = np.asarray(data.y)
     if y.ndim > 1:
         return y.shape[1]
@@ -125,7 +125,7 @@ def load_model(spec: str, key: PRNGKeyArray) -> tuple[Model, Params]:
 
 
 def split_spec(spec: str) -> tuple[Path, str]:
-    """The file and the function of "path/to/my_net.py:build".
+    """Return the file and the function of "path/to/my_net.py:build".
 
     Raises:
         ValueError: not of this form, or no such file.
@@ -170,7 +170,7 @@ def _import(path: Path) -> ModuleType:
 
 
 def check_model(f: Model, w0: Params, data: DataSet, spec: str) -> None:
-    """Run the shapes through a user's model, so that its own errors name it.
+    """Run the shapes through a user's model, so that an error of its own names it.
 
     Raises:
         ValueError: f(params, x) fails; parameters that are not finite.
@@ -189,7 +189,7 @@ def check_model(f: Model, w0: Params, data: DataSet, spec: str) -> None:
 
 
 def _describe(error: BaseException, path: Path) -> str:
-    """Kind, message and the user's own line of an error."""
+    """Return kind and message of an error, and the line of the user's file."""
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError):
         line = error.lineno
@@ -203,6 +203,6 @@ def _describe(error: BaseException, path: Path) -> str:
 
 
 def split_key(seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """One key for the init, one for the report's probes."""
+    """Return one key for the initial weights, and one for the probes of the report."""
     init, probe = jax.random.split(jax.random.key(seed))
     return init, probe
