@@ -1,4 +1,4 @@
-"""The benchmark harness at toy size: what it times, what it writes."""
+"""The benchmark harness: what it times, what it writes; and every benchmark at toy size."""
 
 import dataclasses
 import json
@@ -93,6 +93,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_records():
     assert readme_numbers.rewritten(altered) == text
 
 
+@pytest.mark.end_to_end
 def test_contenders_of_figure_1c_take_the_same_steps():
     found = fig1c.measure(taus=3, steps=2, repeats=1)
     assert {"ours", "numpy"} <= set(found["rows"])
@@ -105,7 +106,7 @@ def test_contenders_of_figure_1c_take_the_same_steps():
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """The workers of `gram.py` in this process; for the peer one that contracts Jacobians by hand."""
+    """Let the workers of `gram.py` run in this process; the peer is one that contracts Jacobians by hand."""
 
     class Worker:
         def __init__(self, kind, name, dtype, settings):
@@ -132,6 +133,7 @@ def _contracted(f, w, x):
     return sum(jnp.einsum("ikp,jlp->ijkl", leaf, leaf) for leaf in leaves)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("name", works.WORKS)
 def test_the_gram_of_every_work_is_the_reference(name):
     work = works.make(name, "float64", "smoke", 4)
@@ -162,6 +164,7 @@ def test_a_slow_contender_is_predicted_from_two_runs():
     assert gram.predicted({2: 1.0, 4: 8.0}, 8) == pytest.approx(32.0)  # no slower than square
 
 
+@pytest.mark.end_to_end
 def test_race_times_checks_and_ranks_and_its_record_fills_the_table(in_process, tmp_path, capsys):
     settings = gram.Settings("smoke", Path(), ours=True, limit_s=30.0)
     record = gram.work("b", ["float64"], settings)
@@ -177,6 +180,7 @@ def test_race_times_checks_and_ranks_and_its_record_fills_the_table(in_process, 
     assert f"| {readme_numbers.GRAMS['b']} | float64 |" in table
 
 
+@pytest.mark.end_to_end
 def test_only_the_best_of_slow_contenders_is_run_at_full_size(in_process):
     record = gram.work("a", ["float64"], gram.Settings("smoke", Path(), ours=True, limit_s=0.0))["cases"]["float64"]
     assert record["rows"]["jacobian"]["extrapolated"]
@@ -190,6 +194,7 @@ def test_worker_says_what_failed():
     assert "FileNotFoundError" in reply["failed"]
 
 
+@pytest.mark.end_to_end
 def test_worker_in_its_own_process_answers():
     with gram.Worker("eager", "a", "float32", gram.Settings("smoke", None, ours=True, limit_s=1.0)) as worker:
         built = worker.ask("build", n=2)
@@ -199,6 +204,7 @@ def test_worker_in_its_own_process_answers():
         assert "status -9" in worker.ask("run")["failed"]
 
 
+@pytest.mark.end_to_end
 def test_gpu_gram_at_toy_size():
     found = gpu_gram.question(gpu_gram.SIZES["smoke"], 1)
     assert found["error"] < 1e-5
@@ -213,6 +219,7 @@ def test_without_a_gpu_its_benchmarks_say_so(script, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("No GPU here")
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("name", ["mlp", "two_layer", "mlp_closure"])
 def test_kappa_at_toy_size(name):
     found = kappa.question(*kappa.cases(toy=True)[name], repeats=1)
@@ -227,6 +234,7 @@ def test_gpu_gram_counts_the_cheaper_way_of_every_convolution():
         assert gpu_gram.needed(gpu_gram.Size(3, image, (2,), 2, 8)) == 6 * 7 * each
 
 
+@pytest.mark.end_to_end
 def test_a_training_step_at_toy_size():
     found = train_step.question(**train_step.SIZES["toy"], repeats=1)
     assert set(found["ratios"]) == {"plain", "finite", "tangent", "subtracted"}
@@ -235,7 +243,7 @@ def test_a_training_step_at_toy_size():
 
 
 class TwoLayers:
-    """Of flat images, with four hidden units."""
+    """A network of flat images, with four hidden units."""
 
     def __call__(self, w, x):
         return jax.nn.relu(self.preactivations(w, x)[0]) @ w["a"]
@@ -244,6 +252,7 @@ class TwoLayers:
         return [x.reshape(x.shape[0], -1) @ w["b"]]
 
 
+@pytest.mark.end_to_end
 def test_gpu_training_with_a_toy_network(monkeypatch):
     def init(key, *, width, shape, gain, dtype):
         return {"a": jr.normal(key, (4, 10), dtype), "b": 0.01 * jr.normal(key, (np.prod(shape), 4), dtype)}

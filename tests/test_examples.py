@@ -1,9 +1,13 @@
-"""The example networks at toy size; the Equinox one goes through the whole command in test_cli.py."""
+"""The example networks: their shapes by tracing; at toy size in the command and in training loops, as a user runs them.
+
+The Equinox network goes through the whole command in tests/cli.
+"""
 
 import json
 import runpy
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -15,17 +19,32 @@ from lazyjax.data.datasets import digits
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*_cnn.py")), ids=lambda path: path.stem)
-def test_a_batch_gives_a_row_an_image_jitted_or_not(path):
-    f, params = runpy.run_path(str(path))["build"](jr.key(0))
-    x = digits(10).x
-    outputs = f(params, x)
+each_network = pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*_cnn.py")), ids=lambda path: path.stem)
+
+
+@each_network
+def test_a_batch_gives_a_row_an_image(path):
+    key, x = jr.key(0), digits(10).x
+    outputs = eqx.filter_eval_shape(lambda key, x: _outputs(path, key, x), key, x)
     assert outputs.shape == (10, 10)
     assert outputs.dtype == x.dtype
-    np.testing.assert_allclose(jax.jit(f)(params, x), outputs, rtol=1e-10)
+
+
+def _outputs(path, key, x):
+    f, params = runpy.run_path(str(path))["build"](key)
+    return f(params, x)
+
+
+@pytest.mark.end_to_end
+@each_network
+def test_a_row_depends_on_its_image_only(path):
+    f, params = runpy.run_path(str(path))["build"](jr.key(0))
+    x = digits(10).x
+    outputs = jax.jit(f)(params, x)
     np.testing.assert_allclose(f(params, x[:3]), outputs[:3], rtol=1e-10)
 
 
+@pytest.mark.end_to_end
 def test_the_flax_network_is_diagnosed_by_the_command(tmp_path, capsys):
     data = digits(10)
     np.savez(tmp_path / "my.npz", x=data.x, y=data.y)
@@ -40,6 +59,7 @@ def test_the_flax_network_is_diagnosed_by_the_command(tmp_path, capsys):
     assert "flax_cnn.py:build" in content["configuration"]["model"]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("name", ["optax", "flax", "equinox"])
 def test_laziness_is_tracked_in_every_training_loop(name, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 SRC = Path(__file__).parents[1] / "src" / "lazyjax"
@@ -25,11 +26,11 @@ WRITES = {
 AMBIGUOUS = {"replace": {"os"}, "rename": {"os"}, "dump": {"json", "pickle"}, "save": {"np", "jnp", "numpy"}}
 
 
-def files() -> Iterator[tuple[str, ast.Module]]:
-    """Yield the dotted name inside lazyjax, and the program, of every file of a package."""
-    for path in sorted(SRC.glob("*/**/*.py")):
-        name = ".".join(path.relative_to(SRC).with_suffix("").parts)
-        yield name, ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+@cache
+def files() -> list[tuple[str, ast.Module]]:
+    """Return the dotted name inside lazyjax, and the program, of every file of a package."""
+    paths = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in sorted(SRC.glob("*/**/*.py"))}
+    return [(name, ast.parse(path.read_text(encoding="utf-8"), filename=str(path))) for name, path in paths.items()]
 
 
 def imports(name: str, tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -166,7 +168,7 @@ def _at(dotted: str) -> Any:
 
 def test_two_layer_keeps_its_parameters():
     net = lj.models.two_layer(jnp.tanh)
-    w0 = net.init(jnp.array([0, 1], jnp.uint32), d=3, width=4)
+    w0 = eqx.filter_eval_shape(lambda key: net.init(key, d=3, width=4), jax.random.key(0))
     assert {name: leaf.shape for name, leaf in w0.items()} == {"a": (4,), "b": (4, 3)}
 
 
@@ -242,10 +244,16 @@ def _text(annotation: Any) -> str:
 
 
 def test_difference_is_exact_or_plain():
-    taking = {f.name: p for f in functions() for p in f.parameters if p.name == "difference"}
-    assert {"lj.finite_jvp", "lj.track", "lj.train"} <= set(taking)
-    assert {name: p.default for name, p in taking.items() if p.default != "exact"} == {}
-    literals = {name: typing.get_args(p.annotation) for name, p in taking.items()}
+    taking = {
+        f"{f.name}()": (p.default, p.annotation) for f in functions() for p in f.parameters if p.name == "difference"
+    }
+    for name, cls in classes().items():
+        option = inspect.signature(cls).parameters.get("difference") if dataclasses.is_dataclass(cls) else None
+        if option is not None and option.default is not option.empty:
+            taking[name] = (option.default, option.annotation)
+    assert {"lj.finite_jvp()", "lj.track()", "lj.training.TrainingOptions"} <= set(taking)
+    assert {name: default for name, (default, _) in taking.items() if default != "exact"} == {}
+    literals = {name: typing.get_args(annotation) for name, (_, annotation) in taking.items()}
     assert {name: values for name, values in literals.items() if values not in ((), ("exact", "plain"))} == {}
 
 

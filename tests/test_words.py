@@ -63,7 +63,6 @@ DIALECT = {
     r"mirrored": "symmetrized",
     r"an? (lane|seed|epoch|time|layer|sample|row|column|output|figure|step|program|update|image|theorem) each": "per",
     r"(one|once|a row|a program|a key|a number|an? \w+) an? (lane|epoch|seed)": "per",
-    r"the paper's own": "the paper's",
     r"some minutes": "a few minutes",
     r"hold(s|ing)? (\w+ )?against": "check against",
 }
@@ -97,72 +96,72 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def prose(name: str, text: str) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines of a file that are written for people: of code, its comments and strings."""
-    if not name.endswith((".py", ".pyi")):
-        yield from enumerate(text.splitlines(), 1)
-        return
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in (tokenize.COMMENT, tokenize.STRING):
-            yield from enumerate(token.string.splitlines(), token.start[0])
+@cache
+def tokens(name: str) -> list[tokenize.TokenInfo]:
+    """Return the tokens of a file of code."""
+    return list(tokenize.generate_tokens(io.StringIO(sources()[name]).readline))
 
 
-def docstrings(text: str) -> Iterator[tuple[int, str, ast.AST]]:
-    """Yield line, first line and owner of every docstring of functions and classes."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (doc := ast.get_docstring(node)):
-            yield node.body[0].lineno, doc.partition("\n")[0], node
+@cache
+def prose() -> list[tuple[str, str]]:
+    """Return place and text of every line that is written for people: of code, its comments and strings."""
+    found = []
+    for name, text in sources().items():
+        if name.endswith((".py", ".pyi")):
+            texts = [(t.start[0], t.string) for t in tokens(name) if t.type in (tokenize.COMMENT, tokenize.STRING)]
+        else:
+            texts = [(1, text)]
+        found += [(f"{name}:{n}", line) for start, text in texts for n, line in enumerate(text.splitlines(), start)]
+    return found
+
+
+def code() -> Iterator[str]:
+    """Yield the names of the files of the package."""
+    yield from (name for name in sources() if name.startswith("src/") and name.endswith(".py"))
+
+
+@cache
+def docstrings() -> list[tuple[str, str, ast.AST]]:
+    """Return place, first line and owner of every docstring of functions and classes of the package."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [
+        (f"{name}:{node.body[0].lineno}", doc.partition("\n")[0], node)
+        for name in code()
+        for node in ast.walk(ast.parse(sources()[name]))
+        if isinstance(node, kinds) and (doc := ast.get_docstring(node))
+    ]
 
 
 def test_spelling_is_american():
-    offenders = [
-        f"{name}:{line} {match.group()}"
-        for name, text in sources().items()
-        for line, part in prose(name, text)
-        for match in SPELLING.finditer(part)
-    ]
+    offenders = [f"{place} {match.group()}" for place, line in prose() for match in SPELLING.finditer(line)]
     assert not offenders, "\n".join(offenders)
 
 
 def test_names_in_code_are_spelled_as_americans_do():
-    offenders = [
+    offenders = {
         f"{name}:{token.start[0]} {token.string}"
-        for name, text in sources().items()
-        if name.startswith("src/") and name.endswith(".py")
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        for name in code()
+        for token in tokens(name)
         if token.type == tokenize.NAME and SPELLING.search(re.sub(r"_|(?<=[a-z])(?=[A-Z])", " ", token.string))
-    ]
-    assert not offenders, "\n".join(offenders)
+    }
+    assert not offenders, "\n".join(sorted(offenders))
 
 
 def test_phrases_are_plain():
-    offenders = [
-        f"{name}:{line} {match.group()}"
-        for name, text in sources().items()
-        for line, part in prose(name, text)
-        for match in PHRASES.finditer(part)
-    ]
+    offenders = [f"{place} {match.group()}" for place, line in prose() for match in PHRASES.finditer(line)]
     assert not offenders, "\n".join(offenders)
 
 
 def test_docstrings_open_with_a_sentence():
-    offenders = [
-        f"{name}:{line} {first}"
-        for name, text in sources().items()
-        if name.startswith("src/") and name.endswith(".py")
-        for line, first, _ in docstrings(text)
-        if OPENINGS.match(first)
-    ]
+    offenders = [f"{place} {first}" for place, first, _ in docstrings() if OPENINGS.match(first)]
     assert not offenders, "\n".join(offenders)
 
 
 def test_public_functions_open_with_a_verb():
     nouns = re.compile(r"^(The|An?|Its|Each|Every|One|Two|Three|Half|Numbers?|Values?)\b")
     offenders = [
-        f"{name}:{line} {first}"
-        for name, text in sources().items()
-        if name.startswith("src/") and name.endswith(".py")
-        for line, first, node in docstrings(text)
+        f"{place} {first}"
+        for place, first, node in docstrings()
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and nouns.match(first)
         if not any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
     ]
