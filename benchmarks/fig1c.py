@@ -1,4 +1,4 @@
-"""Figure 1(c): the time of one column, all tau of a seed, beside NumPy, plain PyTorch and the machine's GEMM.
+"""Figure 1(c): the time of one column, all tau of a seed, compared with NumPy, plain PyTorch and the machine's GEMM.
 
 One question: at what share of the machine's matrix products does the figure's gradient descent run, and how long would
 all of it take at the paper's size? All contenders get the same arrays and take the same steps in float32;
@@ -29,7 +29,7 @@ PAPER = student_scale.PRESETS["paper"]
 
 
 def flops(taus: int, steps: int) -> float:
-    """Of the three products of a step: x b^T, the gradient by b, and both matrix-vector products beside them."""
+    """Count the operations of a step: x b^T, the gradient by b, and the matrix-vector products of both."""
     return 4.0 * PAPER.n * (PAPER.d + 1) * PAPER.width * taus * steps
 
 
@@ -107,7 +107,7 @@ def gemm_rate(repeats: int) -> float:
 
 
 def measure(taus: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Times in turn, medians; displacements at the end beside NumPy's in float64."""
+    """Return medians of times taken in turn; displacements at the end are compared with NumPy's in float64."""
     x, y, _, start = sample_problem(0, PAPER.n, PAPER.d, PAPER.width, dtype="float32")
     grid = np.geomspace(PAPER.taus[0], PAPER.taus[-1], taus).astype(np.float32)
     etas = np.minimum(np.float32(PAPER.largest_step), np.float32(PAPER.step) / grid**2)

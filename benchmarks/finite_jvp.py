@@ -1,4 +1,4 @@
-"""What does `finite_jvp` cost beside `jax.jvp`, and what does it buy?
+"""What does `finite_jvp` cost compared with `jax.jvp`, and what does it buy?
 
 Time: a divided difference without cancellation against the derivative and against the plain difference of two
 evaluations, float32, compiled, nothing constant. Accuracy: the relative error of the exact and of the plain

@@ -1,4 +1,4 @@
-"""How long does a gradient flow take with `lj.TangentExponential`, beside diffrax's own solvers, all equally right?
+"""How long does a gradient flow take with `lj.TangentExponential`, and with diffrax's solvers at the same error?
 
 Solve time, set-up (Gram matrix and eigendecomposition) and compilation apart. W1 to W4b follow one flow an output
 scale, W5 a whole sweep, W6 flows that learn features, where the choice of `solver=None` must not lose;

@@ -8,7 +8,7 @@ ours needs more of them. In JAX's default precision, TF32 on recent GPUs, and so
     python benchmarks/gpu_train.py [--data-dir FOLDER]
     python benchmarks/gpu_train.py --size smoke    # a small net on digits, on a CPU too; writes nothing
 
-The record is `results/gpu_train.json`, the figure beside it.
+The record is `results/gpu_train.json`, the figure next to it.
 """
 
 import argparse

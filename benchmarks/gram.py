@@ -1,4 +1,4 @@
-"""How long does the exact tangent-kernel Gram take with `lj.gram`, beside neural-tangents and Jacobian contraction?
+"""How long does the exact tangent-kernel Gram take with `lj.gram`, and with neural-tangents or by Jacobians?
 
 Five networks (`_gram_works.py`), all the same arrays: a, two-layer ReLU; b, dense, 784-512-512-512-10; c, a CNN like
 VGG-11; d, one like ResNet without normalization; e, a transformer block. Every contender lives in a process of its

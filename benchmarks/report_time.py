@@ -1,7 +1,7 @@
 """How long does `lazyjax report` take at its default size, on the first run and on later ones?
 
 Cold: a fresh process, an empty compilation cache. Warm: another fresh process, the cache that the first one
-filled. Wall time and peak memory are those of the process; what the report itself timed is kept beside them.
+filled. Wall time and peak memory are those of the process; what the report itself timed is kept next to them.
 
     python benchmarks/report_time.py
 """

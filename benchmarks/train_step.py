@@ -1,4 +1,4 @@
-"""What does a training step at a finite alpha cost beside the plain step of the same network, in time and memory?
+"""What does a training step at a finite alpha cost compared with a plain step of the same network, in time and memory?
 
 A VGG-like convolutional network in float32, SGD with momentum, one step on a batch drawn by its rows. The plain step
 is what one writes in JAX and optax for alpha = 1 without centering. Ours are those of `lazyjax.train`: with
