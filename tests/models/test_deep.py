@@ -12,8 +12,7 @@ from jax import lax
 
 import lazyjax as lj
 from helpers import relative_error, tree_allclose
-from lazyjax.models.convolution import convolve, pool
-from lazyjax.models.deep import find_network
+from lazyjax.models.deep import convolve, find_network, pool
 
 NARROW = 1 / 32
 

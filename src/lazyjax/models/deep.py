@@ -1,29 +1,120 @@
 r"""The paper's deep networks as plain functions of (parameters, images): VGG-11, and ResNet-18 without BatchNorm.
 
-Images are (n, height, width, channels). Both are copied from here with ease: a convolution, ReLU, a pooling, an affine
-last layer.
+Images are (n, height, width, channels). The parts (convolution, pooling, Xavier weights) come first, then the two
+networks; both are easy to copy from here.
 """
 
 import difflib
+import functools
+import itertools
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import is_concrete
 from lazyjax._core.types import RealScalar
-from lazyjax.models.convolution import Images, Layer, Maker, convolve, pool
+from lazyjax.models.shallow import draw_normal
+
+Layer = dict[str, Array]
+Images = Float[Array, "n _ _ _"]
+
+
+def convolve(layer: Layer, x: Images, *, stride: int = 1, patches: bool | None = None) -> Images:
+    r"""Return a convolution with bias, zeros around the image so that stride 1 keeps its size.
+
+    Args:
+        layer: {"weight": (size, size, in, out), "bias": (out,)}, size odd.
+        x: Images.
+        stride: Steps of the window, in pixels.
+        patches: Whether to take it as a product of shifted copies of x with the weights, the same up to rounding. XLA
+            compiles the derivatives of a convolution on a CPU to fast programs only outside of loops: in the
+            `lax.scan` of a training they take 10 to 100 times as long, products do not. None: on a CPU.
+
+    Returns:
+        (n, height, width, out), each side divided by the stride and rounded up.
+
+    Example:
+        >>> layer = {"weight": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}
+        >>> print(convolve(layer, jnp.ones((1, 3, 3, 1)))[0, :, :, 0])
+        [[4. 6. 4.]
+         [6. 9. 6.]
+         [4. 6. 4.]]
+    """
+    weight, bias = layer["weight"], layer["bias"][None, None, None, :]
+    size = weight.shape[0]
+    edge = (size // 2, size // 2)
+    if not (jax.default_backend() == "cpu" if patches is None else patches):
+        order = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, weight, (stride, stride), (edge, edge), dimension_numbers=order) + bias
+    padded = jnp.pad(x, ((0, 0), edge, edge, (0, 0)))
+    height, width = (side - size + 1 for side in padded.shape[1:3])
+    moved = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
+    return jnp.concatenate(moved, axis=-1) @ weight.reshape(-1, weight.shape[-1]) + bias
+
+
+def pool(x: Images) -> Images:
+    """Return the largest of every 2 x 2 pixels.
+
+    It is taken by `lax.reduce_window`, whose derivatives XLA compiles rightly; those of `jnp.max` over a reshaped axis
+    it does not always on CPUs.
+
+    Example:
+        >>> print(pool(jnp.arange(4.0).reshape(1, 2, 2, 1)).ravel())
+        [3.]
+    """
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def xavier_layers(
+    key: PRNGKeyArray, shapes: Sequence[tuple[int, ...]], *, gain: RealScalar = 1.0, dtype: Any = None
+) -> list[Layer]:
+    r"""Draw layers of Xavier normal weights and zero biases, each from a key of its own.
+
+    Args:
+        key: Random key.
+        shapes: Shapes of the weights: (size, size, in, out) of a convolution, (out, in) of an affine layer.
+        gain: g in $W \sim N(0, g^2 \cdot 2/(n_{in} + n_{out}))$, each n times the pixels of a window.
+        dtype: Floating dtype; None for JAX's default.
+
+    Returns:
+        [{"weight": shape, "bias": (out,)}, ...].
+
+    Example:
+        >>> [layer["bias"].shape for layer in xavier_layers(jr.key(0), [(3, 3, 1, 4), (2, 16)])]
+        [(4,), (2,)]
+    """
+    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    fans = [prod(shape[:-2]) * (shape[-2] + shape[-1]) / 2 for shape in shapes]
+    variances = [jnp.asarray(gain**2 / fan, dtype) for fan in fans]
+    return _draw_layers(key, variances, shapes=tuple(shapes))
+
+
+@functools.partial(jax.jit, static_argnames="shapes")
+def _draw_layers(
+    key: PRNGKeyArray, variances: list[Float[Array, ""]], *, shapes: tuple[tuple[int, ...], ...]
+) -> list[Layer]:
+    layers = []
+    for i, (shape, variance) in enumerate(zip(shapes, variances, strict=True)):
+        outputs = shape[-1] if len(shape) == 4 else shape[0]
+        weight = draw_normal(jr.fold_in(key, i), shape, variance.dtype) * jnp.sqrt(variance)
+        layers.append({"weight": weight, "bias": jnp.zeros(outputs, variance.dtype)})
+    return layers
+
 
 VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
 """Channels of the eight convolutions, and where the five poolings are (the paper's code has a sixth, of 1 x 1)."""
 RESNET18 = ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))
 """Channels and stride of the eight blocks of two convolutions each; before them is one of 64 channels."""
 HALVINGS = 32
-"""What five poolings divide the sides of an image by."""
+"""The factor by which five poolings shrink the sides of an image."""
 
 
 def _head(layer: Layer, x: Array) -> Float[Array, "n k"]:
@@ -36,11 +127,11 @@ class VGG(eqx.Module):
     patches: bool | None = None
 
     def __call__(self, w: list[Layer], x: Images) -> Float[Array, "n k"]:
-        """Outputs (n, k)."""
+        """Return the outputs (n, k)."""
         return self._run(w, x)[0]
 
     def preactivations(self, w: list[Layer], x: Images) -> list[Images]:
-        """The eight convolutions before their ReLU."""
+        """Return the eight convolutions before their ReLU."""
         return self._run(w, x)[1]
 
     def _run(self, w: list[Layer], x: Images) -> tuple[Array, list[Array]]:
@@ -67,20 +158,20 @@ class VGG(eqx.Module):
 
         Args:
             key: Random key.
-            width: Times the channels of every convolution (64 to 512), rounded. At width 1, with three input channels
-                of 32 x 32 and ten outputs: 9,220,480 parameters of convolutions and 5,130 of the last layer.
+            width: Factor of the channels of every convolution (64 to 512), rounded. At width 1, with three input
+                channels of 32 x 32 and ten outputs: 9,220,480 parameters of convolutions and 5,130 of the last layer.
             shape: (height, width, channels) of an image, at least 32 x 32; pad smaller ones.
-            outputs: k.
+            outputs: Number k of outputs.
             gain: g in $W \sim N(0, g^2 \cdot 2/(s^2 (c_{in} + c_{out})))$ for an s x s convolution; s = 1 for the last
                 layer.
             dtype: Floating dtype; None for JAX's default. Convolutions in float64 are slow.
 
         Returns:
-            A list of eight layers {"weight": (3, 3, in, out), "bias": (out,)} and a last one {"weight": (k, in), "bias":
-            (k,)}.
+            A list of eight layers {"weight": (3, 3, in, out), "bias": (out,)} and a last one
+            {"weight": (k, in), "bias": (k,)}.
 
         Raises:
-            ValueError: images too small, or a size, width or gain that is not positive.
+            ValueError: images that are too small, or a size, the width or the gain is not positive.
 
         Source:
             Chizat, Oyallon, Bach (2019), section 3.2; their code has gain 1 for Figure 3(a), the paper 1.3 for 3(b).
@@ -93,12 +184,10 @@ class VGG(eqx.Module):
         if min(shape[:2]) < HALVINGS:
             msg = f"shape must be at least 32 x 32, which five poolings halve, got {tuple(shape)}; pad the images."
             raise ValueError(msg)
-        make, layers, channels = Maker(key, gain, dtype), [], shape[2]
-        for step in VGG11:
-            if isinstance(step, int):
-                layers.append(make.convolution(3, channels, _widen(step, width)))
-                channels = _widen(step, width)
-        return [*layers, make.last(channels * (shape[0] // HALVINGS) * (shape[1] // HALVINGS), outputs)]
+        channels = [shape[2], *(_widen(step, width) for step in VGG11 if isinstance(step, int))]
+        shapes = [(3, 3, *pair) for pair in itertools.pairwise(channels)]
+        last = (outputs, channels[-1] * (shape[0] // HALVINGS) * (shape[1] // HALVINGS))
+        return xavier_layers(key, [*shapes, last], gain=gain, dtype=dtype)
 
 
 class ResNet(eqx.Module):
@@ -107,11 +196,11 @@ class ResNet(eqx.Module):
     patches: bool | None = None
 
     def __call__(self, w: dict[str, Any], x: Images) -> Float[Array, "n k"]:
-        """Outputs (n, k)."""
+        """Return the outputs (n, k)."""
         return self._run(w, x)[0]
 
     def preactivations(self, w: dict[str, Any], x: Images) -> list[Images]:
-        """What goes into the 17 ReLUs: of the first convolution, and two of each block."""
+        """Return what goes into the 17 ReLUs: one of the first convolution, two of each block."""
         return self._run(w, x)[1]
 
     def _run(self, w: dict[str, Any], x: Images) -> tuple[Array, list[Array]]:
@@ -140,10 +229,10 @@ class ResNet(eqx.Module):
 
         Args:
             key: Random key.
-            width: Times the channels of every convolution (64 to 512), rounded. At width 1, with three input channels
-                and ten outputs: 11,169,162 parameters.
+            width: Factor of the channels of every convolution (64 to 512), rounded. At width 1, with three input
+                channels and ten outputs: 11,169,162 parameters.
             shape: (height, width, channels) of an image.
-            outputs: k.
+            outputs: Number k of outputs.
             gain: As in `VGG.init`.
             dtype: Floating dtype; None for JAX's default. Convolutions in float64 are slow.
 
@@ -151,7 +240,7 @@ class ResNet(eqx.Module):
             {"first": layer, "blocks": [{"first", "second"[, "shortcut"]} x 8], "last": layer}, layers as in `VGG.init`.
 
         Raises:
-            ValueError: a size, width or gain that is not positive.
+            ValueError: a size, the width or the gain is not positive.
 
         Source:
             Chizat, Oyallon, Bach (2019), section 3.2; the paper has gain 1.2 for Figure 3(b).
@@ -162,16 +251,22 @@ class ResNet(eqx.Module):
             [False, False, True, False, True, False, True, False]
         """
         _check_init(width, shape, outputs, gain)
-        make, channels = Maker(key, gain, dtype), _widen(64, width)
-        first, blocks = make.convolution(3, shape[2], channels), []
+        channels = _widen(64, width)
+        first, blocks = (3, 3, shape[2], channels), []
         for target, stride in RESNET18:
             wide = _widen(target, width)
-            block = {"first": make.convolution(3, channels, wide), "second": make.convolution(3, wide, wide)}
+            block = {"first": (3, 3, channels, wide), "second": (3, 3, wide, wide)}
             if stride > 1 or wide != channels:
-                block["shortcut"] = make.convolution(1, channels, wide)
+                block["shortcut"] = (1, 1, channels, wide)
             blocks.append(block)
             channels = wide
-        return {"first": first, "blocks": blocks, "last": make.last(channels, outputs)}
+        shapes = [first, *(weight for block in blocks for weight in block.values()), (outputs, channels)]
+        layers = iter(xavier_layers(key, shapes, gain=gain, dtype=dtype))
+        return {
+            "first": next(layers),
+            "blocks": [{name: next(layers) for name in block} for block in blocks],
+            "last": next(layers),
+        }
 
 
 def vgg11(*, patches: bool | None = None) -> VGG:
@@ -198,8 +293,8 @@ def vgg11(*, patches: bool | None = None) -> VGG:
 def resnet18(*, patches: bool | None = None) -> ResNet:
     r"""Make ResNet-18 for small images, without BatchNorm: $x \mapsto \mathrm{relu}(C_2\,\mathrm{relu}(C_1 x) + S x)$.
 
-    A first 3 x 3 convolution, eight such blocks, the mean over pixels, one affine layer. S is the identity, or where
-    channels or size change a 1 x 1 convolution with bias.
+    A first 3 x 3 convolution, eight such blocks, the mean over pixels, one affine layer. S is the identity, or a 1 x 1
+    convolution with bias if channels or size change.
 
     Args:
         patches: How convolutions are computed, see `convolve`; None chooses by the platform.

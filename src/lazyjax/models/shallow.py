@@ -1,9 +1,11 @@
-r"""The paper's shallow models: each factory returns a `net` with `net.init(key, ...)` and `net(w, x)`.
+r"""The paper's shallow networks: each factory returns a `net` with `net.init(key, ...)` and `net(w, x)`.
 
 A model is any callable `h(w) -> outputs`, the data inside, or `f(w, x) -> outputs`; nothing here is
-needed to use the rest of lazyjax. Maps from model to model are in `lazyjax.models.maps`.
+needed to use the rest of lazyjax. Maps from model to model are in `lazyjax.models.maps`. A start is drawn by one
+compiled program for each network and its sizes; the key and the scales are its arguments.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +49,7 @@ class TwoLayer(eqx.Module):
             key: Random key.
             d: Input dimension.
             width: Number m of hidden units.
-            tau: Standard deviation; large tau is lazy (the poster's captions have it swapped).
+            tau: Standard deviation; a large one is lazy.
             symmetric: Give the second half of the units the first half's input weights and the negatives of its
                 output weights, $b_{j+m/2} = b_j$, $a_{j+m/2} = -a_j$, so that the outputs vanish up to rounding. For
                 an exact zero at any alpha also use `center`, or `symmetrize`.
@@ -57,7 +59,7 @@ class TwoLayer(eqx.Module):
             {"a": (width,), "b": (width, d)}.
 
         Raises:
-            ValueError: d or width not positive, tau not positive, or an odd width with `symmetric`.
+            ValueError: d, width or tau is not positive, or the width is odd with `symmetric`.
 
         Source:
             Chizat, Oyallon, Bach (2019), section 3.1.
@@ -74,15 +76,25 @@ class TwoLayer(eqx.Module):
         if symmetric and width % 2:
             msg = f"width must be even for a symmetric start, got {width}; use {width + 1}."
             raise ValueError(msg)
-        key_a, key_b = jr.split(key)
+        dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
         units = width // 2 if symmetric else width
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        scale = jnp.asarray(tau, dtype)
-        a = scale * jr.normal(key_a, (units,), dtype)
-        b = scale * jr.normal(key_b, (units, d), dtype)
-        if symmetric:
-            a, b = jnp.concatenate([a, -a]), jnp.concatenate([b, b])
-        return {"a": a, "b": b}
+        return _draw_two_layer(key, jnp.asarray(tau, dtype), shape=(int(units), int(d)), symmetric=symmetric)
+
+
+def draw_normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return normal numbers that have the same bits in any program: no constant of theirs moves into their scale."""
+    return jax.lax.optimization_barrier(jr.normal(key, shape, dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "symmetric"))
+def _draw_two_layer(
+    key: PRNGKeyArray, scale: Float[Array, ""], *, shape: tuple[int, int], symmetric: bool
+) -> dict[str, Array]:
+    key_a, key_b = jr.split(key)
+    a, b = scale * draw_normal(key_a, shape[:1], scale.dtype), scale * draw_normal(key_b, shape, scale.dtype)
+    if symmetric:
+        a, b = jnp.concatenate([a, -a]), jnp.concatenate([b, b])
+    return {"a": a, "b": b}
 
 
 def two_layer(activation: Callable[[Array], Array] = jax.nn.relu) -> TwoLayer:
@@ -92,7 +104,8 @@ def two_layer(activation: Callable[[Array], Array] = jax.nn.relu) -> TwoLayer:
         activation: $\sigma$, elementwise.
 
     Returns:
-        `net` with `net(w, x)` for w = {"a": (m,), "b": (m, d)}, x (n, d), outputs (n,), and `net.init`.
+        `net` with `net(w, x)` for w = {"a": (m,), "b": (m, d)}, x (n, d), outputs (n,); `net.init`; and
+        `net.preactivations`.
 
     Source:
         Chizat, Oyallon, Bach (2019), section 3.1 (a is the output layer, b the input layer).
@@ -147,7 +160,7 @@ class MLP(eqx.Module):
             [{"weight": (out, in), "bias": (out,)}, ...].
 
         Raises:
-            ValueError: fewer than two sizes, or one that is not positive; gain not positive.
+            ValueError: fewer than two sizes, or a size or the gain is not positive.
 
         Source:
             Chizat, Oyallon, Bach (2019), section 3.2 (Xavier normal weights, zero biases).
@@ -160,13 +173,17 @@ class MLP(eqx.Module):
             msg = f"sizes must be at least two positive widths (input, ..., output), got {tuple(sizes)}."
             raise ValueError(msg)
         check_positive(gain, "gain", "factor")
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        keys = jr.split(key, len(sizes) - 1)
-        layers = []
-        for k, n_in, n_out in zip(keys, sizes[:-1], sizes[1:], strict=True):
-            std = jnp.asarray(gain, dtype) * np.sqrt(2 / (n_in + n_out)).astype(dtype)
-            layers.append({"weight": std * jr.normal(k, (n_out, n_in), dtype), "bias": jnp.zeros(n_out, dtype)})
-        return layers
+        dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+        return _draw_mlp(key, jnp.asarray(gain, dtype), sizes=tuple(int(size) for size in sizes))
+
+
+@functools.partial(jax.jit, static_argnames="sizes")
+def _draw_mlp(key: PRNGKeyArray, gain: Float[Array, ""], *, sizes: tuple[int, ...]) -> list[dict[str, Array]]:
+    layers = []
+    for k, n_in, n_out in zip(jr.split(key, len(sizes) - 1), sizes[:-1], sizes[1:], strict=True):
+        std = gain * np.sqrt(2 / (n_in + n_out)).astype(gain.dtype)
+        layers.append({"weight": std * draw_normal(k, (n_out, n_in), gain.dtype), "bias": jnp.zeros(n_out, gain.dtype)})
+    return layers
 
 
 def _affine(layer: dict[str, Array], x: Array) -> Array:
@@ -174,14 +191,14 @@ def _affine(layer: dict[str, Array], x: Array) -> Array:
 
 
 def mlp(activation: Callable[[Array], Array] = jax.nn.relu) -> MLP:
-    r"""Make a multilayer perceptron $x_{l+1} = \sigma(W_l x_l + c_l)$, the last layer affine.
+    r"""Make a fully connected network $x_{l+1} = \sigma(W_l x_l + c_l)$, the last layer affine.
 
     Args:
         activation: $\sigma$, elementwise.
 
     Returns:
-        `net` with `net(w, x)` for w = [{"weight": (out, in), "bias": (out,)}, ...], x (n, d), outputs (n, k), and
-        `net.init`.
+        `net` with `net(w, x)` for w = [{"weight": (out, in), "bias": (out,)}, ...], x (n, d), outputs (n, k);
+        `net.init`; and `net.preactivations`.
 
     Example:
         >>> net = mlp(jnp.tanh)
@@ -204,7 +221,7 @@ class DiagonalLinear(eqx.Module):
         r"""Return the parameters $u_0 = v_0 = \tau 1$, at which the outputs vanish.
 
         Args:
-            key: Not used, since this start is not random; taken as all networks take one.
+            key: Not used, since this start is not random; every network's `init` takes one.
             d: Input dimension.
             tau: Scale of the start.
             dtype: Floating dtype; None for JAX's default.
@@ -224,8 +241,10 @@ class DiagonalLinear(eqx.Module):
             msg = f"d must be at least 1, got {d}."
             raise ValueError(msg)
         check_positive(tau, "tau", "scale")
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        return {name: jnp.full(d, tau, dtype) for name in ("u", "v")}
+        dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+        # NumPy compiles nothing.
+        full = np.full if is_concrete(tau) else jnp.full
+        return {name: jnp.asarray(full(d, tau, dtype)) for name in ("u", "v")}
 
 
 def diagonal_linear() -> DiagonalLinear:
