@@ -194,12 +194,7 @@ def render_numbers(options: Reproduce, data: "xarray.Dataset") -> str:
     """Return the numbers of a figure next to their references, as a table."""
     figure = find(options.figure)
     rows = [
-        (
-            number.label,
-            f"{number.value:.4g}",
-            "" if number.reference is None else f"{number.reference:.4g}",
-            number.note,
-        )
-        for number in figure.numbers(data)
+        (label, f"{value:.4g}", "" if reference is None else f"{reference:.4g}", note)
+        for label, value, reference, note in figure.numbers(data)
     ]
     return f"{options.figure}: {figure.title}\n" + format_table([("", "here", "reference", ""), *rows], "<>><")

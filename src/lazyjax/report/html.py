@@ -5,11 +5,9 @@ from html import escape
 from string import Template
 from typing import Any
 
-import numpy as np
-
 from lazyjax.report.certificate import headline
 from lazyjax.report.diagnose import LazinessReport
-from lazyjax.report.verdict import Slope, kernel_facts, table_columns
+from lazyjax.report.verdict import kernel_facts, table_columns
 from lazyjax.theory.certify import Certificate
 from lazyjax.theory.claims import HEAD
 
@@ -18,27 +16,27 @@ CAPTIONS = {
     "model, the limit of all lines for large alpha.",
     "gaps": "Largest distance over time between the model and its tangent model, in outputs and in parameters. "
     "In the shaded region there is only numerical error, measured by a model run at alpha = inf.",
-    "drift": "What moves during training: parameters, tangent kernel, signs of the pre-activations. Lazy training "
-    "is the right-hand end, where nothing does.",
+    "drift": "What moves during training: parameters, tangent kernel, signs of the preactivations. Lazy training "
+    "is at the right-hand end, where nothing does.",
     "curves": "Training of the model at a few scales and of its tangent model. Where the lines lie on each other, "
     "training is lazy.",
     "eigenvalues": "Spectrum of the tangent kernel at the start: eigenvalues over the largest, sorted, against their "
     "index over the number of outputs; what is below rounding is left out. The tangent model learns the modes above "
-    "the dashed line within the training time, the others hardly.",
+    "the dashed line within the training time, the others hardly at all.",
 }
 
 COLUMNS = {
     "alpha": "output scale; “tangent” is the tangent model",
     "train loss": "loss R on the training data at the end",
     "test loss": "loss R on the test data at the end",
-    "train acc %": "right answers on the training data at the end",
-    "test acc %": "right answers on the test data at the end",
+    "train acc %": "correct answers on the training data at the end",
+    "test acc %": "correct answers on the test data at the end",
     "out gap %": "largest output gap between model and tangent model over time, in percent of the initial residual",
     "|w-wbar|": "largest distance of the parameters from those of the tangent model over time",
     "|w-w0|": "distance of the parameters from their start at the end",
     "drift %": "relative change of the tangent kernel at the end, on the first training samples (up to 320 outputs)",
-    "stable %": "pre-activations with the sign of the start at the end",
-    "steps": "steps that the solver took",
+    "stable %": "preactivations that have the sign of the start at the end",
+    "steps": "steps of the solver",
 }
 
 PAGE = Template("""<!DOCTYPE html>
@@ -81,8 +79,8 @@ code { font-size: .92em; overflow-wrap: anywhere; }
 <h1>How lazily does this model train?</h1>
 <div class="key">$subtitle</div>
 <p class="verdict">$verdict</p>
-<h2>Setting</h2>
-$setting
+<h2>The problem</h2>
+$problem
 <h2>Along the scales</h2>
 <div class="wide">$table</div>
 <p class="key">$key</p>
@@ -103,18 +101,18 @@ $made
 
 
 def render_html(report: LazinessReport, figures: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """The whole report as one self-contained page.
+    """Return the whole report as one self-contained page.
 
     Args:
         report: From `lazyjax.diagnose`.
         figures: Name to image, as the address of an `<img>`: "data:image/svg+xml;base64,...".
-        settings: What to tell under "How this was made": name to text, number, list or mapping.
+        settings: What to show under "How this was made": name to text, number, list or mapping.
 
     Returns:
         The text of an HTML file.
     """
     a = report.dataset.attrs
-    setting = {
+    problem = {
         "parameters": f"{a['num_params']}, norm at the start {a['w0_norm']:.4g}",
         "data": f"{a['num_train']} training and {a['num_test']} test samples, {a['outputs']} output(s) each",
         "loss": f"{a['loss']}, norm of the initial residual {a['initial_residual']:.4g}",
@@ -124,12 +122,12 @@ def render_html(report: LazinessReport, figures: Mapping[str, str], settings: Ma
     columns = table_columns(report.dataset)
     key = "; ".join(f"<b>{escape(name)}</b>: {escape(COLUMNS[name])}" for name, _ in columns if name in COLUMNS)
     return PAGE.substitute(
-        subtitle=escape("lazyjax: the gradient flow of a model beside that of its tangent model, over output scales"),
+        subtitle=escape("lazyjax: the gradient flows of a model and of its tangent model, over output scales"),
         verdict=escape(report.verdict),
-        setting=_pairs(setting),
+        problem=_pairs(problem),
         table=_table(columns),
         key=key + ".",
-        slopes=_pairs({name.replace("_", " "): _describe_slope(slope) for name, slope in report.slopes.items()}),
+        slopes=_pairs({name.replace("_", " "): str(slope) for name, slope in report.slopes.items()}),
         kernel=_kernel(kernel_facts(report.dataset)),
         certificate=_certificate(report.certificate),
         figures="\n".join(_figure(name, source) for name, source in figures.items()),
@@ -150,16 +148,6 @@ def _table(columns: list[tuple[str, list[str]]], kind: str = "lanes") -> str:
     return f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 
-def _describe_slope(slope: Slope) -> str:
-    promise = f"theorem 2.2 promises alpha^{slope.theory:g} or faster"
-    if not np.isfinite(slope.value):
-        return f"no slope: only {slope.points} point(s) between the numerical floor and saturation ({promise})"
-    return (
-        f"falls as alpha^{slope.value:.3f}, fitted to {slope.points} points from alpha = {slope.first:g} to "
-        f"{slope.last:g} ({promise})"
-    )
-
-
 def _figure(name: str, source: str) -> str:
     caption = CAPTIONS.get(name, name)
     return (
@@ -173,14 +161,14 @@ def _kernel(facts: Mapping[str, str]) -> str:
 
 
 def _certificate(certificate: Certificate | None) -> str:
-    """The theorems: a table of all bounds, and what they assume."""
+    """Return the section on the theorems: a table of all bounds, and what they assume."""
     if certificate is None:
         return ""
     columns = [(name, list(cells)) for name, *cells in zip(HEAD, *certificate.rows(), strict=True)]
     assumptions = "\n".join(f"<li>{escape(text)}</li>" for text in certificate.assumptions())
     return (
         f"<h2>The theorems</h2>\n<p>{escape(headline(certificate).capitalize())}. Each bound takes its constants from "
-        "the flow itself, and is shown at the time where it is closest to what was measured; “-” stands where the "
+        "the flow itself, and is shown at the time where it is closest to what was measured; “-” means that the "
         f'assumptions fail or are not known.</p>\n<div class="wide">{_table(columns, "claims")}</div>\n'
         f"<details><summary>What they assume</summary>\n<ul>\n{assumptions}\n</ul>\n</details>"
     )
