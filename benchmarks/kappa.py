@@ -8,7 +8,6 @@ as a closure, which hides that its samples are independent: the bound from above
 """
 
 import argparse
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -25,18 +24,19 @@ TARGET = {"first_s": 60.0, "ratio": 1.5}
 
 
 def cases(*, toy: bool) -> dict[str, tuple[Callable[[Any], jax.Array], Any, jax.Array]]:
-    """Name -> model h(w), parameters, target."""
+    """Return model h(w), parameters and target by name; the closure hides its inputs from `kappa`."""
     keys = jr.split(jr.key(0), 6)
     sizes, n, (d, m, many) = ((3, 4, 2), 4, (3, 5, 6)) if toy else ((100, 950, 940, 10), 100, (100, 9804, 1000))
     deep = lj.models.mlp(jnp.tanh)
     x = jr.normal(keys[0], (n, sizes[0]), jnp.float32)
-    w_deep = lj.models.mlp().init(keys[1], sizes, dtype=jnp.float32)
+    w_deep = deep.init(keys[1], sizes, dtype=jnp.float32)
     y = jr.normal(keys[2], (n, sizes[-1]), jnp.float32)
     inputs = jr.normal(keys[3], (many, d), jnp.float32)
-    w_wide = lj.models.two_layer().init(keys[4], d=d, width=m, dtype=jnp.float32)
+    wide = lj.models.two_layer(jnp.tanh)
+    w_wide = wide.init(keys[4], d=d, width=m, dtype=jnp.float32)
     return {
-        "mlp": (functools.partial(deep, x=x), w_deep, y),
-        "two_layer": (functools.partial(lj.models.two_layer(jnp.tanh), x=inputs), w_wide, jr.normal(keys[5], (many,))),
+        "mlp": (lj.on_data(deep, x), w_deep, y),
+        "two_layer": (lj.on_data(wide, inputs), w_wide, jr.normal(keys[5], (many,))),
         "mlp_closure": (lambda w: deep(w, x), w_deep, y),
     }
 

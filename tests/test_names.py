@@ -47,6 +47,7 @@ REPLACED = {
     "optimiser": "optimizer",
     "losses": "loss",
     "train_loss": "loss",
+    "train_accuracy": "accuracy",
     "rng": "key",
     "model": "f or h",
     "params0": "w0",
