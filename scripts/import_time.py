@@ -12,7 +12,7 @@ TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter()
 
 
 def seconds(statement: str) -> float:
-    """The time of an import statement in a fresh process."""
+    """Return the time of an import statement in a fresh process."""
     command = [sys.executable, "-c", TIMED.format(statement)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

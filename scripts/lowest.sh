@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests on the lowest versions that pyproject.toml allows, in a fresh environment.
-# Arguments go to pytest: scripts/lowest.sh -x tests/test_flow.py
+# Arguments go to pytest: scripts/lowest.sh -x tests/flow
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

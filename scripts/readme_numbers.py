@@ -112,7 +112,7 @@ def flows(records: dict[str, dict[str, Any]]) -> str:
 
 
 def explicit(records: dict[str, dict[str, Any]]) -> str:
-    """Flows for which `solver=None` has a choice to make: what it took, and the time next to that of the best peer."""
+    """Return the flows for which `solver=None` has a choice: what it took, and its time next to the best peer's."""
     rows = [
         "| flow | case | best peer | its time | `solver=None` takes | its time | ratio |",
         "|---|---|---|---|---|---|---|",
@@ -139,7 +139,7 @@ GRAMS = {
 
 
 def gram(records: dict[str, dict[str, Any]]) -> str:
-    """Time, peak memory and first call of the peer's best and of ours, one row per network and dtype."""
+    """Return time, peak memory and first call of the peer's best and of ours, one row per network and dtype."""
     rows = [
         "| network | dtype | peer's best | time, peer | ours | ratio | memory, peer | ours | first call, peer | ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -165,7 +165,7 @@ def gram(records: dict[str, dict[str, Any]]) -> str:
 
 
 def _gram_cells(row: dict[str, Any], first_s: float) -> list[str]:
-    """Time, memory and first call; memory and first call of an extrapolated row are not those of the full size."""
+    """Return time, memory and first call; of an extrapolated row only the time is that of the full size."""
     time = f"{row['run_s']:.2g} s"
     if row["extrapolated"]:
         return [f"≈ {time}", "", ""]
@@ -173,7 +173,7 @@ def _gram_cells(row: dict[str, Any], first_s: float) -> list[str]:
 
 
 def made(record: dict[str, Any], *others: dict[str, Any], command: str | None = None) -> str:
-    """Where and how records were made, all on one machine; by a command that makes them all, or the record's own."""
+    """Return where and how records were made, all on one machine; `command` makes them all, None: the record's own."""
     machine, versions = record["machine"], record["versions"]
     if any((other["machine"], other["versions"]) != (machine, versions) for other in others):
         msg = "records of one table must be of one machine and one set of versions; make them anew."
@@ -198,7 +198,7 @@ SINGLE = {"finite_jvp": finite_jvp, "report_time": report_time, "fig1c": fig1c, 
 
 
 def rewritten(text: str) -> str:
-    """The text with every block of numbers made anew."""
+    """Return the text with every block of numbers made anew."""
 
     def block(match: re.Match[str]) -> str:
         name = match.group(1)

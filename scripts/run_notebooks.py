@@ -21,7 +21,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 
 def is_executed(nb: nbformat.NotebookNode) -> bool:
-    """Whether a notebook holds the outputs of one run from top to bottom without an error."""
+    """Return whether a notebook holds the outputs of one run from top to bottom without an error."""
     code = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
     kinds = {output.output_type for cell in code for output in cell.outputs}
     in_order = [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

@@ -19,12 +19,12 @@ BLOCK = re.compile(
 
 
 def blocks(text: str) -> list[tuple[str, str | None, int, str]]:
-    """(language, marker, lines before the code, code) of every fenced block of a document."""
+    """Return (language, marker, lines before the code, code) of every fenced block of a document."""
     return [(m["language"], m["marker"], text[: m.start("code")].count("\n"), m["code"]) for m in BLOCK.finditer(text)]
 
 
 def marked(path: Path, marker: str) -> str:
-    """The one bash block of a document under a marker."""
+    """Return the one bash block of a document under a marker."""
     text = path.read_text(encoding="utf-8")
     found = [code for language, name, _, code in blocks(text) if language == "bash" and name == marker]
     if len(found) != 1:
@@ -34,7 +34,7 @@ def marked(path: Path, marker: str) -> str:
 
 
 def run(path: Path) -> int:
-    """Run the Python blocks of a document in one namespace; how many there were."""
+    """Run the Python blocks of a document in one namespace; return how many there were."""
     namespace = {"__name__": "__main__", "__file__": str(path)}
     python = [block for block in blocks(path.read_text(encoding="utf-8")) if block[0] == "python"]
     for _, _, line, code in python:
