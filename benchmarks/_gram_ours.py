@@ -7,7 +7,7 @@ import lazyjax as lj
 from _gram_worker import Contender
 
 METHODS: dict[str, Any] = {"ours": "auto", "eager": "auto", "jacobian": "jacobian"}
-"""What `lj.gram` does by itself, compiled and as a user calls it; and plain contraction of Jacobians."""
+"""Contenders: `lj.gram`, compiled and as a user calls it; and plain contraction of Jacobians."""
 
 
 def prepare(kind: str) -> Contender:

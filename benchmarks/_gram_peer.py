@@ -34,7 +34,7 @@ def load() -> Any:
 
 
 def operations(f: Any, optimize: bool, *args: Any, **options: Any) -> float:
-    """What XLA counts for f(*args), before or after its optimizations."""
+    """Return what XLA counts for f(*args), before or after its optimizations."""
     lowered = jax.jit(f).lower(*args, **options)
     return ((lowered.compile() if optimize else lowered).cost_analysis() or {})["flops"]
 

@@ -70,7 +70,7 @@ class Worker:
         return facts | {"compile_s": compile_s, "first_s": first_s, "peak_bytes": peak, "planned_bytes": planned}
 
     def run(self, repeats: int = 1) -> dict[str, Any]:
-        """Some more runs, and their median."""
+        """Run some more times, and return the median."""
         return {"seconds": statistics.median(self._run() for _ in range(repeats))}
 
     def _run(self) -> float:
@@ -80,14 +80,14 @@ class Worker:
         return time.perf_counter() - start
 
     def check(self, file: str) -> dict[str, Any]:
-        """The largest error of the reference's rows, in units of the largest entry."""
+        """Return the largest error of the reference's rows, in units of the largest entry."""
         want = np.load(file)
         gram = np.asarray(self.gram, np.float64).transpose(self.contender.axes)
         rows = gram[samples(len(gram))].reshape(want.shape)
         return {"error": float(np.max(np.abs(rows - want)) / np.max(np.abs(want)))}
 
     def gemm(self, shape: list[int]) -> dict[str, Any]:
-        """The rate of a compiled matrix product (m, inner) by (inner, n), median of eight runs."""
+        """Return the rate of a compiled matrix product (m, inner) by (inner, n), median of eight runs."""
         m, inner, n = shape
         draw = np.random.default_rng(1).standard_normal
         a, b = (jnp.asarray(draw(each).astype(self.dtype)) for each in ((m, inner), (inner, n)))
@@ -109,7 +109,7 @@ def samples(n: int) -> np.ndarray:
 
 
 def jacobian_rows(work: works.Work, chosen: np.ndarray) -> np.ndarray:
-    """Rows of J J^T by the book, one sample's `jacrev` at a time: (len(chosen) k, n k)."""
+    """Return rows of J J^T by the definition, one sample's `jacrev` at a time: (len(chosen) k, n k)."""
     jacobian = jax.jit(lambda w, row: jax.jacrev(lambda v: work.f(v, row[None])[0])(w))
 
     def rows(i: int) -> np.ndarray:
@@ -139,13 +139,13 @@ def settled() -> int | None:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process, now (VmRSS) or at its peak (VmHWM)."""
+    """Return the bytes of this process, now (VmRSS) or at its peak (VmHWM)."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def answer(worker: Worker, line: str) -> str:
-    """The reply to one request, {"do": method, **arguments}; {"failed": why} if it cannot be met."""
+    """Return the reply to one request, {"do": method, **arguments}; {"failed": why} if it cannot be met."""
     request = json.loads(line)
     try:
         reply = getattr(worker, request.pop("do"))(**request)

@@ -48,7 +48,7 @@ class Work(NamedTuple):
 
     @property
     def num_params(self) -> int:
-        """How many coordinates the Gram contracts."""
+        """Number of coordinates that the Gram contracts."""
         return sum(leaf.size for leaf in jax.tree_util.tree_leaves(self.w))
 
 
@@ -59,11 +59,11 @@ class Random(NamedTuple):
     dtype: str
 
     def normal(self, *shape: int) -> np.ndarray:
-        """Standard normal numbers; rounded from the same ones in every dtype."""
+        """Return standard normal numbers; rounded from the same ones in every dtype."""
         return self.generator.standard_normal(shape).astype(self.dtype)
 
     def layer(self, *shape: int, bias: bool = True) -> dict[str, np.ndarray]:
-        """Weights of a dense layer or a convolution, inputs and outputs last."""
+        """Return weights of a dense layer or a convolution, inputs and outputs last."""
         kernel = {"kernel": self.normal(*shape)}
         return kernel | {"bias": self.normal(shape[-1])} if bias else kernel
 
@@ -90,7 +90,7 @@ def convolve(layer: dict[str, Any], h: jax.Array, gain: float = 2.0, stride: int
 
 
 def mlp(w: list[Any], x: jax.Array) -> jax.Array:
-    """Dense layers with ReLU between them."""
+    """Make dense layers with ReLU between them."""
     h = dense(w[0], x)
     for layer in w[1:]:
         h = dense(layer, relu(h), 2.0)
@@ -98,7 +98,7 @@ def mlp(w: list[Any], x: jax.Array) -> jax.Array:
 
 
 def vgg(w: list[Any], x: jax.Array, *, plan: tuple[Any, ...]) -> jax.Array:
-    """Convolutions of 3 x 3 with ReLU, maxima over 2 x 2 squares, a dense layer."""
+    """Make convolutions of 3 x 3 with ReLU, maxima over 2 x 2 squares, a dense layer."""
     layers = iter(w)
     for item in plan:
         if item == "M":
@@ -109,7 +109,7 @@ def vgg(w: list[Any], x: jax.Array, *, plan: tuple[Any, ...]) -> jax.Array:
 
 
 def resnet(w: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Residual blocks without normalization; a block with a shortcut of 1 x 1 halves the image."""
+    """Make residual blocks without normalization; a block with a shortcut of 1 x 1 halves the image."""
     h = convolve(w["stem"], x, 1.0)
     for block in w["blocks"]:
         stride = 2 if "shortcut" in block else 1
@@ -121,7 +121,7 @@ def resnet(w: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def transformer(w: dict[str, Any], x: jax.Array, *, heads: int) -> jax.Array:
-    """One block of attention and MLP over embedded tokens, each behind a normalization; the mean over tokens."""
+    """Make a block of attention and MLP over embedded tokens, each behind a normalization; the mean over tokens."""
     h = w["tokens"][x] + w["positions"][None]
     h = h + attention(w, normalized(w["norms"][0], h), heads)
     h = h + dense(w["down"], jax.nn.gelu(dense(w["up"], normalized(w["norms"][1], h))))
@@ -190,6 +190,6 @@ WORKS: dict[str, Callable[..., Work]] = {
 
 
 def make(name: str, dtype: str, size: str = "full", n: int | None = None) -> Work:
-    """A work, or its first n samples; the parameters are the same for every n."""
+    """Return a work, or its first n samples; the parameters are the same for every n."""
     work = WORKS[name](Random(np.random.default_rng(0), dtype), *SIZES[size][name])
     return work._replace(x=work.x[:n])

@@ -72,7 +72,7 @@ def integrate(
 
 
 def descent(t: Any, u: Any, args: tuple[Problem, jax.Array, jax.Array]) -> Any:
-    """u' by the textbook: the gradient of R(alpha (f(w0 + u / alpha) - f(w0))) in u."""
+    """Return u' by the textbook: the gradient of R(alpha (f(w0 + u / alpha) - f(w0))) in u."""
     del t
     problem, start, alpha = args
 
@@ -88,7 +88,7 @@ def descent_args(problem: Problem, alpha: float | jax.Array) -> tuple[Problem, j
 
 
 def compiled(term: Any, solver: diffrax.AbstractSolver, u0: Any, args: Any) -> tuple[Solve, float]:
-    """One compiled solve for every horizon and tolerance, and the seconds of its compilation."""
+    """Return one compiled solve for every horizon and tolerance, and the seconds of its compilation."""
     numbers = (jnp.asarray(1.0), jnp.asarray(1e-3))
     seconds, program = timed(lambda: integrate.lower(term, solver, u0, args, *numbers).compile())
 
@@ -104,7 +104,7 @@ def compiled_peer(case: Case, name: str) -> tuple[Solve, float]:
 
 
 def outputs(case: Case, u: Any) -> jax.Array:
-    """Alpha h(w0 + u / alpha) at every moment, with all its digits."""
+    """Return alpha h(w0 + u / alpha) at every moment, with all its digits."""
     return _outputs(case.problem, u, jnp.asarray(case.alpha))
 
 
@@ -114,7 +114,7 @@ def _outputs(problem: Problem, u: Any, alpha: jax.Array) -> jax.Array:
 
 
 def errors_against(case: Case, truth: Any) -> Errors:
-    """The largest relative errors, over all moments, of the outputs, by which tolerances are chosen, and of the states.
+    """Return the largest relative errors over all moments, of the outputs (they choose tolerances) and of the states.
 
     Of a flow with kinks the outputs are better determined than the parameters.
     """
@@ -123,7 +123,7 @@ def errors_against(case: Case, truth: Any) -> Errors:
 
 
 def moment_error(found: Any, truth: Any) -> float:
-    """The largest of the relative errors at the moments, the leading axis of every leaf."""
+    """Return the largest of the relative errors at the moments, the leading axis of every leaf."""
     at = lambda tree, i: jtu.tree_map(lambda leaf: leaf[i], tree)
     return max(harness.relative_error(at(found, i), at(truth, i)) for i in range(len(MOMENTS)))
 
@@ -152,13 +152,13 @@ def in_turn(rows: dict[str, dict[str, Any]], calls: dict[str, Callable[[], Any]]
 
 
 def best(rows: dict[str, dict[str, Any]]) -> str:
-    """The quickest peer of those that are accurate enough, as far as that is known."""
+    """Return the quickest peer of those that are accurate enough, as far as that is known."""
     good = [name for name in (*EXPLICIT, "Kvaerno5") if rows[name]["reached"] is not False]
     return min(good, key=lambda name: rows[name]["solve_s"])
 
 
 def tuned(solve: Solve, errors: Errors, horizon: float, rtols: Sequence[float] = RTOLS) -> dict[str, Any]:
-    """The run at the loosest tolerance of a grid whose error is at most `LEVEL`; the last one if none is."""
+    """Return the run at the loosest tolerance of a grid whose error is at most `LEVEL`; the last one if none is."""
     row: dict[str, Any] = {}
     for rtol in rtols:
         seconds, out = timed(solve, horizon, rtol)
@@ -171,7 +171,7 @@ def tuned(solve: Solve, errors: Errors, horizon: float, rtols: Sequence[float] =
 
 
 def predicted(solve: Solve, horizon: float) -> dict[str, Any]:
-    """What a run at the loosest tolerance would take: no less than what one that is right takes.
+    """Return what a run at the loosest tolerance would take: no less than what one that is right takes.
 
     Stability holds the step size of an explicit method at a constant, so that time and steps grow linearly with the
     horizon once the start is over: the second half of a short run gives the slope.
@@ -186,7 +186,7 @@ def predicted(solve: Solve, horizon: float) -> dict[str, Any]:
 def explicit(
     case: Case, errors: Errors | None, limit_s: float
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Callable[[], Any]]]:
-    """The explicit peers, tuned, and what to call for their times.
+    """Return the explicit peers, tuned, and what to call for their times.
 
     The one that promises to be quickest goes first. Another one is not run, and its prediction stands, if that is
     beyond the limit, or beyond what the first has taken and a few seconds: it cannot win. (Where stiffness fades, or
@@ -211,7 +211,7 @@ def explicit(
 
 
 def implicit(case: Case) -> dict[str, Any]:
-    """Kvaerno5: its steps on the tangent flow of the outputs, each charged one Newton matrix of size p and its LU.
+    """Predict Kvaerno5: its steps on the tangent flow of the outputs, each with a Newton matrix of size p and its LU.
 
     That favors it: stages, iterations and rejected steps are free, and so is whatever the model's flow has that its
     tangent's has not.
@@ -230,7 +230,7 @@ def implicit(case: Case) -> dict[str, Any]:
 
 
 def _newton_seconds(args: tuple[Problem, jax.Array, jax.Array], columns: int = 64) -> float:
-    """One p x p Jacobian, by blocks of columns of which one is timed, and one LU decomposition."""
+    """Time one p x p Jacobian, by a block of its columns, and one LU decomposition."""
     flat, unravel = ravel_pytree(args[0].w0)
     matrix = jr.normal(jr.key(0), (flat.size, flat.size)) + flat.size**0.5 * jnp.eye(flat.size)
 
@@ -255,7 +255,7 @@ def worst(found: list[Any], errors: list[Errors]) -> float:
 
 
 def loop(few: list[Case], errors: list[Errors], lanes: int) -> dict[str, Any]:
-    """Tsit5 at the loosest tolerance that does for all sampled lanes."""
+    """Return Tsit5 at the loosest tolerance that is enough for all sampled lanes."""
     flow = diffrax.ODETerm(descent)
 
     def solve(case: Case, horizon: float, rtol: float) -> Any:

@@ -63,7 +63,7 @@ class Problem(eqx.Module):
 
     @property
     def num_params(self) -> int:
-        """How many coordinates the flow has."""
+        """Number of coordinates of the flow."""
         return sum(leaf.size for leaf in jtu.tree_leaves(self.w0))
 
 
@@ -100,7 +100,7 @@ SIZES = {
 def two_layer(
     activation: Callable[[jax.Array], jax.Array], n: int, d: int, width: int, *, tau: float, seed: int = 0
 ) -> Problem:
-    """Inputs uniform on the unit sphere, targets of three neurons with |a_j b_j| = 1, start N(0, tau^2).
+    """Draw inputs uniform on the unit sphere, targets of three neurons with |a_j b_j| = 1, start N(0, tau^2).
 
     The seed is that of the start; inputs and teacher are always the same.
     """
@@ -118,21 +118,21 @@ def unit_rows(key: jax.Array, n: int, d: int) -> jax.Array:
 
 
 def digits_net(n: int, hidden: tuple[int, ...], *, classify: bool) -> Problem:
-    """The network that `lazyjax report` trains by default, on digits: cross-entropy, or squares of one-hot rows."""
+    """Return the network that `lazyjax report` trains by default, on digits: cross-entropy, or squares of labels."""
     data = digits(n)
     loss = lj.softmax_cross_entropy(data.y) if classify else lj.square_loss(jnp.eye(10)[data.y])
     return Problem(lj.models.mlp(jnp.tanh), lj.models.mlp().init(jr.key(0), (64, *hidden, 10), gain=0.5), data.x, loss)
 
 
 def wide_net(n: int, width: int) -> Problem:
-    """Two hidden layers on random inputs with ten outputs: too many outputs for a matrix of them squared."""
+    """Make two hidden layers on random inputs with ten outputs: too many outputs for a matrix of them squared."""
     key_w, key_x, key_y = jr.split(jr.key(0), 3)
     w0 = lj.models.mlp().init(key_w, (64, width, width, 10), gain=0.5)
     return Problem(lj.models.mlp(jnp.tanh), w0, jr.normal(key_x, (n, 64)), lj.square_loss(jr.normal(key_y, (n, 10))))
 
 
 def cases(work: str, size: Size) -> list[Case]:
-    """The flows of a work, its first few output scales only where the size says so."""
+    """Return the flows of a work, its first few output scales only where the size says so."""
     make = {
         "W1": lambda: _by_alpha(_tanh(size, size.few, TAU), {1.0: 1e4, 100.0: 1e4, 1e6: 1e4}),
         "W2": lambda: _by_alpha(_relu(size, size.many, TAU), {1.0: 1e3, 100.0: 1e3}),

@@ -34,7 +34,7 @@ def flops(taus: int, steps: int) -> float:
 
 
 def make_ours(x: Any, y: Any, etas: Any, steps: int) -> Callable[[Any, Any], Any]:
-    """The figure's engine: all nets in one program; its state, and so its result, is the displacement."""
+    """Run the figure's engine: all nets in one program; its state, and so its result, is the displacement."""
     x, y = jnp.asarray(x), jnp.asarray(y)
     loss, f = lj.square_loss(y), lj.models.two_layer()
     gradient = jax.grad(lambda w: loss(f(w, x)))
@@ -49,7 +49,7 @@ def make_ours(x: Any, y: Any, etas: Any, steps: int) -> Callable[[Any, Any], Any
 
 
 def make_numpy(x: Any, y: Any, etas: Any, steps: int) -> Callable[[Any, Any], Any]:
-    """Plain NumPy, one net after the other."""
+    """Run plain NumPy, one net after the other."""
 
     def one(a: Any, b: Any, eta: Any) -> Any:
         for _ in range(steps):
@@ -66,7 +66,7 @@ def make_numpy(x: Any, y: Any, etas: Any, steps: int) -> Callable[[Any, Any], An
 
 
 def make_torch(x: Any, y: Any, etas: Any, steps: int, *, batched: bool) -> Callable[[Any, Any], Any]:
-    """PyTorch on the CPU: autograd net by net, or `torch.func.vmap` of `torch.func.grad` over all."""
+    """Run PyTorch on the CPU: autograd net by net, or `torch.func.vmap` of `torch.func.grad` over all."""
     import torch
 
     x, y, rates = (torch.from_numpy(np.array(array)) for array in (x, y, etas))
@@ -95,7 +95,7 @@ def make_torch(x: Any, y: Any, etas: Any, steps: int, *, batched: bool) -> Calla
 
 
 def gemm_rate(repeats: int) -> float:
-    """The machine's float32 matrix products, operations a second: the best of some at 2000 x 2000."""
+    """Return the operations per second of the machine's float32 matrix products: the best of some at 2000 x 2000."""
     product, matrix = jax.jit(jnp.matmul), jnp.ones((2000, 2000), jnp.float32)
     product(matrix, matrix).block_until_ready()
     seconds = []
@@ -143,7 +143,7 @@ def measure(taus: int, steps: int, repeats: int) -> dict[str, Any]:
 
 
 def largest_error(found: Any, truth: Any, start: Any, *, displaced: bool) -> float:
-    """Of the displacement, relative, in the worst of the nets: those that hardly move show what float32 loses."""
+    """Return the relative error of the worst net's displacement: one that hardly moves shows what float32 loses."""
     wrong, moved = 0.0, 0.0
     for name, start32 in zip("ab", start, strict=True):
         first = start32.astype(float)

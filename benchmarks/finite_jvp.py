@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def mlp(w: Any, x: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Dense layers with an activation between them."""
+    """Apply dense layers with an activation between them."""
     for kernel, bias in w[:-1]:
         x = activation(x @ kernel + bias[None])
     kernel, bias = w[-1]
@@ -52,7 +52,7 @@ def init_mlp(key: jax.Array, sizes: tuple[int, ...]) -> list[tuple[jax.Array, ja
 
 
 def vgg(w: Any, x: jax.Array) -> jax.Array:
-    """Blocks of two 3 x 3 convolutions with ReLU and a 2 x 2 maximum, then a dense net."""
+    """Apply blocks of two 3 x 3 convolutions with ReLU and a 2 x 2 maximum, then a dense net."""
     for i, kernel in enumerate(w["convolutions"]):
         x = jax.nn.relu(lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
         if i % 2:
@@ -72,7 +72,7 @@ def init_vgg(key: jax.Array, image: int, channels: tuple[int, ...], hidden: int)
 
 
 def direction(key: jax.Array, w: Any) -> Any:
-    """A random displacement as large as the parameters."""
+    """Return a random displacement as large as the parameters."""
     leaves, structure = jax.tree.flatten(w)
     keys = jr.split(key, len(leaves))
     scale = float(np.sqrt(sum(float(jnp.sum(z * z)) for z in leaves) / sum(z.size for z in leaves)))
@@ -94,7 +94,7 @@ def plain(f: Forward, w: Any, u: Any, eps: jax.Array, x: jax.Array) -> jax.Array
 
 
 def errors(f: Forward, w: Any, u: Any, x: jax.Array) -> dict[str, dict[str, float]]:
-    """Relative errors by alpha, and how far the two float64 differences agree."""
+    """Return relative errors by alpha, and how far the two float64 differences agree."""
     run = {"exact": jax.jit(partial(exact, f)), "plain": jax.jit(partial(plain, f))}
     single = (w, u, x)
     double = jax.tree.map(lambda z: z.astype(jnp.float64), single)
@@ -115,7 +115,7 @@ def errors(f: Forward, w: Any, u: Any, x: jax.Array) -> dict[str, dict[str, floa
 
 
 def question(f: Forward, w: Any, x: jax.Array, *, repeats: int, few: int) -> dict[str, Any]:
-    """Times on all inputs, errors on a few of them (float64 convolutions are slow)."""
+    """Return times on all inputs, errors on a few of them (float64 convolutions are slow)."""
     u = direction(jr.key(2), w)
     names = {"jvp": derivative, "finite_jvp": exact, "plain": plain}
     fns = {name: partial(fn, f) for name, fn in names.items()}
@@ -124,7 +124,7 @@ def question(f: Forward, w: Any, x: jax.Array, *, repeats: int, few: int) -> dic
 
 
 def problems(*, toy: bool) -> dict[str, tuple[Forward, Any, jax.Array]]:
-    """Name -> model, parameters, inputs."""
+    """Return model, parameters and inputs by name."""
     keys = jr.split(jr.key(0), 4)
     sizes, batch, image, channels, images, hidden = (
         ((8, 8, 8, 3), 4, 4, (2, 2), 2, 4) if toy else ((784, 512, 512, 10), 256, 32, (32, 32, 64, 64), 64, 128)

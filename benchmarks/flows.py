@@ -44,7 +44,7 @@ class Settings(NamedTuple):
 
 
 def race(case: Case, kinds: tuple[str, ...], settings: Settings) -> dict[str, Any]:
-    """The peers and ours on one flow: each tuned, then timed in turn, so that a busy machine slows all alike."""
+    """Race the peers and ours on one flow: each tuned, then timed in turn, so that a busy machine slows all alike."""
     truth, made_by = reference(case, settings)
     errors = None if truth is None else peers.errors_against(case, truth)
     # The reference has compiled some of what follows; every compilation here is to be a first one.
@@ -63,7 +63,7 @@ def race(case: Case, kinds: tuple[str, ...], settings: Settings) -> dict[str, An
 
 
 def reference(case: Case, settings: Settings) -> tuple[Any, str | None]:
-    """The states at a tight tolerance: by Dopri8, or where that is slow by `gradient_flow`; Tsit5 across kinks.
+    """Return the states at a tight tolerance: by Dopri8, or if that is slow by `gradient_flow`; Tsit5 across kinks.
 
     A peer that reaches the common error level against ours confirms it by other means: they share no code.
     """
@@ -88,7 +88,7 @@ def prepare(case: Case) -> tuple[Any, diffrax.AbstractSolver, Any]:
 
 
 def run_prepared(case: Case, errors: peers.Errors) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """Set-up and solve apart."""
+    """Time set-up and solve apart."""
     first_s, (term, solver, u0) = peers.timed(prepare, case)
     setup_s = statistics.median(peers.timed(prepare, case)[0] for _ in range(3))
     solve, compile_s = peers.compiled(term, solver, u0, None)
@@ -98,21 +98,21 @@ def run_prepared(case: Case, errors: peers.Errors) -> tuple[dict[str, Any], Call
 
 
 def follow(case: Case, solver: diffrax.AbstractSolver | None, rtol: float) -> lj.Flow:
-    """`lj.gradient_flow` as a user calls it: checks, set-up and solve."""
+    """Time `lj.gradient_flow` as a user calls it: checks, set-up and solve."""
     problem, ts = case.problem, case.horizon * jnp.asarray([0.0, *peers.MOMENTS])
     options = {"rtol": rtol, "atol": rtol / 100, "max_steps": 10**7, "save": ("displacement",), "throw": False}
     return lj.gradient_flow(problem.h, problem.loss, problem.w0, ts, alpha=case.alpha, solver=solver, **options)
 
 
 def states(flow: lj.Flow) -> Any:
-    """u at the moments: all save times but the start."""
+    """Return u at the moments: all save times but the start."""
     return jtu.tree_map(lambda leaf: leaf[1:], flow.displacement)
 
 
 def run_followed(
     solver: diffrax.AbstractSolver | None, case: Case, errors: peers.Errors
 ) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """All in one time; another tolerance is another program."""
+    """Return the time of everything; another tolerance is another program."""
     row: dict[str, Any] = {"extrapolated": False}
     first_s = 0.0
     for rtol in peers.RTOLS:
@@ -135,7 +135,7 @@ def ours(kind: str, case: Case, errors: peers.Errors) -> tuple[dict[str, Any], A
 
 
 def ratios(rows: dict[str, dict[str, Any]], peer_s: float) -> dict[str, float]:
-    """Time of the best peer over ours: the solve alone, the set-up counted, and `gradient_flow` whole."""
+    """Return the time of the best peer over ours: the solve alone, the set-up counted, and `gradient_flow` whole."""
     out = {name: peer_s / rows[name]["solve_s"] for name in ("flow", "auto", "flow_Tsit5") if name in rows}
     if "ours" in rows:
         solve_s, setup_s = rows["ours"]["solve_s"], rows["ours"]["setup_s"]
@@ -144,7 +144,7 @@ def ratios(rows: dict[str, dict[str, Any]], peer_s: float) -> dict[str, float]:
 
 
 def sweep_race(settings: Settings) -> dict[str, Any]:
-    """W5: every output scale and seed as one vmapped program, against a loop over one compiled Tsit5 solve.
+    """Race W5: every output scale and seed as one vmapped program, against a loop over one compiled Tsit5 solve.
 
     Of the loop a few lanes are run, the rest is charged their mean.
     """
@@ -171,7 +171,7 @@ def sweep_problem(size: Size, seed: Any) -> Problem:
 def sweep_ours(
     size: Size, lanes: list[Any], horizon: float, places: list[int], errors: list[peers.Errors]
 ) -> dict[str, Any]:
-    """One program for all lanes: a start, one eigendecomposition for it, its output scales one after the other.
+    """Build one program for all lanes: a start, one eigendecomposition for it, its output scales one after the other.
 
     On a CPU lanes side by side are no quicker, and all of them take as many steps as the one that takes the most.
     """
@@ -198,7 +198,7 @@ def sweep_ours(
 
 
 def steps_by_alpha(settings: Settings) -> dict[str, Any]:
-    """Steps of W1 at rtol 1e-4, atol 1e-6, for every output scale and several horizons."""
+    """Count the steps of W1 at rtol 1e-4, atol 1e-6, for every output scale and several horizons."""
     problem = sweep_problem(settings.size, 0)
     table: dict[str, dict[str, int]] = {}
     for horizon in sorted({min(horizon, settings.size.longest) for horizon in (1.0, 1e2, 1e4, 1e6)}):
@@ -212,7 +212,7 @@ def steps_by_alpha(settings: Settings) -> dict[str, Any]:
 
 
 def memory(settings: Settings) -> dict[str, Any]:
-    """Peak memory, each case in a process of its own."""
+    """Measure peak memory, each case in a process of its own."""
     size = settings.size
     jobs = {
         "dense": (dense_memory, size.digits, size.hidden, None),
@@ -231,7 +231,7 @@ def use_float64() -> None:
 
 
 def dense_memory(n: int, hidden: tuple[int, ...], rank: int | None) -> dict[str, Any]:
-    """What a compiled flow takes on top of the program and the data, in float64 numbers."""
+    """Return what a compiled flow takes on top of the program and the data, in float64 numbers."""
     problem = digits_net(n, hidden, classify=False)
     solver = lj.TangentExponential("dense", relinearize=rank is not None, rank=rank)
     program = eqx.filter_jit(lambda p: states(follow(Case("", p, 100.0, 1e4), solver, 1e-4)))
@@ -246,7 +246,7 @@ def dense_memory(n: int, hidden: tuple[int, ...], rank: int | None) -> dict[str,
 
 
 def lanczos_memory(n: int, width: int) -> dict[str, Any]:
-    """What a whole process takes that follows a flow with too many outputs for a dense matrix."""
+    """Return what a whole process takes that follows a flow with too many outputs for a dense matrix."""
     problem = wide_net(n, width)
     seconds, found = peers.timed(follow, Case("", problem, 1e4, 1.0), lj.TangentExponential(), 1e-4)
     facts = {"outputs": 10 * n, "num_params": problem.num_params, "first_s": seconds}
@@ -254,7 +254,7 @@ def lanczos_memory(n: int, width: int) -> dict[str, Any]:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process, now (VmRSS) or at its peak (VmHWM)."""
+    """Return the bytes of this process, now (VmRSS) or at its peak (VmHWM)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
@@ -266,7 +266,7 @@ SPECIAL = {"W5": sweep_race, "steps": steps_by_alpha, "memory": memory}
 
 
 def work(name: str, settings: Settings) -> dict[str, Any]:
-    """The record of one work; every case is printed as it comes."""
+    """Return the record of one work; every case is printed as it comes."""
     if name in SPECIAL:
         record = SPECIAL[name](settings)
         print(name, json.dumps(record, default=float))

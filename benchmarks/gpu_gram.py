@@ -40,7 +40,7 @@ TARGET_S = 60.0
 
 
 class Size(NamedTuple):
-    """How large."""
+    """Sizes of a network and its inputs."""
 
     n: int
     image: int
@@ -53,7 +53,7 @@ SIZES = {"full": Size(500, 32, works.WIDE_VGG, 10, 8192), "smoke": Size(6, 4, (2
 
 
 def needed(size: Size) -> float:
-    """Operations of the products between samples, each convolution in the cheaper of the two exact ways.
+    """Count the operations of the products between samples, each convolution in the cheaper of the two exact ways.
 
     For each pair of rows of the Gram (one triangle of them): either its two weight gradients contracted, 9 c c'
     multiplications and additions; or, over pairs of the s positions of the image, the cotangents contracted, the
@@ -79,7 +79,7 @@ def timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def gemm(square: int) -> float:
-    """Operations a second of a compiled square product in float32, median of eight runs."""
+    """Return the operations per second of a compiled square product in float32, median of eight runs."""
     a = jnp.asarray(np.random.default_rng(1).standard_normal((square, square)).astype(np.float32))
     product = jax.jit(jnp.matmul)
     return 2.0 * square**3 / statistics.median(timed(product, a, a)[0] for _ in range(8))
@@ -90,7 +90,7 @@ def peak(kind: str) -> float | None:
 
 
 def error(work: works.Work, gram: Any) -> float:
-    """Of two samples' rows for eight samples: the largest error, in units of the largest entry, against float64."""
+    """Return the error of two samples' rows for eight samples, in units of the largest entry, against float64."""
     double = jax.tree_util.tree_map(lambda leaf: leaf.astype(np.float64), (work.w, work.x[:8]))
     want = jacobian_rows(work._replace(w=double[0], x=double[1]), np.arange(2))
     found = np.asarray(gram[:2, :, :8], np.float64).reshape(want.shape)
@@ -98,7 +98,7 @@ def error(work: works.Work, gram: Any) -> float:
 
 
 def question(size: Size, repeats: int) -> dict[str, Any]:
-    """Times of the Gram and of its eigenvalues, first and later, and the part of the peak that the Gram reaches."""
+    """Return times of the Gram and of its eigenvalues, first and later, and the part of the peak of the Gram."""
     random = works.Random(np.random.default_rng(0), "float32")
     work = works.make_vgg(random, size.n, size.image, size.plan, size.k)
     w, x = jax.tree_util.tree_map(jnp.asarray, (work.w, work.x))

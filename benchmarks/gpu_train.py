@@ -44,14 +44,14 @@ SIZES = {
 
 
 def forward_flops(settings: deep_scale.Settings, data: deep.Images) -> float:
-    """Operations of the network for one image, as XLA counts them."""
+    """Count the operations of the network for one image, as XLA counts them."""
     f, w0 = deep.start(settings.network, 0, data, width=settings.width, gain=settings.gain)
     analysis = jax.jit(f).lower(w0, data.x[:1]).cost_analysis()
     return float(analysis["flops"])
 
 
 def epoch_seconds(settings: deep_scale.Settings, data: deep.Images) -> float:
-    """Seconds of an epoch of all lanes, with its test: the difference of three epochs and one of compiled programs."""
+    """Return seconds of an epoch of all lanes with its test: three epochs less one, of compiled programs, halved."""
     f, w0 = deep.start(settings.network, 0, data, width=settings.width, gain=settings.gain)
     optimizer = deep.sgd(settings, settings.step, data.x.shape[0])
     times = {}
@@ -67,7 +67,7 @@ def epoch_seconds(settings: deep_scale.Settings, data: deep.Images) -> float:
 
 
 def question(settings: deep_scale.Settings, data_dir: Path | None, square: int) -> tuple[dict[str, Any], Any]:
-    """The figure's data, and its time, throughput, and share of what the GPU can do."""
+    """Return the figure's data, and its time, throughput, and share of what the GPU can do."""
     start = time.perf_counter()
     found = deep_scale.run(settings, progress=True, data_dir=data_dir)
     wall_s = time.perf_counter() - start

@@ -89,7 +89,7 @@ class Worker:
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The reply, or {"failed": why}; after too long a wait or a crash there is nobody left to ask."""
+        """Return the reply, or {"failed": why}; after too long a wait or a crash there is nobody left to ask."""
         if self.process.poll() is None:
             self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
             self.process.stdin.flush()
@@ -111,7 +111,7 @@ class Worker:
 
 
 def screen(kind: str, case: Case) -> dict[str, Any]:
-    """What a contender that may be slow is predicted to take, from two small runs."""
+    """Return what a contender that may be slow is predicted to take, from two small runs."""
     seconds = {}
     with Worker(kind, case.name, case.dtype, case.settings) as worker:
         for n in (max(1, case.n // 8), max(2, case.n // 4)):
@@ -124,7 +124,7 @@ def screen(kind: str, case: Case) -> dict[str, Any]:
 
 
 def predicted(seconds: dict[int, float], n: int) -> float:
-    """Of a t n + b t^2 through two times, with neither term negative, the value at n."""
+    """Return the value at n of a t n + b t^2 through two times, with neither term negative."""
     (few, first_s), (more, second_s) = sorted(seconds.items())
     square = (second_s / more - first_s / few) / (more - few)
     square = min(max(square, 0.0), second_s / more**2)
@@ -148,7 +148,7 @@ def enter(kind: str, case: Case, stack: ExitStack) -> tuple[dict[str, Any], Work
 
 
 def best(rows: dict[str, dict[str, Any]]) -> str | None:
-    """The quickest implementation of the peer whose result is right, as far as that is known."""
+    """Return the quickest implementation of the peer whose result is right, as far as that is known."""
     good = [kind for kind in PEERS if kind in rows and "failed" not in rows[kind] and rows[kind].get("right", True)]
     return min(good, key=lambda kind: rows[kind]["run_s"], default=None)
 
@@ -175,7 +175,7 @@ def race(case: Case) -> dict[str, Any]:
 
 
 def in_turn(rows: dict[str, dict[str, Any]], workers: dict[str, Worker]) -> None:
-    """Medians of runs in turn, so that a busy machine slows all alike; of a long one its first run stands.
+    """Return medians of runs in turn, so that a busy machine slows all alike; of a long one its first run stands.
 
     Of quick ones a turn is several runs, whose median counts: one alone would pay for what its neighbors left in the
     caches, which is no cost of its own.
@@ -197,7 +197,7 @@ def in_turn(rows: dict[str, dict[str, Any]], workers: dict[str, Worker]) -> None
 
 
 def gemm(case: Case, workers: dict[str, Worker]) -> dict[str, float]:
-    """The rate of matrix products in one of the processes: a square one, and for b the shape of its dominant ones."""
+    """Return the rate of matrix products in one of the processes: square ones, and for b of its dominant shape."""
     if not workers:
         return {}
     shapes = [[1536] * 3] if case.settings.size == "full" else [[64] * 3]
@@ -209,13 +209,13 @@ def gemm(case: Case, workers: dict[str, Worker]) -> dict[str, float]:
 
 
 def dominant(case: Case) -> tuple[int, int, int]:
-    """Of b: rows of the cotangents of its hidden layers, their width, and how many such layers there are."""
+    """Return for b: rows of the cotangents of its hidden layers, their width, and the number of such layers."""
     _, sizes = works.SIZES[case.settings.size]["b"]
     return case.n * sizes[-1], sizes[1], len(sizes) - 2
 
 
 def products(case: Case, rows: dict[str, dict[str, Any]], rates: dict[str, float]) -> dict[str, Any]:
-    """Part of the rate of a GEMM at which ours of b does the products that dominate it, all its other work free.
+    """Return the part of the rate of a GEMM at which ours of b does the products that dominate it, all its other work free.
 
     A hidden layer of width m takes D D^T from the cotangents D (n k, m) of its outputs. Only the n k (n k + 1) / 2
     entries of one triangle are counted, each 2 m flops: what a symmetric matrix needs, whatever is computed.
@@ -229,7 +229,7 @@ def products(case: Case, rows: dict[str, dict[str, Any]], rates: dict[str, float
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The others' times over ours, and the peak of memory of the peer's best over ours."""
+    """Return the others' times over ours, and the peak of memory of the peer's best over ours."""
     peer, ours = best(rows), rows.get("ours", {"failed": ""})
     if "failed" in ours:
         return {}
@@ -242,7 +242,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def work(name: str, dtypes: list[str], settings: Settings) -> dict[str, Any]:
-    """The record of one work; every case is printed as it comes."""
+    """Return the record of one work; every case is printed as it comes."""
     cases: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     for dtype in dtypes:

@@ -32,7 +32,7 @@ PACKAGES = ["jax", "jaxlib", "numpy", "diffrax", "equinox", "optax", "lazyjax"]
 def measure(
     fn: Callable[..., Any], *args: Any, repeats: int = 5, min_time: float = 0.2, jit: bool = True
 ) -> dict[str, Any]:
-    """Times of one function.
+    """Return times of one function.
 
     Args:
         fn: The function; a pytree of arrays in and out.
@@ -56,7 +56,7 @@ def compare(
     jit: bool | dict[str, bool] = True,
     reference: Any = None,
 ) -> dict[str, Any]:
-    """Times of several functions of the same arguments, run in turn so that a busy machine slows all alike.
+    """Return times of several functions of the same arguments, run in turn so that a busy machine slows all alike.
 
     Args:
         fns: Functions by name; the first is what the ratios refer to.
@@ -94,7 +94,7 @@ def compare(
 
 
 def _first_call(fn: Callable[..., Any], args: tuple[Any, ...], jit: bool) -> tuple[Callable[..., Any], float, Any]:
-    """What to time from now on, the seconds to get there, and a result; the timed runs start warm."""
+    """Return what to time from now on, the seconds to get there, and a result; the timed runs start warm."""
     if not jit:
         first_s, out = _seconds(fn, args)
         return fn, first_s, out
@@ -111,13 +111,13 @@ def _seconds(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[float, Any]
 
 
 def relative_error(x: Any, truth: Any) -> float:
-    """||x - truth|| / ||truth|| over all leaves, in float64."""
+    """Return ||x - truth|| / ||truth|| over all leaves, in float64."""
     a, b = (np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jtu.tree_leaves(t)]) for t in (x, truth))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine, date and command of a record."""
+    """Return versions, machine, date and command of a record."""
     device = jax.devices()[0]
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -136,7 +136,7 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line as one would type it in the repository: no paths of this machine."""
+    """Return the command line as one would type it in the repository: no paths of this machine."""
     script = Path(sys.argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
     return shlex.join(["python", name, *sys.argv[1:]])
@@ -161,5 +161,5 @@ def write(name: str, results: Any, *, directory: Path = RESULTS) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and NumPy or JAX scalars as JSON knows them."""
+    """Return arrays and NumPy or JAX scalars as JSON knows them."""
     return np.asarray(value).tolist()

@@ -48,7 +48,7 @@ def timed(h: Callable[[Any], jax.Array], w0: Any, target: jax.Array) -> tuple[fl
 
 
 def question(h: Callable[[Any], jax.Array], w0: Any, target: jax.Array, *, repeats: int) -> dict[str, Any]:
-    """Seconds of the first call and of later ones, and the bracket."""
+    """Return seconds of the first call and of later ones, and the bracket."""
     first_s, found = timed(h, w0, target)
     runs = [timed(h, w0, target)[0] for _ in range(repeats)]
     names = ("value", "lower", "upper", "d2h_norm_lower", "d2h_norm_upper", "dh_norm", "lazy_ratio", "kink_share")

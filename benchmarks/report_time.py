@@ -21,7 +21,7 @@ import harness
 
 
 def run_report(out: Path, cache: Path, options: list[str]) -> dict[str, Any]:
-    """One `lazyjax report` in a fresh process: wall seconds, CPU seconds, peak memory, its own timings."""
+    """Time one `lazyjax report` in a fresh process: wall seconds, CPU seconds, peak memory, its own timings."""
     command = [
         str(Path(sys.executable).with_name("lazyjax")),
         "report",
@@ -51,13 +51,13 @@ def run_report(out: Path, cache: Path, options: list[str]) -> dict[str, Any]:
 
 
 def reported_timings(out: Path) -> dict[str, Any]:
-    """The timings that the report wrote into its report.json."""
+    """Return the timings that the report wrote into its report.json."""
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return {key: value for key, value in report.items() if "time" in key or "timing" in key or key.endswith("_s")}
 
 
 def keep_figures(folder: Path) -> None:
-    """The README shows two of the report's figures: those of this run."""
+    """Store the two figures of this run that the README shows."""
     target = harness.ROOT / "docs" / "figures"
     target.mkdir(parents=True, exist_ok=True)
     for name in ("scores.png", "gaps.png"):

@@ -34,7 +34,7 @@ Step = tuple[Callable[..., Any], tuple[Any, Any]]
 
 
 def plain_step(w: Any, x: jax.Array, y: jax.Array, rows: jax.Array) -> Step:
-    """Value, gradient and update; its data and its state."""
+    """Return a step of value, gradient and update; its data and its state."""
 
     def step(data: Any, state: Any) -> Any:
         (x, y, rows), (w, memory) = data, state
@@ -50,7 +50,7 @@ def plain_step(w: Any, x: jax.Array, y: jax.Array, rows: jax.Array) -> Step:
 
 
 def our_step(w: Any, x: jax.Array, y: jax.Array, rows: jax.Array, difference: str, alpha: float) -> Step:
-    """The step of `lazyjax.train` for one lane."""
+    """Return the step of `lazyjax.train` for one lane."""
     lanes = make_lanes(alpha, jr.key(1), w)
     given = {"loss": "square", "batch_size": rows.size, "test": None}
     setup = make_setup(vgg, w, x, y, OPTIMIZER, lanes, **given, options=TrainingOptions(difference=difference))
@@ -66,14 +66,14 @@ def our_step(w: Any, x: jax.Array, y: jax.Array, rows: jax.Array, difference: st
 
 
 def peak_bytes(step: Callable[..., Any], data: Any, state: Any) -> int:
-    """Arguments, results and temporaries of the compiled program, its state handed over."""
+    """Count the bytes of arguments, results and temporaries of the compiled program, its state handed over."""
     need = jax.jit(step, donate_argnums=1).lower(data, state).compile().memory_analysis()
     sizes = need.argument_size_in_bytes + need.output_size_in_bytes + need.temp_size_in_bytes
     return sizes - need.alias_size_in_bytes
 
 
 def question(*, image: int, channels: tuple[int, ...], hidden: int, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Times of all steps, run in turn, and their memory, each over the plain one."""
+    """Return times of all steps, run in turn, and their memory, each over the plain one."""
     keys = jr.split(jr.key(0), 4)
     w = init_vgg(keys[0], image, channels, hidden)
     x = jr.normal(keys[1], (4 * batch_size, image, image, 3), jnp.float32)
