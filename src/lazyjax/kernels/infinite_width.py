@@ -1,7 +1,7 @@
-r"""Limit kernels of wide nets in closed form: two layers by equation (8), deep ReLU and erf nets by recursion.
+r"""The limit kernels of wide nets in closed form: two layers by equation (8), deep ReLU and erf nets by recursion.
 
 A Gaussian weight sees a pair of inputs through two lengths and an angle, and the angle of near vectors is lost in their
-inner product. So it comes from the chords $|u - v|$ and $|u + v|$ of the unit vectors, and the recursion keeps, beside
+inner product. So it comes from the chords $|u - v|$ and $|u + v|$ of the unit vectors, and the recursion keeps, next to
 variances and covariance, the squared area $q_1 q_2 - c^2$ of the parallelogram, a sum of terms that are not negative.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_finite, is_concrete
+from lazyjax._core.show import show
 from lazyjax._core.types import RealScalar
 
 
@@ -26,9 +27,9 @@ def arccos_kernel(
     mean_sq_output: RealScalar = 1.0,
     mean_sq_input: RealScalar | None = None,
 ) -> Float[Array, "..."]:
-    r"""Limit tangent kernel of two-layer ReLU nets $f = m^{-1/2} \sum_j b_j \max(a_j \cdot x, 0)$ as $m \to \infty$.
+    r"""Return the limit tangent kernel of two-layer ReLU nets of infinite width.
 
-    With $\varphi$ the angle of x and x', the input layer's part and the output layer's part are
+    The nets are $f = m^{-1/2} \sum_j b_j \max(a_j \cdot x, 0)$, and $m \to \infty$. With $\varphi$ the angle of x and x', the input layer's part and the output layer's part are
 
     $$K^{(a)} = (x \cdot x') \frac{E(b^2)}{2\pi} (\pi - \varphi), \qquad
       K^{(b)} = |x| |x'| \frac{E\|a\|^2}{2\pi d} \bigl((\pi - \varphi) \cos\varphi + \sin\varphi\bigr),$$
@@ -36,27 +37,28 @@ def arccos_kernel(
     and "both" is their sum. It holds for independent a and b, a of a rotation-invariant law. `two_layer` names
     the layers the other way round; it is the limit of `gram(rescale(two_layer(), width**-0.5), w, x1, x2)`.
 
-    Values and gradients are finite everywhere. Where the kernel has a kink (at x = 0, and the input layer's part at
+    Values and gradients are finite everywhere. At a kink of the kernel (at x = 0, and for the input layer's part at
     $\varphi = 0$ and $\pi$) the gradient is the mean of the two one-sided slopes, what a central difference gives.
 
     Args:
         x1: Inputs (..., d), vectors along the last axis.
         x2: Other inputs (..., d).
-        layer: Whose part: "input", "output", or "both".
+        layer: The layer whose part is returned: "input", "output", or "both".
         mean_sq_output: $E(b^2)$ of an output weight.
         mean_sq_input: $E\|a\|^2$ of a unit's d input weights; None for d, the value of N(0, 1) weights.
 
     Returns:
-        K of all pairs, the axes of x1 before those of x2: (n1, n2) for (n1, d) and (n2, d), a number for two vectors.
-        Work grows as n1 n2 d, memory as n1 n2.
+        K for all pairs, the axes of x1 before those of x2: (n1, n2) for (n1, d) and (n2, d), a number for two vectors.
+        The work grows as n1 n2 d, the memory as n1 n2.
 
     Raises:
-        ValueError: an unknown layer; inputs empty, not finite, or of two dimensions; a moment negative or not finite.
+        ValueError: an unknown layer; inputs that are empty, not finite, or of two dimensions d; a moment that is
+            negative or not finite.
         TypeError: inputs that are not real floating.
 
     Source:
-        Chizat, Oyallon, Bach (2019), supplement A.2, equation (8) (Cho and Saul, 2009). It leaves unsaid that a
-        and b are independent.
+        Chizat, Oyallon, Bach (2019), supplement A.2, equation (8); Cho, Saul (2009). The supplement leaves unsaid that
+        a and b are independent.
 
     Example:
         >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
@@ -68,14 +70,14 @@ def arccos_kernel(
         msg = f'layer must be "input", "output" or "both", got {layer!r}.'
         raise ValueError(msg)
     x1, x2 = _as_inputs(x1, x2)
-    d = x1.shape[-1]
     output = _as_moment(mean_sq_output, "mean_sq_output", x1.dtype)
-    input_sq = _as_moment(d if mean_sq_input is None else mean_sq_input, "mean_sq_input", x1.dtype)
-    return _arccos(x1, x2, float(layer != "output") * output, float(layer != "input") * input_sq / d)
+    input_sq = _as_moment(x1.shape[-1] if mean_sq_input is None else mean_sq_input, "mean_sq_input", x1.dtype)
+    shares = np.asarray([layer != "output", layer != "input"], x1.dtype)
+    return _arccos(x1, x2, output, input_sq, shares)
 
 
 class DeepKernel(eqx.Module):
-    r"""Limit kernels of a deep net, made by `deep_kernel`; the axes of x1 before those of x2.
+    r"""The limit kernels of a deep net, made by `deep_kernel`; the axes of x1 before those of x2.
 
     Attributes:
         tangent: $\Theta$, the tangent kernel of one output with all layers trained.
@@ -84,6 +86,16 @@ class DeepKernel(eqx.Module):
 
     tangent: Float[Array, "..."]
     covariance: Float[Array, "..."]
+
+    def __str__(self) -> str:
+        """Show the shape and the range of both kernels."""
+        return show(self, self.tangent, self.tangent.ndim, self._lines)
+
+    __repr__ = __str__
+
+    def _lines(self) -> str:
+        parts = (("tangent kernel", self.tangent), ("covariance", self.covariance))
+        return "\n".join(f"{name} {k.shape}, from {np.min(k):.4g} to {np.max(k):.4g}" for name, k in parts)
 
 
 def deep_kernel(
@@ -95,7 +107,7 @@ def deep_kernel(
     weight_variance: RealScalar = 1.0,
     bias_variance: RealScalar = 0.0,
 ) -> DeepKernel:
-    r"""Limit kernels of fully connected nets with `depth` hidden layers whose widths go to infinity.
+    r"""Return the limit kernels of fully connected nets with `depth` hidden layers whose widths go to infinity.
 
     The net is in the NTK parametrization: $z_1 = \sigma_w d^{-1/2} W_1 x + \sigma_b b_1$ and
     $z_{l+1} = \sigma_w n_l^{-1/2} W_{l+1} \sigma(z_l) + \sigma_b b_{l+1}$ with all W, b drawn from N(0, 1) and
@@ -118,21 +130,23 @@ def deep_kernel(
     Args:
         x1: Inputs (..., d), vectors along the last axis.
         x2: Other inputs (..., d).
-        depth: L, hidden layers, at least 1.
-        activation: "relu", or "erf" (at equal directions exact to some $\sigma_w^2$ roundings: mind float32 above 10).
+        depth: Number L of hidden layers, at least 1.
+        activation: "relu" or "erf". For equal directions "erf" is exact to some $\sigma_w^2$ roundings: with a
+            $\sigma_w^2$ above 10 use float64.
         weight_variance: $\sigma_w^2$; 2 keeps the variance of ReLU nets from layer to layer.
         bias_variance: $\sigma_b^2$.
 
     Returns:
-        `DeepKernel`: `tangent` and `covariance` of all pairs, (n1, n2) for (n1, d) and (n2, d). Their gradients are
-        finite; at kinks of ReLU as in `arccos_kernel`, but of depth 2 and more none exists at x = 0 without biases.
+        `DeepKernel`: `tangent` and `covariance` for all pairs, (n1, n2) for (n1, d) and (n2, d). Their gradients are
+        finite, at kinks of ReLU as in `arccos_kernel`; from depth 2 on none exists at x = 0 without biases.
 
     Raises:
-        ValueError: depth below 1, an unknown activation, a variance negative or not finite, inputs as `arccos_kernel`.
+        ValueError: a depth below 1, an unknown activation, a variance that is negative or not finite; inputs as for
+            `arccos_kernel`.
         TypeError: inputs that are not real floating.
 
     Source:
-        Jacot, Gabriel, Hongler (2018); the means from Cho and Saul (2009), Williams (1997); their areas are ours.
+        Jacot, Gabriel, Hongler (2018); the means from Cho, Saul (2009) and Williams (1997); their areas are ours.
 
     Example:
         >>> kernel = deep_kernel(jnp.ones(2), jnp.array([1.0, -1.0]), depth=2, weight_variance=2.0)
@@ -176,8 +190,10 @@ def _as_moment(value: RealScalar, name: str, dtype: Any) -> Array:
 
 
 @jax.jit
-def _arccos(x1: Array, x2: Array, output: Array, share: Array) -> Array:
+def _arccos(x1: Array, x2: Array, output: Array, input_sq: Array, shares: Array | np.ndarray) -> Array:
+    """Return the kernel; the layers are numbers `shares`, 0 or 1, so that one program serves all."""
     r1, r2, inner, (supplement, sine) = _plane(x1, x2)
+    output, share = shares[0] * output, shares[1] * input_sq / x1.shape[-1]
     # By the inner product, so that the slope at x = 0 is the one that a central difference sees.
     linear = supplement * inner
     total = output * linear + share * (linear + r1 * r2 * sine)
@@ -185,14 +201,14 @@ def _arccos(x1: Array, x2: Array, output: Array, share: Array) -> Array:
 
 
 def _plane(x1: Array, x2: Array) -> tuple[Array, Array, Array, tuple[Array, Array]]:
-    """Of all pairs: lengths (n1, 1) and (1, n2), inner products, and the `_angles` of the unit vectors, (n1, n2)."""
+    """Return lengths (n1, 1) and (1, n2), inner products and the `_angles` of the unit vectors, (n1, n2)."""
     x1, x2 = (x.reshape(-1, x.shape[-1]) for x in (x1, x2))
     (r1, u1), (r2, u2) = _polar(x1), _polar(x2)
     return r1, r2.T, _inner(x1, x2), _angles(u1, u2)
 
 
 def _polar(x: Array) -> tuple[Array, Array]:
-    """Lengths (n, 1), of slope zero at zero rows, and unit vectors (n, d) or zero rows; no square leaves the range."""
+    """Return lengths (n, 1), of slope zero at zero rows, and unit vectors (n, d) or zero rows; no square overflows."""
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=1, keepdims=True)
     zero = largest == 0
     scale = jnp.where(zero, 1, largest)
@@ -208,7 +224,7 @@ def _inner(x1: Array, x2: Array) -> Array:
 
 @jax.custom_jvp
 def _angles(u1: Array, u2: Array) -> tuple[Array, Array]:
-    r"""$\pi - \varphi$ (at a zero row $\pi/2$) and $\sin\varphi$ of pairs of unit vectors, each to its last digits."""
+    r"""Return $\pi - \varphi$ (at a zero row $\pi/2$) and $\sin\varphi$ of pairs of unit vectors, each to its last digits."""
 
     def add(sums: tuple[Array, Array], coordinate: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         a, b = coordinate
@@ -256,25 +272,25 @@ def _deep(x1: Array, x2: Array, weight: Array, bias: Array, depth: int, activati
 
 
 def _affine(pair: _Pair, weight: Array, bias: Array) -> _Pair:
-    """The pair times the weights' standard deviation, plus a shared Gaussian of variance `bias`."""
+    """Return the pair times the weights' standard deviation, plus a shared Gaussian of variance `bias`."""
     distance_sq = (_root(pair.first) - _root(pair.second)) ** 2 + 2 * _shortfall(pair)
     first, second, c = (weight * q + bias for q in pair[:3])
     return _Pair(first, second, c, weight**2 * pair.area_sq + weight * bias * distance_sq)
 
 
 def _shortfall(pair: _Pair) -> Array:
-    r"""$\sqrt{q_1 q_2} - c$, without cancellation where the two are near."""
+    r"""Return $\sqrt{q_1 q_2} - c$, without cancellation if the two are near."""
     c, length = pair.covariance, _root(pair.first) * _root(pair.second)
     return jnp.where(c > 0, pair.area_sq / jnp.where(c > 0, length + c, 1), length - c)
 
 
 def _root(x: Array) -> Array:
-    """Square root with slope zero at zero; NaN stays NaN."""
+    """Return the square root with slope zero at zero; NaN stays NaN."""
     return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
 
 
 def _relu_moments(pair: _Pair) -> tuple[_Pair, Array]:
-    """The pair after ReLU, uncentered, and the mean product of slopes."""
+    """Return the pair after ReLU, uncentered, and the mean product of slopes."""
     c, area = pair.covariance, _root(pair.area_sq)
     size = jnp.maximum(*jax.lax.stop_gradient((area, jnp.abs(c))))
     zero = size == 0  # a zero input; its angle is taken as a right one, as in `_angles`
@@ -289,11 +305,11 @@ def _relu_moments(pair: _Pair) -> tuple[_Pair, Array]:
 
 
 def _erf_moments(pair: _Pair) -> tuple[_Pair, Array]:
-    """The pair after erf, uncentered, and the mean product of slopes."""
+    """Return the pair after erf, uncentered, and the mean product of slopes."""
     width = jnp.sqrt(1 + 2 * pair.first + 2 * pair.second + 4 * pair.area_sq)  # of (1 + 2 q1)(1 + 2 q2) - 4 c^2
     first, second = (2 / jnp.pi * jnp.arctan2(2 * q, jnp.sqrt(1 + 4 * q)) for q in pair[:2])
     moment = 2 / jnp.pi * jnp.arctan2(2 * pair.covariance, width)
-    # Variances are below 1 from here on: beside the next width, this difference's rounding is of order weight * eps.
+    # Variances are below 1 from here on: next to the next width, this difference's rounding is of order weight * eps.
     return _Pair(first, second, moment, first * second - moment**2), 4 / (jnp.pi * width)
 
 

@@ -1,9 +1,9 @@
-r"""Maps from model to model: `center`, `symmetrize`, `rescale`, each of h(w) or of f(w, x).
+r"""Maps from model to model: `center`, `symmetrize`, `rescale`, `on_data`, each for h(w) or f(w, x).
 
 **Zero must be zero.** The lazy limit needs $h(w_0) = 0$, and at $\alpha = 10^7$ a rounding residue of
 $10^{-8}$ in $h(w_0)$ becomes 0.1 in $\alpha h(w_0)$. So a centered or symmetrized model *declares* that it
 vanishes at $w_0$ (`declares_zero`), and the flows start from exact zeros. To keep the declaration when the
-inputs are fixed, use `on_data(f, x)` rather than a lambda.
+inputs are fixed, use `on_data(f, x)` instead of a lambda.
 """
 
 import functools
@@ -22,31 +22,31 @@ from lazyjax._core.types import Model, Params, RealScalar
 
 
 class Centered(eqx.Module):
-    """$w, x... -> f(w, x...) - f(w_0, x...)$; made by `center`."""
+    """The model $w, x... -> f(w, x...) - f(w_0, x...)$; made by `center`."""
 
     f: Model
     w0: Params
 
     def __call__(self, w: Params, *args: Any, **kwargs: Any) -> Array:
-        """The outputs of f less those at w0."""
+        """Return the outputs of f less those at w0."""
         return _gap(self.f, w, self.w0, *args, **kwargs)
 
     def declares_zero(self, w: Params) -> bool:
-        """Whether w is the w0 that the model was centered at."""
+        """Return whether w is the w0 that the model was centered at."""
         return same_params(w, self.w0)
 
     @property
     def preactivations(self) -> Callable[..., list[Array]]:
-        """Those of f as a function of (w, x); AttributeError where f has none."""
+        """The preactivations of f as a function of (w, x); AttributeError if f has none."""
         return self.f.preactivations  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def center(h: Model, w0: Params) -> Centered:
-    r"""The centered model $w \mapsto h(w) - h(w_0)$: zero at w0, the same Dh.
+    r"""Return the centered model $w \mapsto h(w) - h(w_0)$: zero at w0, the same Dh.
 
     Args:
         h: Model h(w), or f(w, x).
-        w0: Where the outputs shall vanish; start the flow from this very object.
+        w0: Parameters at which the outputs vanish; start the flow from this very object.
 
     Returns:
         A model of the same arguments, which declares that it is exactly zero at w0.
@@ -64,28 +64,28 @@ def center(h: Model, w0: Params) -> Centered:
 
 
 class Symmetrized(eqx.Module):
-    """$((w_a, w_b), x...) -> f(w_a, x...) - f(w_b, x...)$; made by `symmetrize`."""
+    """The model $((w_a, w_b), x...) -> f(w_a, x...) - f(w_b, x...)$; made by `symmetrize`."""
 
     f: Model
 
     def __call__(self, w: tuple[Params, Params], *args: Any, **kwargs: Any) -> Array:
-        """The outputs of f at the first half of the parameters less those at the second."""
+        """Return the outputs of f at the first half of the parameters less those at the second."""
         first, second = w
         return _gap(self.f, first, second, *args, **kwargs)
 
     def declares_zero(self, w: tuple[Params, Params]) -> bool:
-        """Whether the two halves of w are equal."""
+        """Return whether the two halves of w are equal."""
         return same_params(*w)
 
     @property
     def preactivations(self) -> Callable[..., list[Array]]:
-        """Those of f at both halves as a function of (w, x); AttributeError where f has none."""
+        """The preactivations of f at both halves as a function of (w, x); AttributeError if f has none."""
         inner = self.f.preactivations  # pyright: ignore[reportFunctionMemberAccess]
         return lambda w, *args: [z for half in w for z in inner(half, *args)]
 
 
 def symmetrize(f: Model, w0: Params) -> tuple[Symmetrized, tuple[Params, Params]]:
-    r"""The doubled model $f_2(w_a, w_b) = f(w_a) - f(w_b)$ and its start $(w_0, w_0)$.
+    r"""Return the doubled model $f_2(w_a, w_b) = f(w_a) - f(w_b)$ and its start $(w_0, w_0)$.
 
     The output at the start is exactly zero, the tangent kernel twice that of f. The two halves change by the same
     second-order term, which cancels in their difference; the first-order correction stays in the kernel of Dh.
@@ -111,31 +111,38 @@ def symmetrize(f: Model, w0: Params) -> tuple[Symmetrized, tuple[Params, Params]
 
 
 class Rescaled(eqx.Module):
-    """$w, x... -> c f(w, x...)$; made by `rescale`."""
+    """The model $w, x... -> c f(w, x...)$; made by `rescale`."""
 
     f: Model
     factor: Array
 
     def __call__(self, w: Params, *args: Any, **kwargs: Any) -> Array:
-        """The outputs of f times the factor."""
+        """Return the outputs of f times the factor."""
         out = self.f(w, *args, **kwargs)
         return self.factor.astype(out.dtype) * out
 
     def declares_zero(self, w: Params) -> bool:
-        """Whether f does."""
+        """Return whether f declares that its outputs at w are zero."""
         return declares_zero(self.f, w)
 
     @property
     def preactivations(self) -> Callable[..., list[Array]]:
-        """Those of f as a function of (w, x); AttributeError where f has none."""
+        """The preactivations of f as a function of (w, x); AttributeError if f has none."""
         return self.f.preactivations  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def rescale(h: Model, factor: RealScalar) -> Rescaled:
-    r"""The model $w \mapsto c\,h(w)$; zero where h is declared zero.
+    r"""Return the model $w \mapsto c\,h(w)$, declared zero wherever h is.
 
     To follow the flow at output scale alpha, prefer `gradient_flow(h, ..., alpha=alpha)`, which keeps every
     digit at any alpha; `rescale` is the plain product.
+
+    Args:
+        h: Model h(w), or f(w, x).
+        factor: The number c; it may be traced.
+
+    Returns:
+        A model of the same arguments.
 
     Raises:
         ValueError: the factor is not a finite number.
@@ -152,7 +159,7 @@ def rescale(h: Model, factor: RealScalar) -> Rescaled:
 
 
 class OnData(eqx.Module):
-    """$w -> f(w, x)$ with the inputs as part of the model; made by `on_data`."""
+    """The model $w -> f(w, x)$, which holds its inputs; made by `on_data`."""
 
     f: Model
     x: Any
@@ -167,7 +174,7 @@ class OnData(eqx.Module):
 
 
 def on_data(f: Model, x: Any) -> OnData:
-    r"""Make the model $h(w) = f(w, x)$ of fixed inputs x.
+    r"""Return the model $h(w) = f(w, x)$ of fixed inputs x.
 
     Use it instead of `lambda w: f(w, x)`: the inputs are arguments of the compiled programs, so that new data of the
     same shape compile nothing new, and `gram`, `kappa` and others see that each sample has an output of its own. What
@@ -195,7 +202,7 @@ def on_data(f: Model, x: Any) -> OnData:
 
 
 def without_constant(h: Model) -> Model:
-    """A centered model's own f, which changes as it does and costs half."""
+    """Return a centered model's own f, which changes as the model does and costs half; any other model as it is."""
     if isinstance(h, Centered):
         return h.f
     if isinstance(h, OnData) and isinstance(h.f, Centered):
@@ -204,8 +211,8 @@ def without_constant(h: Model) -> Model:
 
 
 def declares_zero(h: Model, w: Params) -> bool:
-    """Whether h declares that its outputs at w are exactly zero (looking through `functools.partial`)."""
-    # A positional argument would be the parameters' place: what is then left to give is something else.
+    """Return whether h declares that its outputs at w are exactly zero (looking through `functools.partial`)."""
+    # A positional argument would take the place of the parameters: what is then left to give is something else.
     while isinstance(h, functools.partial) and not h.args:
         h = h.func
     check = getattr(h, "declares_zero", None)
@@ -213,7 +220,7 @@ def declares_zero(h: Model, w: Params) -> bool:
 
 
 def same_params(first: Params, second: Params) -> bool:
-    """Whether two trees hold the same: the very same leaves, or equal ones that can be looked at."""
+    """Return whether two trees hold the same: the very same leaves, or equal ones whose values are known."""
     if jtu.tree_structure(first) != jtu.tree_structure(second):
         return False
     return all(_same_leaf(x, y) for x, y in zip(jtu.tree_leaves(first), jtu.tree_leaves(second), strict=True))
@@ -231,12 +238,12 @@ def _same_leaf(x: Any, y: Any) -> bool:
 
 
 def _gap(f: Model, first: Params, second: Params, *args: Any, **kwargs: Any) -> Array:
-    """f(first, ...) - f(second, ...), exactly zero where the two are equal, compiled or not.
+    """Return f(first, ...) - f(second, ...), exactly zero if the two are equal, compiled or not.
 
     Left alone, a compiler breaks that in two ways. It evaluates the half whose parameters are constants
-    beforehand, by other code: the barriers keep it from that (but for what it folds after it has dropped them, an
-    elementwise start of f). And it contracts a product that ends f with the subtraction, so that one half is
-    rounded and the other is not: a selection cannot be contracted.
+    beforehand, by other code: the barriers prevent that (except for an elementwise start of f, which it folds after it
+    has dropped them). And it contracts a product that ends f with the subtraction, so that one half is rounded and
+    the other is not: a selection cannot be contracted.
     """
 
     def half(w: Params) -> Array:

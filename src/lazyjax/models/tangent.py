@@ -1,8 +1,8 @@
 r"""The tangent model $\bar h(w) = h(w_0) + Dh(w_0)(w - w_0)$, and the extreme singular values of $Dh(w_0)$.
 
-With J the plain (nk, p) Jacobian and $c$ the weight of F's metric (1/n for a mean, see `lazyjax.loss`), the
+With J the plain (nk, p) Jacobian and $c$ the weight of F's metric (1/n for a mean, see `lazyjax.losses`), the
 singular values of $Dh(w_0)$: R^p -> F are $\sqrt{c}$ times those of J. They come from Lanczos on $JJ^T$ with full
-re-orthogonalization, one jvp and one vjp a product, so that no Jacobian is ever formed.
+re-orthogonalization, one jvp and one vjp for each product, so that no Jacobian is ever formed.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import check_outputs, split_params
 from lazyjax._core.lanczos import lanczos
+from lazyjax._core.show import show
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.losses.loss import Loss
 from lazyjax.models.maps import declares_zero, same_params
@@ -36,30 +37,31 @@ class Tangent(eqx.Module):
     _jvp: Callable[[Params], Outputs]
 
     def __call__(self, w: Params) -> Outputs:
-        r"""$\bar h(w) = h(w_0) + Dh(w_0)(w - w_0)$."""
+        r"""Return $\bar h(w) = h(w_0) + Dh(w_0)(w - w_0)$."""
         first, start = (eqx.filter(tree, eqx.is_inexact_array) for tree in (w, self.w0))
         return self.outputs + self.jvp(jtu.tree_map(jnp.subtract, first, start))
 
     def jvp(self, u: Params) -> Outputs:
-        """$Dh(w_0) u$ for a direction u of w0's structure."""
+        """Return $Dh(w_0) u$ for a direction u of w0's structure."""
         return self._jvp(_match(u, self.w0))
 
     def vjp(self, r: Outputs) -> Params:
-        """The plain $J^T r$, a tree of w0's coordinates; $Dh(w_0)^* r$ in F's metric is `weight` times it."""
+        """Return the plain $J^T r$, a tree of w0's coordinates; $Dh(w_0)^* r$ in F's metric is `weight` times it."""
         coordinates = eqx.filter(self.w0, eqx.is_inexact_array)
         (out,) = jax.linear_transpose(self._jvp, coordinates)(match_outputs(r, self.outputs))
         return out
 
     def declares_zero(self, w: Params) -> bool:
-        """Whether w is w0 and h is declared zero there."""
+        """Return whether w is w0 and h is declared zero there."""
         return same_params(w, self.w0) and declares_zero(self.h, self.w0)
 
 
 def linearize(h: Model, w0: Params) -> Tangent:
-    r"""The tangent model $\bar h(w) = h(w_0) + Dh(w_0)(w - w_0)$: a model of the same arguments.
+    r"""Return the tangent model $\bar h(w) = h(w_0) + Dh(w_0)(w - w_0)$: a model of the same arguments.
 
-    Made by `jax.linearize`: h is evaluated once, and every product shares that evaluation. Inside jitted code
-    call `linearize` inside, so that its residuals stay values instead of compiled-in constants.
+    It is made by `jax.linearize`: h is evaluated once, and every product shares that evaluation. If its products
+    belong to a jitted function, call `linearize` in that function too, so that its residuals are not compiled in as
+    constants.
 
     Args:
         h: Model h(w) with outputs (n,) or (n, k).
@@ -69,7 +71,7 @@ def linearize(h: Model, w0: Params) -> Tangent:
         `Tangent`: call it on w; `.jvp(u)` and `.vjp(r)` are the products with Dh(w0) and its transpose.
 
     Raises:
-        TypeError, ValueError: parameters or outputs unfit (no floating leaf, NaN, wrong shape).
+        TypeError, ValueError: parameters or outputs that do not fit (no floating leaf, NaN, wrong shape).
 
     Source:
         Chizat, Oyallon, Bach (2019), section 1.1.
@@ -93,7 +95,7 @@ def _linearize(h: Model, coordinates: Params, rest: Params, zero: bool) -> tuple
 
 
 def _match(u: Params, w0: Params) -> Params:
-    """The coordinates of u in the dtypes of w0's."""
+    """Return the coordinates of u in the dtypes of w0's."""
     u, start = (eqx.filter(tree, eqx.is_inexact_array) for tree in (u, w0))
     got, expected = ([jtu.tree_structure(t), [leaf.shape for leaf in jtu.tree_leaves(t)]] for t in (u, start))
     if got != expected:
@@ -107,7 +109,7 @@ def _match(u: Params, w0: Params) -> Params:
 
 
 def match_outputs(r: Outputs, outputs: Any) -> Outputs:
-    """A cotangent of the outputs' shape, in their dtype."""
+    """Return a cotangent in the outputs' dtype, after a check of its shape."""
     if jnp.shape(r) != outputs.shape:
         msg = f"r must have the shape of the outputs, {outputs.shape}, got {jnp.shape(r)}."
         raise ValueError(msg)
@@ -115,7 +117,7 @@ def match_outputs(r: Outputs, outputs: Any) -> Outputs:
 
 
 class SingularValues(eqx.Module):
-    r"""Extreme singular values of $Dh(w_0)$ in F's metric, from Lanczos; made by `singular_values`.
+    r"""The extreme singular values of $Dh(w_0)$ in F's metric, from Lanczos; made by `singular_values`.
 
     Attributes:
         largest: $\|Dh(w_0)\|$, from below.
@@ -129,24 +131,36 @@ class SingularValues(eqx.Module):
     largest_error: Float[Array, ""]
     smallest_error: Float[Array, ""]
 
+    def __str__(self) -> str:
+        """Show both values and the errors of their squares."""
+        return show(self, self.largest, 0, self._lines)
+
+    __repr__ = __str__
+
+    def _lines(self) -> str:
+        return (
+            f"singular values of Dh(w0): {self.largest:.5g} down to {self.smallest:.5g}\n"
+            f"  their squares are right to {self.largest_error:.1e} and {self.smallest_error:.1e}"
+        )
+
 
 def singular_values(
     tangent: Tangent, loss: Loss | None = None, *, num_matvecs: int = 100, key: PRNGKeyArray | None = None
 ) -> SingularValues:
-    r"""Largest and smallest singular value of $Dh(w_0)$: R^p -> F, matrix-free.
+    r"""Return the largest and smallest singular value of $Dh(w_0)$: R^p -> F, matrix-free.
 
     Args:
         tangent: From `linearize`.
-        loss: Gives the metric of F; None for the paper's, (1/n) sum.
-        num_matvecs: Lanczos steps (each one jvp, one vjp), cut at n*k, where the result is exact. The largest
+        loss: Loss whose metric F has; None for the paper's, (1/n) sum.
+        num_matvecs: Lanczos steps (each one jvp, one vjp), at most n*k, for which the result is exact. The largest
             value converges in tens of steps; the smallest needs up to n*k: read its error.
-        key: For the start vector; None for a fixed one.
+        key: Random key of the start vector; None for a fixed one.
 
     Returns:
         `SingularValues`.
 
     Raises:
-        ValueError: `num_matvecs` below 1.
+        ValueError: `num_matvecs` is below 1.
 
     Source:
         Chizat, Oyallon, Bach (2019), theorem 2.4 ($\sigma_{min}$), section 1.2 ($\|Dh\|$).
