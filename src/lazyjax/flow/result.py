@@ -89,7 +89,7 @@ def as_result(item: Any) -> Result:
         return item
     (value,) = jtu.tree_leaves(item)
     if isinstance(item, diffrax.RESULTS):  # the same name has another number there
-        value = PROMOTED[np.asarray(value)] if is_array(value) else jnp.asarray(PROMOTED)[value]
+        value = np.asarray(PROMOTED[np.asarray(value)]) if is_array(value) else jnp.asarray(PROMOTED)[value]
     return Result(value, RESULTS)  # pyright: ignore[reportCallIssue]
 
 

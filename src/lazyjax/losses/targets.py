@@ -93,7 +93,7 @@ def _named(loss: Any, y: np.ndarray, shape: tuple[int, ...], name: str, like: An
         softmax_cross_entropy(labels).check(shape)
         if loss == "softmax":
             return Task(softmax_cross_entropy, labels, _right_class)
-        return Task(square_loss, jnp.eye(shape[1])[labels], _right_row)
+        return Task(square_loss, jnp.asarray(np.eye(shape[1])[np.asarray(labels)], jnp.result_type(float)), _right_row)
     signs = _are_signs(y if like is None else np.asarray(like))
     if signs and not set(np.unique(y)) <= {-1, 1}:
         msg = f"{name} must hold the signs -1 and 1 as y does, got values {np.unique(y)[:8].tolist()}."
