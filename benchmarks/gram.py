@@ -215,7 +215,7 @@ def dominant(case: Case) -> tuple[int, int, int]:
 
 
 def products(case: Case, rows: dict[str, dict[str, Any]], rates: dict[str, float]) -> dict[str, Any]:
-    """Return the part of the rate of a GEMM at which ours of b does the products that dominate it, all its other work free.
+    """Return the part of the rate of a GEMM at which ours of b does its dominant products, all its other work free.
 
     A hidden layer of width m takes D D^T from the cotangents D (n k, m) of its outputs. Only the n k (n k + 1) / 2
     entries of one triangle are counted, each 2 m flops: what a symmetric matrix needs, whatever is computed.
