@@ -6,6 +6,7 @@ whose updates are proportional to the gradients takes the same steps in u at eve
 factor $1/\alpha$; at alpha = inf those of alpha = 1 stand for them.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array
 
+from lazyjax._core.checks import is_concrete
 from lazyjax._core.trees import move, tree_norm
 from lazyjax._core.types import Params
 
@@ -90,7 +92,9 @@ def check_proportional(optimizer: optax.GradientTransformation, coordinates: Par
     Raises:
         ValueError: the updates are not proportional to the gradients.
     """
-    with jax.ensure_compile_time_eval():  # values, even inside a user's jit
+    # Values, even inside a user's jit: there alone, since operations are then evaluated one by one.
+    traced = not is_concrete(jnp.asarray(0))
+    with jax.ensure_compile_time_eval() if traced else contextlib.nullcontext():
         proportional = bool(_is_proportional(optimizer, coordinates))
     if not proportional:
         msg = (

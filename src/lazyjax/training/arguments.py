@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from lazyjax._core.checks import check_alpha, check_inputs, check_outputs, is_concrete, split_params
 from lazyjax._core.keys import is_key
@@ -115,7 +115,7 @@ DEFAULTS = TrainingOptions()
 """The options of most trainings."""
 
 
-def make_lanes(alpha: ArrayLike, key: PRNGKeyArray, w0: Params, *, stacked: bool = False) -> Lanes:
+def make_lanes(alpha: ArrayLike, key: Array, w0: Params, *, stacked: bool = False) -> Lanes:
     """Lay out scales, keys and starts as lanes.
 
     Raises:
@@ -148,7 +148,7 @@ def make_lanes(alpha: ArrayLike, key: PRNGKeyArray, w0: Params, *, stacked: bool
     return Lanes(Lane(scales, key, coordinates), axes, not counts)
 
 
-def _check_key(key: Any) -> PRNGKeyArray:
+def _check_key(key: Any) -> Array:
     """Return typed keys, () or (lanes,)."""
     if eqx.is_array(key) and key.dtype == jnp.uint32 and key.ndim in (1, 2):
         key = jr.wrap_key_data(key)

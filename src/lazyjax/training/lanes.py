@@ -4,6 +4,7 @@ All lanes go through a program at once if memory allows, else in equal chunks. T
 its program and come back changed, so that their memory is used again.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -159,12 +160,14 @@ def run_epoch(
     Returns:
         The new states, what was measured, and whether each lane is finite throughout.
     """
+    # With and without test data an epoch is the same program.
+    test, setup = setup.test, dataclasses.replace(setup, test=None)
     run = _epoch if setup.scan else _epoch_by_steps
     states, measures, finite = run((setup, lanes, jnp.asarray(epoch, jnp.uint32)), states)
-    if setup.test is not None:
-        starts = range(0, setup.test.x.shape[0], setup.batch_size)
-        outputs = [_outputs(setup, lanes, states, setup.test.x, jnp.asarray(first)) for first in starts]
-        measures = {**measures, **_evaluate(setup.test, outputs)}
+    if test is not None:
+        starts = range(0, test.x.shape[0], setup.batch_size)
+        outputs = [_outputs(setup, lanes, states, test.x, jnp.asarray(first)) for first in starts]
+        measures = {**measures, **_evaluate(test, outputs)}
     measures, finite = jax.device_get((measures, finite))
     for values in measures.values():
         finite = finite & np.isfinite(values)
@@ -174,6 +177,7 @@ def run_epoch(
 def program_digest(setup: TrainingSetup, lanes: Lanes, states: State) -> str:
     """Return a short name of the compiled program: of the model, loss, optimizer and augmentation in it."""
     program: Any = _epoch
+    setup = dataclasses.replace(setup, test=None)
     text = program.lower((setup, lanes, jnp.zeros((), jnp.uint32)), states).as_text()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

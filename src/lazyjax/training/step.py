@@ -96,7 +96,9 @@ class TrainingSetup(eqx.Module):
     def start(self, lane: Lane) -> State:
         """Return the state before the first step."""
         position = lane.w0 if self.plain else jtu.tree_map(jnp.zeros_like, lane.w0)
-        return State(position, self.optimizer.init(lane.w0))
+        # Of the types that a step returns, so that the first epoch is the program of the others.
+        memory = jtu.tree_map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), self.optimizer.init(lane.w0))
+        return State(position, memory)
 
     def coordinates(self, lane: Lane, position: Params) -> Params:
         """Return the coordinates of w."""

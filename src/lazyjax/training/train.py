@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from lazyjax._core.checks import check_inputs, is_concrete, split_params
@@ -82,7 +82,7 @@ def train(
     optimizer: optax.GradientTransformation,
     *,
     epochs: int,
-    key: PRNGKeyArray,
+    key: Array,
     batch_size: int = 128,
     loss: LossOf = "square",
     alpha: ArrayLike = 1.0,
