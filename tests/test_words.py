@@ -63,6 +63,7 @@ DIALECT = {
     r"mirrored": "symmetrized",
     r"an? (lane|seed|epoch|time|layer|sample|row|column|output|figure|step|program|update|image|theorem) each": "per",
     r"(one|once|a row|a program|a key|a number|an? \w+) an? (lane|epoch|seed)": "per",
+    r"one an? (neuron|unit|class|output|target|leaf|parameter|sample|row|layer|figure|theorem|model)": "per",
     r"some minutes": "a few minutes",
     r"hold(s|ing)? (\w+ )?against": "check against",
 }
@@ -132,6 +133,11 @@ def docstrings() -> list[tuple[str, str, ast.AST]]:
     ]
 
 
+def is_property(node: ast.AST) -> bool:
+    """Return whether a definition is an attribute to its readers."""
+    return any("property" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", []))
+
+
 def test_spelling_is_american():
     offenders = [f"{place} {match.group()}" for place, line in prose() for match in SPELLING.finditer(line)]
     assert not offenders, "\n".join(offenders)
@@ -153,7 +159,11 @@ def test_phrases_are_plain():
 
 
 def test_docstrings_open_with_a_sentence():
-    offenders = [f"{place} {first}" for place, first, _ in docstrings() if OPENINGS.match(first)]
+    offenders = [
+        f"{place} {first}"
+        for place, first, node in docstrings()
+        if OPENINGS.match(first) and not (is_property(node) and first.startswith("Whether"))
+    ]
     assert not offenders, "\n".join(offenders)
 
 
@@ -163,7 +173,7 @@ def test_public_functions_open_with_a_verb():
         f"{place} {first}"
         for place, first, node in docstrings()
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and nouns.match(first)
-        if not any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if not is_property(node)
     ]
     assert not offenders, "\n".join(offenders)
 
