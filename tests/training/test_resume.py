@@ -1,7 +1,12 @@
 """An interrupted training goes on to the same bits; a folder that holds something else is refused and left alone."""
 
 import functools
+import importlib
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -13,25 +18,29 @@ import optax
 import pytest
 
 import lazyjax as lj
+from problems import normal
+from shared_training import key
 
 F = lj.models.two_layer(jnp.tanh)
-W0 = lj.models.two_layer().init(jr.key(0), d=3, width=4)
-X = jr.normal(jr.key(1), (11, 3))
-Y = jnp.sin(X[:, 0])
+W0 = {"a": normal(0, 4), "b": normal(1, 4, 3)}
+X = normal(2, 11, 3)
+Y = np.sin(np.asarray(X)[:, 0])
 RATE = lj.training.inverse_time_decay(0.1, 0.5, steps_per_epoch=2)
 SGD = optax.sgd(RATE, momentum=0.9)
-ALPHAS = jnp.array([1.0, 100.0, jnp.inf])
+ALPHAS = np.array([1.0, 100.0, np.inf])
+# The function `train` hides its module.
+MODULE = importlib.import_module("lazyjax.training.train")
 
 
 def jitter(key, x):
     return x + 0.1 * jr.normal(key, x.shape, x.dtype)
 
 
-def train(epochs, folder=None, **options):
-    given = {"alpha": ALPHAS, "batch_size": 4, "key": jr.key(2), "augment": jitter, "test": (X[:5], Y[:5]), "chunk": 2}
-    given |= options
-    w0, x, y, optimizer = (given.pop(k, v) for k, v in {"w0": W0, "x": X, "y": Y, "optimizer": SGD}.items())
-    return lj.train(given.pop("f", F), w0, x, y, optimizer, epochs=epochs, folder=folder, **given)
+def train(epochs, folder=None, f=F, w0=W0, x=X, y=Y, optimizer=SGD, **given):
+    given = {"alpha": ALPHAS, "batch_size": 4, "test": (X[:5], Y[:5]), "augment": jitter, "chunk": 2, **given}
+    options = lj.training.TrainingOptions(folder=folder, **{name: given.pop(name) for name in ("augment", "chunk")})
+    given = {"key": key(2), **given}
+    return lj.train(f, w0, x, y, optimizer, epochs=epochs, options=options, **given)
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +88,30 @@ class Frozen(eqx.Module):
 
 
 def test_an_interrupted_training_goes_on_to_the_same_bits(folder):
-    jax.clear_caches()  # as in another process
     resumed = train(5, folder)
     assert same_bits(resumed, uninterrupted(5))
-    assert resumed.train_loss.shape == (3, 5)
+    assert resumed.loss.shape == (3, 5)
     # What is finished is read, not run again.
     before = files(folder)
     assert same_bits(train(5, folder), uninterrupted(5))
     assert files(folder) == before
+
+
+@pytest.mark.end_to_end
+def test_another_process_goes_on_to_the_same_bits(folder, tmp_path):
+    """What is compiled anew, from the same place on: here everything."""
+    command = (
+        "import jax; jax.config.update('jax_enable_x64', True)\n"
+        "import numpy as np, jax.tree_util as jtu, test_resume\n"
+        f"leaves = jtu.tree_leaves(test_resume.train(5, {str(folder)!r}))\n"
+        f"np.savez({str(tmp_path / 'leaves.npz')!r}, *leaves)"
+    )
+    paths = [Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2] / "src"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    subprocess.run([sys.executable, "-c", command], check=True, env=environment)
+    with np.load(tmp_path / "leaves.npz") as found:
+        assert same_bits([found[name] for name in found.files], jtu.tree_leaves(uninterrupted(5)))
 
 
 def test_an_interruption_in_the_midst_of_an_epoch_or_a_write_loses_that_epoch_only(folder, monkeypatch):
@@ -98,8 +123,8 @@ def test_an_interruption_in_the_midst_of_an_epoch_or_a_write_loses_that_epoch_on
             raise KeyboardInterrupt
         return run_epoch(*args, **kwargs)
 
-    run_epoch = lj.training.epochs.run_epoch
-    monkeypatch.setattr(lj.training.epochs, "run_epoch", interrupted)
+    run_epoch = MODULE.run_epoch
+    monkeypatch.setattr(MODULE, "run_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(5, folder)
     monkeypatch.undo()
@@ -116,7 +141,7 @@ def test_lanes_go_on_in_the_groups_that_they_began_in(folder):
 
 @pytest.mark.standard_promotion  # optax.add_noise
 def test_an_optimizer_with_random_keys_of_its_own_is_resumed(tmp_path):
-    noisy = optax.chain(optax.add_noise(0.1, 0.5, jr.key(3)), optax.sgd(0.1))
+    noisy = optax.chain(optax.add_noise(0.1, 0.5, key(3)), optax.sgd(0.1))
     options = {"optimizer": noisy, "alpha": 10.0}
     train(1, tmp_path / "kept", **options)
     assert same_bits(train(3, tmp_path / "kept", **options), train(3, **options))
@@ -138,16 +163,16 @@ def test_a_diverged_lane_stays_so_after_a_resumption(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"alpha": jnp.array([1.0, 2.0, 3.0])}, r"alpha \[1.0, 100.0, inf\] there and \[1.0, 2.0, 3.0\] here"),
+        ({"alpha": np.array([1.0, 2.0, 3.0])}, r"alpha \[1.0, 100.0, inf\] there and \[1.0, 2.0, 3.0\] here"),
         ({"batch_size": 5}, "batch_size 4 there and 5 here"),
-        ({"key": jr.key(5)}, "key .* there and"),
-        ({"x": X + 1e-9}, "data .* there and"),
+        ({"key": key(5)}, "key .* there and"),
+        ({"x": np.asarray(X) + 1e-9}, "data .* there and"),
         ({"y": 2 * Y}, "data .* there and"),
-        ({"w0": jax.tree.map(lambda leaf: 2 * leaf, W0)}, "w0 .* there and"),
+        ({"w0": {"a": normal(5, 4), "b": normal(1, 4, 3)}}, "w0 .* there and"),
         ({"test": None}, "test .* there and None here"),
         ({"chunk": 3}, "chunk 2 there and 3 here"),
         ({"optimizer": optax.sgd(RATE, momentum=0.8)}, "program .* there and"),
-        ({"optimizer": optax.adam(RATE), "alpha": ALPHAS.at[2].set(7.0)}, "program .* there and"),
+        ({"optimizer": optax.adam(RATE), "alpha": np.array([1.0, 100.0, 7.0])}, "program .* there and"),
         ({"f": lj.models.two_layer(jnp.sin)}, "program .* there and"),
         ({"augment": None}, "program .* there and"),
         ({"loss": lambda y: lj.square_loss(y, mean=False)}, "loss square there and a function here"),
@@ -161,15 +186,17 @@ def test_another_training_in_the_folder_is_refused_and_left_alone(folder, option
     assert files(folder) == before
 
 
-@pytest.mark.parametrize("part", ["f", "augment", "loss"])
-def test_a_training_with_other_arrays_inside_its_functions_is_refused(part, tmp_path):
-    def options(size):
-        return {part: Frozen(jnp.asarray(size), part), "alpha": 10.0, "chunk": 1, "test": None}
+def test_a_training_with_other_arrays_inside_its_functions_is_refused(tmp_path):
+    def options(**sizes):
+        parts = {name: Frozen(jnp.asarray(sizes.get(name, np.float64(1.0))), name) for name in ("f", "augment", "loss")}
+        return {**parts, "alpha": 10.0, "chunk": 1, "test": None}
 
-    train(1, tmp_path / "kept", **options(1.0))
+    train(1, tmp_path / "kept", **options())
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"holds another training \(arrays of f, augment, optimizer or loss .* there"):
-        train(2, tmp_path / "kept", **options(1.5))
+    for name in ("f", "augment", "loss"):
+        match = r"holds another training \(arrays of f, augment, optimizer or loss \w+ there and \w+ here\)"
+        with pytest.raises(ValueError, match=match):
+            train(2, tmp_path / "kept", **options(**{name: np.float64(1.5)}))
     assert files(tmp_path) == before
 
 
