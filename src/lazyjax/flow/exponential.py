@@ -231,7 +231,7 @@ def _velocity(field: ModelField | TangentField, u: Params) -> Params:
 
 
 class State(eqx.Module):
-    """What passes from step to step: f(u) in coordinates; for a method that re-linearizes, its linear part and cost."""
+    """The state between steps: f(u) in coordinates; for a method that re-linearizes, its linear part and cost."""
 
     f: Expansion
     linear: LinearPart | None = None

@@ -110,7 +110,7 @@ def gradient_flow(
 
     Args:
         h: Model h(w) with outputs (n,) or (n, k), the data inside; or a `Tangent`.
-        loss: R on outputs, from `lazyjax.loss`, or any function of the outputs.
+        loss: R on outputs, from `lazyjax.losses`, or any function of the outputs.
         w0: Start; any pytree, its floating arrays are the coordinates.
         ts: Times to save at, strictly increasing; the first is the start, the last may be inf: run until
             $\|u'(t)\| \le$ rtol $\|u'(t_0)\|$. Flow time, not steps: a gradient-descent step of size eta on

@@ -13,7 +13,7 @@ from lazyjax._core.checks import is_concrete
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore
-    """diffrax's reasons for the end of a solve, and the collapse of the steps of a flow with kinks."""
+    """The reasons for the end of a flow: those of diffrax, and the collapse of the steps of a flow with kinks."""
 
     steps_collapsed = (
         "The step sizes collapsed: a quarter and more of the last 256 attempts were rejected, all were below a "
@@ -25,7 +25,7 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore
 
 
 class SOLVERS(eqx.Enumeration):
-    """What a flow was followed with."""
+    """The solvers that a flow can have been followed with."""
 
     closed_form = "closed form"
     tsit5 = "Tsit5"
