@@ -1,6 +1,9 @@
-"""Divided differences: float64 against independent truths, float32 against float64, and every rule."""
+"""Divided differences: float64 against independent truths, float32 against float64, and every rule.
 
-from collections.abc import Callable
+Cases of a kind are one program (a dict of them in, a dict of differences out): one compilation instead of dozens.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -12,46 +15,47 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
 
 import lazyjax as lj
 from helpers import relative_error, tree_allclose
-from lazyjax.difference.finite_jvp import finite_value_and_jvp
+from lazyjax.difference.finite_jvp import RULES, finite_value_and_jvp
 
 # Step sizes that float32 holds exactly enough: both precisions see the same number.
 ALPHAS = tuple(10.0**k for k in range(13))
 EPS = np.float32([*(1 / alpha for alpha in ALPHAS), 0.0]).astype(np.float64)
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
+Shapes = tuple[tuple[int, ...], ...]
+Cases = dict[str, tuple[Callable[[Any], Any], Shapes]]
+
 
 def cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda z: z.astype(dtype) if jnp.issubdtype(z.dtype, jnp.floating) else z, tree)
+    return jax.tree.map(lambda z: np.asarray(z).astype(dtype) if jnp.issubdtype(z.dtype, jnp.floating) else z, tree)
 
 
-def normal_like(key: Any, tree: Any) -> Any:
-    """A random tree of float32 numbers in float64: rounding to float32 changes nothing."""
+def normal(seed: int, *shape: int) -> np.ndarray:
+    """Random float32 numbers in float64: rounding to float32 changes nothing."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(np.float64)
+
+
+def weights(*shapes: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
+    """Random weights at the usual scale, 1/sqrt(fan in), again float32 numbers."""
+    raw = [normal(seed + i, *shape) / max(1, int(np.prod(shape[:-1]))) ** 0.5 for i, shape in enumerate(shapes)]
+    return [z.astype(np.float32).astype(np.float64) for z in raw]
+
+
+def normal_like(seed: int, tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
-    keys = jr.split(key, len(leaves))
-    return structure.unflatten(
-        [jr.normal(k, z.shape, jnp.float32).astype(jnp.float64) for k, z in zip(keys, leaves, strict=True)]
-    )
+    return structure.unflatten([normal(seed + i, *z.shape) for i, z in enumerate(leaves)])
 
 
-def weights(*shapes: tuple[int, ...], seed: int = 0) -> list[jax.Array]:
-    """Random weights at the usual scale, 1/sqrt(fan in), again of float32 numbers."""
-    raw = normal_like(jr.key(seed), [jnp.zeros(shape) for shape in shapes])
-    return [cast(cast(z / max(1, int(np.prod(z.shape[:-1]))) ** 0.5, jnp.float32), jnp.float64) for z in raw]
-
-
-X = cast(jr.normal(jr.key(5), (6, 5), jnp.float32), jnp.float64)
-IMAGES = cast(jr.normal(jr.key(6), (2, 6, 6, 2), jnp.float32), jnp.float64)
-
-
-def data(like: jax.Array, x: jax.Array = X) -> jax.Array:
-    return x.astype(like.dtype)
+X, IMAGES = jnp.asarray(normal(5, 6, 5)), jnp.asarray(normal(6, 2, 6, 6, 2))
 
 
 def mlp(activation: Callable[[jax.Array], jax.Array], w: list[jax.Array]) -> jax.Array:
-    z = activation(data(w[0]) @ w[0] + w[1][None])
+    z = activation(X.astype(w[0].dtype) @ w[0] + w[1][None])
     return activation(z @ w[2]) @ w[3]
 
 
@@ -59,7 +63,7 @@ MLP = ((5, 9), (9,), (9, 9), (9, 3))
 
 
 def normed(w: list[jax.Array]) -> jax.Array:
-    z = data(w[0]) @ w[0]
+    z = X.astype(w[0].dtype) @ w[0]
     centered = z - z.mean(1, keepdims=True)
     z = w[1][None] * centered * lax.rsqrt(jnp.var(z, 1, keepdims=True) + 1e-5)
     return jnp.tanh(z @ w[2]) @ w[3]
@@ -67,7 +71,7 @@ def normed(w: list[jax.Array]) -> jax.Array:
 
 def attention(w: list[jax.Array]) -> jax.Array:
     """Masked self-attention: -inf in the scores, softmax with its subtracted maximum."""
-    z = data(w[0]) @ w[0]
+    z = X.astype(w[0].dtype) @ w[0]
     scores = jnp.where(jnp.tril(jnp.ones((6, 6), bool)), (z @ w[1]) @ z.T, -jnp.inf)
     return jax.nn.softmax(scores) @ z @ w[2]
 
@@ -77,7 +81,7 @@ def pooled(x: jax.Array, size: int = 2, padding: str = "VALID") -> jax.Array:
 
 
 def cnn(w: list[jax.Array]) -> jax.Array:
-    z = lax.conv_general_dilated(data(w[0], IMAGES), w[0], (1, 1), "SAME", dimension_numbers=DIMENSIONS)
+    z = lax.conv_general_dilated(IMAGES.astype(w[0].dtype), w[0], (1, 1), "SAME", dimension_numbers=DIMENSIONS)
     z = pooled(jax.nn.relu(z + w[1].reshape(1, 1, 1, -1)))
     z = lax.conv_general_dilated(z, w[2], (1, 1), "VALID", dimension_numbers=DIMENSIONS)
     return jnp.tanh(z).reshape(len(z), -1) @ w[3]
@@ -86,7 +90,7 @@ def cnn(w: list[jax.Array]) -> jax.Array:
 CNN = ((3, 3, 2, 4), (4,), (2, 2, 4, 3), (12, 3))
 
 # name -> model and shapes of its weights
-MODELS: dict[str, tuple[Callable[[Any], Any], tuple[tuple[int, ...], ...]]] = {
+MODELS: Cases = {
     "tanh": (partial(mlp, jnp.tanh), MLP),
     "relu": (partial(mlp, jax.nn.relu), MLP),
     "gelu_tanh": (partial(mlp, jax.nn.gelu), MLP),
@@ -101,20 +105,16 @@ MODELS: dict[str, tuple[Callable[[Any], Any], tuple[tuple[int, ...], ...]]] = {
 }
 
 
-def problem(name: str) -> tuple[Callable[[Any], Any], Any, Any]:
-    h, shapes = MODELS[name]
-    w0 = weights(*shapes)
-    return h, w0, normal_like(jr.key(1), w0)
+def merged(functions: Mapping[str, Callable[[Any], Any]], w: Mapping[str, Any]) -> dict[str, Any]:
+    """Many models as one: a dict of parameters to a dict of outputs."""
+    return {name: function(w[name]) for name, function in functions.items()}
 
 
-def second_order(h: Callable[[Any], Any], w: Any, u: Any, eps: float) -> Any:
-    """Dh u + (eps/2) D^2 h(u, u): the difference up to O(eps^2), by derivatives only."""
-
-    def slope(v: Any) -> Any:
-        return jax.jvp(h, (v,), (u,))[1]
-
-    first, second = jax.jvp(slope, (w,), (u,))
-    return jax.tree.map(lambda a, b: a + eps / 2 * b, first, second)
+def merge(cases: Cases) -> tuple[Callable[[Any], Any], Any, Any]:
+    """One model of all cases, its parameters and a direction."""
+    h = partial(merged, {name: function for name, (function, _) in cases.items()})
+    w0 = {name: weights(*shapes) for name, (_, shapes) in cases.items()}
+    return h, w0, {name: normal_like(100, w) for name, w in w0.items()}
 
 
 def plain(h: Callable[[Any], Any], w: Any, u: Any, eps: Any) -> Any:
@@ -122,57 +122,84 @@ def plain(h: Callable[[Any], Any], w: Any, u: Any, eps: Any) -> Any:
     return jax.tree.map(lambda a, b: (a - b) / eps, moved, h(w))
 
 
+def limit(h: Callable[[Any], Any], w: Any, u: Any) -> Any:
+    return jax.jvp(h, (w,), (u,))[1]
+
+
+def second_order(h: Callable[[Any], Any], w: Any, u: Any, eps: float) -> Any:
+    """Dh u + (eps/2) D^2 h(u, u): the difference up to O(eps^2), by derivatives only."""
+    first, second = jax.jvp(lambda v: limit(h, v, u), (w,), (u,))
+    return jax.tree.map(lambda a, b: a + eps / 2 * b, first, second)
+
+
 # For float64 truths: quick to compile. Single precision is judged as it is compiled by default.
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def over_eps(truth: Callable[..., Any], h: Callable[[Any], Any], w: Any, u: Any, eps: np.ndarray) -> Any:
-    return quick(jax.vmap(partial(truth, h), in_axes=(None, None, 0)))(w, u, eps)
+def over_eps(function: Callable[..., Any], h: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A function of (w, u, eps), a model before them, at several step sizes."""
+    return jax.vmap(partial(function, h), in_axes=(None, None, 0))
+
+
+def single_precision(h: Callable[[Any], Any], w0: Any, u: Any, eps: np.ndarray) -> Any:
+    return jax.jit(over_eps(lj.finite_jvp, h))(*cast((w0, u, eps), np.float32))
+
+
+def each(*trees: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """(name, the entries of that name) of several dicts, each entry a list over the step sizes."""
+    for name in trees[0]:
+        entries = [jax.tree.map(np.asarray, tree[name]) for tree in trees]
+        yield (
+            name,
+            *([jax.tree.map(lambda z, i=i: z[i], e) for i in range(len(jax.tree.leaves(e)[0]))] for e in entries),
+        )
 
 
 @cache
-def differences(name: str, dtype: str) -> np.ndarray:
-    """The difference of a model at all step sizes, 0 among them: one program, vmapped over eps."""
-    h, w0, u = problem(name)
-    run = jax.jit(jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0)))
-    out = run(cast(w0, dtype), cast(u, dtype), EPS.astype(dtype))
-    assert out.dtype == dtype
-    return np.asarray(out)
+def of_models() -> tuple[Any, ...]:
+    """The differences of all models at all step sizes, 0 among them, and what they are compared with."""
+    h, w0, u = merge(MODELS)
+
+    @quick
+    def double(w, u):
+        return (
+            over_eps(lj.finite_jvp, h)(w, u, EPS),
+            over_eps(plain, h)(w, u, EPS[:5]),
+            over_eps(second_order, h)(w, u, EPS[8:]),
+        )
+
+    return *double(w0, u), single_precision(h, w0, u, EPS)
 
 
-@pytest.mark.parametrize("name", MODELS)
-class TestModels:
-    def test_double_precision_is_the_plain_difference_where_that_has_digits(self, name):
-        truth = over_eps(plain, *problem(name), EPS[:5])
-        for alpha, ours, right in zip(ALPHAS, differences(name, "float64"), truth, strict=False):
-            assert relative_error(ours, right) < 2e-14 + 2e-15 * alpha
-
-    def test_double_precision_is_the_expansion_where_that_is_exact(self, name):
-        # Beyond alpha = 1e8 the remainder is below rounding, and no kink is crossed. At eps = 0: the derivative.
-        truth = over_eps(second_order, *problem(name), EPS[8:])
-        for ours, right in zip(differences(name, "float64")[8:], truth, strict=True):
-            assert relative_error(ours, right) < 1e-13
-
-    def test_single_precision_keeps_its_digits_at_every_scale(self, name):
-        for ours, truth in zip(differences(name, "float32"), differences(name, "float64"), strict=True):
-            assert relative_error(ours, truth) < 5e-6
+def test_models_are_differenced_to_rounding_at_every_scale():
+    for name, double, differences, expansions, single in each(*of_models()):
+        assert single[0].dtype == np.float32
+        # The plain difference where that has digits.
+        for alpha, ours, right in zip(ALPHAS, double, differences, strict=False):
+            assert relative_error(ours, right) < 2e-14 + 2e-15 * alpha, (name, alpha)
+        # Beyond alpha = 1e8 the remainder of the expansion is below rounding, and no kink is crossed.
+        for ours, right in zip(double[8:], expansions, strict=True):
+            assert relative_error(ours, right) < 1e-13, name
+        # Single precision keeps its digits at every scale.
+        for small, truth in zip(single, double, strict=True):
+            assert relative_error(small, truth) < 5e-6, name
 
 
 def test_kinks_are_crossed_in_these_tests():
-    _, w0, u = problem("relu")
-    old, new = (data(w[0]) @ w[0] + w[1][None] for w in (w0, jax.tree.map(jnp.add, w0, u)))
-    assert 0.2 < float(jnp.mean((old > 0) != (new > 0))) < 0.8
+    _, w0, u = merge(MODELS)
+    old, new = (np.asarray(X) @ w[0] + w[1][None] for w in (w0["relu"], jax.tree.map(np.add, w0, u)["relu"]))
+    assert 0.2 < np.mean((old > 0) != (new > 0)) < 0.8
 
 
 def test_the_plain_difference_loses_all_digits():
     # The reason for this module: the paper's own largest alpha, in its own precision.
-    h, w0, u = problem("tanh")
-    single = plain(h, cast(w0, jnp.float32), cast(u, jnp.float32), np.float32(1e-7))
-    assert relative_error(single, differences("tanh", "float64")[7]) > 0.1
+    _, w0, u = merge(MODELS)
+    h = MODELS["tanh"][0]
+    truth = quick(partial(second_order, h))(w0["tanh"], u["tanh"], 1e-7)
+    single = jax.jit(partial(plain, h))(*cast((w0["tanh"], u["tanh"], np.float64(1e-7)), np.float32))
+    assert relative_error(single, truth) > 0.1
 
 
-A, B = weights((5, 7), (5, 7), seed=3)
-A, B = 2 * A, 3 * B
 POSITIVE = jnp.abs
 
 # name -> function of two (5, 7) arrays; what a rule may find difficult is crossed at large steps
@@ -190,6 +217,7 @@ OPERATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "atanh": lambda a, b: jnp.arctanh(0.9 * jnp.tanh(a)),
     "cbrt": lambda a, b: jnp.cbrt(a),
     "ceil_floor_round": lambda a, b: a * (jnp.ceil(a) + jnp.floor(b) + jnp.round(2 * b)),
+    "clamp": lambda a, b: lax.clamp(-POSITIVE(b), a, 0.5 + POSITIVE(b)),
     "clip": lambda a, b: jnp.clip(a, -POSITIVE(b), 0.5),
     "concatenate": lambda a, b: jnp.concatenate([a, jnp.ones_like(b), b], axis=1),
     "cos": lambda a, b: jnp.cos(3 * a),
@@ -214,6 +242,7 @@ OPERATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "logistic": lambda a, b: jax.nn.sigmoid(5 * a),
     "mask": lambda a, b: a * (b > 0).astype(a.dtype),
     "maximum": lambda a, b: jnp.maximum(a, b) - jnp.minimum(3 * a, b),
+    "named": lambda a, b: checkpoint_name(lax.reduce_precision(a, 11, 52), "a"),
     "norm": lambda a, b: jnp.linalg.norm(a, axis=1),
     "ordered": lambda a, b: jnp.where((a <= b) & (a >= -1.0) | ~(b < 0.1), a, 3 * b),
     "pad": lambda a, b: lax.pad(a, b[0, 0], ((1, -1, 0), (0, 2, 1))),
@@ -223,6 +252,7 @@ OPERATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "reduce_max": lambda a, b: a.max(1) - b.min(),
     "rsqrt": lambda a, b: lax.rsqrt(0.1 + POSITIVE(a)),
     "scatter": lambda a, b: a.at[jnp.array([1, 2])].add(b[:2]).at[0].set(b[1]),
+    "scatter_sub": lambda a, b: a.at[jnp.array([1, 2])].subtract(b[:2]),
     "select": lambda a, b: jnp.where(a > b, a * b, 1.0),
     "sign": lambda a, b: jnp.sign(a) * jnp.cos(b),
     "sin": lambda a, b: jnp.sin(3 * a) * jnp.sin(b),
@@ -242,24 +272,57 @@ OPERATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_every_rule(name):
-    h = lambda w: OPERATIONS[name](*w)
-    w0, u = [A, B], normal_like(jr.key(4), [A, B])
+# Collectives, which ask for several devices, and names that JAX has in some versions only.
+ELSEWHERE = {
+    *("all_gather", "all_to_all", "pbroadcast", "ppermute", "psum", "psum2", "psum_invariant", "pvary"),
+    *("layout_constraint", "mesh_cast", "reduce_scatter", "reshard", "sharding_constraint"),
+    *("log2", "one_minus_square", "scatter_add", "scatter_sub", "stack", "tile", "unstack"),
+}
+
+
+def primitives(jaxpr: core.Jaxpr) -> set[str]:
+    """Names of all primitives of a program, those of its calls included."""
+    names = set()
+    for eqn in jaxpr.eqns:
+        names.add(eqn.primitive.name)
+        for value in jax.tree.leaves(dict(eqn.params), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            names |= primitives(inner) if hasattr(inner, "eqns") else set()
+    return names
+
+
+def test_every_rule_is_tested():
+    h = partial(merged, {name: lambda w, f=f: f(*w) for name, f in OPERATIONS.items()})
+    w = {name: [jnp.zeros((5, 7))] * 2 for name in OPERATIONS}
+    found = primitives(jax.make_jaxpr(h)(w).jaxpr)
+    for cases in (MODELS, DERIVATIVES):
+        h, w, _ = merge(cases)
+        found |= primitives(jax.make_jaxpr(h)(w).jaxpr)
+    assert set(RULES) - found <= ELSEWHERE
+
+
+def test_every_rule():
+    h = partial(merged, {name: lambda w, f=f: f(*w) for name, f in OPERATIONS.items()})
+    a, b = weights((5, 7), (5, 7), seed=3)
+    w0 = {name: [2 * a, 3 * b] for name in OPERATIONS}
+    u = {name: normal_like(4, [a, b]) for name in OPERATIONS}
     # Many kinks crossed, a negative step, few kinks, none, and the limit.
     eps = np.float32([1.0, 1 / 3, -0.5, 1e-2, 1e-12, 0.0]).astype(np.float64)
-    run = jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0))
-    double = np.asarray(quick(run)(w0, u, eps))
-    single = np.asarray(jax.jit(run)(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32)))
-    assert single.dtype == jnp.float32
-    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
-    truth = [*np.asarray(over_eps(plain, h, w0, u, eps[:4])), limit, limit]
+
+    @quick
+    def double(w, u):
+        return over_eps(lj.finite_jvp, h)(w, u, eps), over_eps(plain, h)(w, u, eps[:4]), limit(h, w, u)
+
+    ours, differences, limits = jax.tree.map(np.asarray, double(w0, u))
     # The plain difference is right to rounding/eps, the limit to a multiple of eps.
     bounds = [*(2e-14 / np.abs(eps[:4])), 1e-10, 1e-13]
-    for ours, small, right, bound in zip(double, single, truth, bounds, strict=True):
-        scale = 1 + np.linalg.norm(right)
-        assert np.linalg.norm(ours - right) < scale * bound
-        assert np.linalg.norm(small - ours) < scale * 5e-6
+    for name, doubles, right, singles in each(ours, differences, single_precision(h, w0, u, eps)):
+        truth = [*right, limits[name], limits[name]]
+        for double_, single, true, bound in zip(doubles, singles, truth, bounds, strict=True):
+            scale = 1 + np.linalg.norm(true)
+            assert single.dtype == np.float32
+            assert np.linalg.norm(double_ - true) < scale * bound, name
+            assert np.linalg.norm(single - double_) < scale * 5e-6, name
 
 
 # At a tie the derivative is a convention: `jax.jvp`'s, whatever it is.
@@ -279,78 +342,91 @@ TIES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@pytest.mark.parametrize("name", TIES)
-def test_ties_at_zero_are_those_of_jvp(name):
-    z, u = jnp.array([0.0, 0.0, 1.0, 1.0, -1.0, 6.0, 0.5]), jnp.array([1.0, -2.0, 3.0, 0.7, 1.0, -1.0, 0.3])
-    h = TIES[name]
-    right = jax.jvp(h, (z,), (u,))[1]
-    traced = jax.jit(partial(lj.finite_jvp, h))(z, u, 0.0)
-    np.testing.assert_array_equal(traced, right)
-    np.testing.assert_array_equal(lj.finite_jvp(h, z, u, 0), right)
-    np.testing.assert_array_equal(lj.finite_jvp(h, z, u, np.float64(1e-310)), right)
+def test_ties_at_zero_are_those_of_jvp():
+    z, u = np.array([0.0, 0.0, 1.0, 1.0, -1.0, 6.0, 0.5]), np.array([1.0, -2.0, 3.0, 0.7, 1.0, -1.0, 0.3])
+    h = partial(merged, TIES)
+
+    @quick
+    def traced(z, u, eps):
+        w, v = dict.fromkeys(TIES, z), dict.fromkeys(TIES, u)
+        return lj.finite_jvp(h, w, v, eps), limit(h, w, v)
+
+    ours, right = traced(z, u, 0.0)
+    for name in TIES:
+        np.testing.assert_array_equal(ours[name], right[name], err_msg=name)
+
+
+@pytest.mark.parametrize("eps", [0, np.float64(1e-310)])
+def test_a_step_known_to_be_zero_is_the_derivative(eps):
+    z, u = jnp.asarray([0.0, -1.0, 2.0]), jnp.asarray([1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(lj.finite_jvp(jnp.abs, z, u, eps), jax.jvp(jnp.abs, (z,), (u,))[1])
 
 
 def test_known_and_traced_steps_agree():
-    h, w0, u = problem("relu")
+    h, w, u = lambda w: jnp.tanh(jax.nn.relu(w)), jnp.asarray(normal(0, 7)), jnp.asarray(normal(1, 7))
     traced = jax.jit(partial(finite_value_and_jvp, h))
     for eps in (0.5, -0.25, np.float32(1e-3)):
-        known = lj.finite_jvp(h, w0, u, eps)
-        value, difference = traced(w0, u, jnp.asarray(eps))
+        known = lj.finite_jvp(h, w, u, eps)
+        value, difference = traced(w, u, jnp.asarray(eps))
         assert relative_error(known, difference) < 1e-13
-        assert relative_error(known, plain(h, w0, u, float(eps))) < 1e-12
-    np.testing.assert_allclose(value, h(w0), rtol=1e-13, atol=1e-14)
+        assert relative_error(known, plain(h, w, u, float(eps))) < 1e-12
+    np.testing.assert_allclose(value, h(w), rtol=1e-13, atol=1e-14)
 
 
-@pytest.fixture(params=["gelu_erf", "attention", "cnn"], scope="module")
-def case(request):
-    h, w0, u = problem(request.param)
-    c = jr.normal(jr.key(8), jax.eval_shape(h, w0).shape)
-    scalar = lambda w: jnp.vdot(c, h(w))
-    ours = lambda w, u, eps: jnp.vdot(c, lj.finite_jvp(h, w, u, eps))
-    eps = jnp.array([0.25, 1e-2, 1e-12, 0.0])
-    grads = jax.jit(jax.vmap(jax.grad(ours, (0, 1, 2)), in_axes=(None, None, 0)))(w0, u, eps)
-    return scalar, w0, u, eps, grads
+def test_derivatives_of_differences_are_known_in_terms_of_those_of_the_model():
+    """Gradients of c . [h(w + eps u) - h(w)]/eps with respect to w, u and eps."""
+    cases = {name: MODELS[name] for name in ("gelu_erf", "attention", "cnn")}
+    _, w0, u = merge(cases)
+    eps = np.array([0.25, 1e-2, 1e-12, 0.0])
 
+    def score(name, w):
+        z = cases[name][0](w)
+        return jnp.vdot(jnp.cos(jnp.arange(z.size, dtype=z.dtype)).reshape(z.shape), z)
 
-class TestGradients:
-    """Of c . [h(w + eps u) - h(w)]/eps, whose derivatives are known in terms of those of h."""
+    def scalars(w):
+        return {name: score(name, w[name]) for name in cases}
 
-    def test_all_are_finite(self, case):
-        assert all(np.isfinite(g).all() for g in jax.tree.leaves(case[-1]))
+    def total(w):
+        return sum(scalars(w).values())
 
-    def test_direction(self, case):
-        scalar, w0, u, eps, (_, grads, _) = case
-        moved = jax.vmap(lambda e: jax.tree.map(lambda z, d: z + e * d, w0, u))(eps)
-        assert relative_error(grads, quick(jax.vmap(jax.grad(scalar)))(moved)) < 1e-10
+    @quick
+    def derivatives(w, u):
+        def ours(w, u, eps):
+            # A step size of its own for each model, so that the derivatives are apart.
+            return sum(lj.finite_jvp(partial(score, name), w[name], u[name], eps[name]) for name in cases)
 
-    def test_base_point(self, case):
-        scalar, w0, u, eps, (grads, _, _) = case
-        truth = quick(partial(plain, jax.grad(scalar)))
-        for i in range(2):
-            got = jax.tree.map(lambda g, i=i: g[i], grads)
-            assert relative_error(got, truth(w0, u, eps[i])) < 1e-10
-        limit = quick(lambda w: jax.jvp(jax.grad(scalar), (w,), (u,))[1])(w0)
-        for i in (2, 3):
-            assert relative_error(jax.tree.map(lambda g, i=i: g[i], grads), limit) < 1e-10
+        return jax.vmap(jax.grad(ours, (0, 1, 2)), in_axes=(None, None, 0))(w, u, dict.fromkeys(cases, eps))
 
-    def test_step(self, case):
-        scalar, w0, u, eps, (_, _, grads) = case
+    @quick
+    def truths(w, u):
+        slope = partial(limit, jax.grad(total))
+        moved = jax.vmap(lambda e: jax.grad(total)(jax.tree.map(lambda z, d: z + e * d, w, u)))(eps)
+        of_base = over_eps(plain, jax.grad(total))(w, u, eps[:2]), slope(w, u)
 
-        def truth(e):
-            slope = jax.jvp(lambda e: scalar(jax.tree.map(lambda z, d: z + e * d, w0, u)), (e,), (1.0,))[1]
-            return (slope - plain(scalar, w0, u, e)) / e
+        def of_step(e):
+            line = jax.jvp(lambda e: scalars(jax.tree.map(lambda z, d: z + e * d, w, u)), (e,), (1.0,))[1]
+            return jax.tree.map(lambda a, b: (a - b) / e, line, plain(scalars, w, u, e))
 
-        np.testing.assert_allclose(grads[:2], quick(jax.vmap(truth))(eps[:2]), rtol=1e-9, atol=1e-10)
-        slope = lambda w: jax.jvp(scalar, (w,), (u,))[1]
-        half = quick(lambda w: jax.jvp(slope, (w,), (u,))[1])(w0) / 2
-        np.testing.assert_allclose(grads[2:], [half, half], rtol=1e-9, atol=1e-10)
+        half = jax.jvp(lambda v: limit(scalars, v, u), (w,), (u,))[1]
+        return moved, of_base, (jax.vmap(of_step)(eps[:2]), jax.tree.map(lambda z: z / 2, half))
+
+    base, direction, step = derivatives(w0, u)
+    moved, (base_plain, base_limit), (step_plain, step_limit) = truths(w0, u)
+    for name in cases:
+        assert all(np.isfinite(g).all() for g in jax.tree.leaves((base[name], direction[name], step[name]))), name
+        assert relative_error(direction[name], moved[name]) < 1e-10, name
+        first, last = (jax.tree.map(lambda g, part=part: g[part], base[name]) for part in (slice(2), slice(2, 4)))
+        assert relative_error(first, base_plain[name]) < 1e-10, name
+        assert relative_error(last, jax.tree.map(lambda g: jnp.stack([g, g]), base_limit[name])) < 1e-10, name
+        np.testing.assert_allclose(step[name][:2], step_plain[name], rtol=1e-9, atol=1e-10, err_msg=name)
+        np.testing.assert_allclose(step[name][2:], [step_limit[name]] * 2, rtol=1e-9, atol=1e-10, err_msg=name)
 
 
 def cross_entropy(w: list[jax.Array]) -> jax.Array:
     return -jax.nn.log_softmax(mlp(jnp.tanh, w))[:, 0].mean()
 
 
-DERIVATIVES: dict[str, tuple[Callable[[Any], Any], tuple[tuple[int, ...], ...]]] = {
+DERIVATIVES: Cases = {
     "gradient": (jax.grad(cross_entropy), MLP),
     "jacobian": (jax.jacrev(partial(mlp, jax.nn.relu)), ((5, 4), (4,), (4, 4), (4, 2))),
     # The derivative of a maximum compares it with its arguments, which the new winner must equal.
@@ -360,35 +436,33 @@ DERIVATIVES: dict[str, tuple[Callable[[Any], Any], tuple[tuple[int, ...], ...]]]
     ),
     "pooling_reverse": (jax.grad(lambda w: (cnn(w) ** 2).sum()), CNN),
     "pooling_forward": (
-        lambda w: jax.jvp(lambda z: pooled(data(z, IMAGES) * z, 3, "SAME"), (w[0],), (jnp.sin(w[0]),))[1],
+        lambda w: jax.jvp(lambda z: pooled(IMAGES.astype(z.dtype) * z, 3, "SAME"), (w[0],), (jnp.sin(w[0]),))[1],
         ((2, 6, 6, 2),),
     ),
     "attention": (jax.grad(lambda w: (attention(w) ** 2).sum()), ((5, 3), (3, 3), (3, 1))),
 }
 
 
-@pytest.mark.parametrize("name", DERIVATIVES)
-def test_derivatives_of_a_model_may_be_differenced(name):
-    h, shapes = DERIVATIVES[name]
-    w0 = weights(*shapes)
-    u = normal_like(jr.key(1), w0)
+def test_derivatives_of_a_model_may_be_differenced():
+    h, w0, u = merge(DERIVATIVES)
     eps = EPS[[0, 1, 3, 9, 12, 13]]
-    run = jax.vmap(partial(lj.finite_jvp, h), in_axes=(None, None, 0))
-    double = quick(run)(w0, u, eps)
-    single = jax.jit(run)(cast(w0, jnp.float32), cast(u, jnp.float32), eps.astype(np.float32))
-    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
-    truth = over_eps(plain, h, w0, u, eps[:3])
-    # At alpha = 1 the attention scores move by 80 and saturate the softmax: the new end of the step, old plus
-    # delta, is rounded in proportion to that move, where the plain difference would have exact zeros and ones.
-    bound = 3e-5 if name == "attention" else 5e-6
-    for i, e in enumerate(eps):
-        ours, small = (jax.tree.map(lambda z, i=i: z[i], t) for t in (double, single))
-        assert relative_error(small, ours) < bound
-        if i < 3:
-            assert relative_error(ours, jax.tree.map(lambda z, i=i: z[i], truth)) < 1e-14 / e + 1e-13
-        else:
-            # The remainder of the first order, a few times eps.
-            assert relative_error(ours, limit) < 1e-12 + 50 * e
+
+    @quick
+    def double(w, u):
+        return over_eps(lj.finite_jvp, h)(w, u, eps), over_eps(plain, h)(w, u, eps[:3]), limit(h, w, u)
+
+    ours, differences, limits = jax.tree.map(np.asarray, double(w0, u))
+    for name, doubles, right, singles in each(ours, differences, single_precision(h, w0, u, eps)):
+        # At alpha = 1 the attention scores move by 80 and saturate the softmax: the new end of the step, old plus
+        # delta, is rounded in proportion to that move, where the plain difference would have exact zeros and ones.
+        bound = 3e-5 if name == "attention" else 5e-6
+        for i, e in enumerate(eps):
+            assert relative_error(singles[i], doubles[i]) < bound, name
+            if i < 3:
+                assert relative_error(doubles[i], right[i]) < 1e-14 / e + 1e-13, name
+            else:
+                # The remainder of the first order, a few times eps.
+                assert relative_error(doubles[i], limits[name]) < 1e-12 + 50 * e, name
 
 
 class EquinoxNet(eqx.Module):
@@ -428,33 +502,34 @@ class FlaxNet(nn.Module):
 
 
 def check_module(h: Callable[[Any], Any], w0: Any) -> None:
-    params, rest = eqx.partition(w0, eqx.is_inexact_array)
-    u = jax.tree.map(lambda z: jr.normal(jr.key(z.size), z.shape, z.dtype), params)
+    """Check the differences of a module at its shapes, with random parameters."""
+    params, rest = eqx.partition(w0, lambda leaf: hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
+    params, u = (jax.tree.map(jnp.asarray, normal_like(seed, params)) for seed in (0, 100))
+    params = jax.tree.map(lambda z: z / max(1, int(np.prod(z.shape[1:]))) ** 0.5, jax.tree.map(np.asarray, params))
 
     # The direction is an argument: with all operands constant, XLA of JAX 0.7 folds convolutions wrongly.
     @quick
     def run(p, u, eps):
-        return lj.finite_jvp(h, eqx.combine(p, rest), u, eps)
-
-    @quick
-    def truth(p, u, eps):
         of_params = lambda p: h(eqx.combine(p, rest))
-        return plain(of_params, p, u, eps), jax.jvp(of_params, (p,), (u,))[1]
+        ours = lj.finite_jvp(lambda w: h(w), eqx.combine(p, rest), u, eps)
+        return ours, plain(of_params, p, u, eps), limit(of_params, p, u)
 
-    difference, limit = truth(params, u, 1e-2)
-    assert relative_error(run(params, u, 1e-2), difference) < 1e-11
-    assert relative_error(run(params, u, 0.0), limit) < 1e-13
+    ours, difference, _ = run(params, u, 1e-2)
+    assert relative_error(ours, difference) < 1e-11
+    ours, _, derivative = run(params, u, 0.0)
+    assert relative_error(ours, derivative) < 1e-13
 
 
 def test_equinox_modules_integer_and_static_leaves():
-    check_module(lambda net: jax.vmap(net)(IMAGES), EquinoxNet(jr.key(0)))
+    net = eqx.filter_eval_shape(EquinoxNet, jr.key(0))
+    check_module(lambda net: jax.vmap(net)(IMAGES), eqx.tree_at(lambda net: net.steps, net, jnp.asarray([0, 1])))
 
 
 @pytest.mark.standard_promotion
 def test_flax_modules():
     net = FlaxNet()
     with jax.numpy_rank_promotion("allow"):
-        check_module(lambda w: net.apply(w, IMAGES), quick(net.init)(jr.key(0), IMAGES))
+        check_module(lambda w: net.apply(w, IMAGES), jax.eval_shape(net.init, jr.key(0), IMAGES))
 
 
 def loop(w: dict[str, jax.Array], kind: str) -> jax.Array:
@@ -488,16 +563,20 @@ CONTROL: dict[str, Callable[[dict[str, jax.Array]], jax.Array]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONTROL)
-def test_calls_and_control_flow_are_entered(name):
-    h = CONTROL[name]
-    w0 = {"a": weights((3, 3), seed=2)[0], "b": jnp.array([-0.3, 0.1, 0.2])}
-    u = {"a": jnp.eye(3) - 0.5, "b": jnp.array([1.0, 0.3, -0.5])}
-    run, truth = jax.jit(partial(lj.finite_jvp, h)), jax.jit(partial(plain, h))
-    for eps in (1.0, 0.01):
-        np.testing.assert_allclose(run(w0, u, eps), truth(w0, u, eps), rtol=1e-12, atol=1e-12)
-    limit = quick(lambda w: jax.jvp(h, (w,), (u,))[1])(w0)
-    np.testing.assert_allclose(run(w0, u, 0.0), limit, rtol=1e-13, atol=1e-14)
+def test_calls_and_control_flow_are_entered():
+    h = partial(merged, CONTROL)
+    w0 = {name: {"a": weights((3, 3), seed=2)[0], "b": np.array([-0.3, 0.1, 0.2])} for name in CONTROL}
+    u = {name: {"a": np.eye(3) - 0.5, "b": np.array([1.0, 0.3, -0.5])} for name in CONTROL}
+
+    @jax.jit
+    def run(w, u, eps):
+        return lj.finite_jvp(h, w, u, eps), plain(h, w, u, eps), limit(h, w, u)
+
+    for eps in (1.0, 0.01, 0.0):
+        ours, difference, derivative = run(w0, u, eps)
+        for name in CONTROL:
+            right, tolerance = (difference[name], 1e-12) if eps else (derivative[name], 1e-13)
+            np.testing.assert_allclose(ours[name], right, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def test_a_custom_jvp_rule_holds_in_the_limit_only():
@@ -528,15 +607,16 @@ def test_embedding_rows_move_only_where_looked_up():
     np.testing.assert_array_equal(out[1, 1], np.zeros(3))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
-def test_dtypes_are_kept(dtype):
-    h, w0, u = problem("gelu_erf")
-    w0, u = cast(w0, dtype), cast(u, dtype)
-    w0[2] = w0[2].astype(jnp.float32).astype(dtype)
-    out = jax.jit(partial(lj.finite_jvp, h))(w0, u, jnp.asarray(1e-9))
-    assert out.dtype == dtype
-    tolerance = 8 * float(jnp.finfo(dtype).eps)
-    assert relative_error(out, differences("gelu_erf", "float64")[9]) < tolerance
+def test_dtypes_are_kept():
+    h, shapes = MODELS["gelu_erf"]
+    w0 = weights(*shapes)
+    u = normal_like(100, w0)
+    dtypes = ("float64", "float32", "float16", "bfloat16")
+    run = jax.jit(lambda args: {d: lj.finite_jvp(h, *args[d], jnp.asarray(1e-9)) for d in dtypes})
+    out = run({dtype: cast((w0, u), jnp.dtype(dtype)) for dtype in dtypes})
+    for dtype in dtypes:
+        assert out[dtype].dtype == dtype
+        assert relative_error(out[dtype], out["float64"]) < 8 * float(jnp.finfo(dtype).eps), dtype
 
 
 def test_leaves_that_are_no_coordinates_are_ignored_in_directions():

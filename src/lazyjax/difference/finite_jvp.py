@@ -39,7 +39,7 @@ from lazyjax.difference.pooling import WINDOW_RULES
 from lazyjax.difference.smooth import SMOOTH_RULES
 
 # A new rule goes into one of these tables, or into `CONTROL_RULES` if it enters a program.
-_RULES = {**ALGEBRAIC_RULES, **SMOOTH_RULES, **PIECEWISE_RULES, **WINDOW_RULES}
+RULES = {**ALGEBRAIC_RULES, **SMOOTH_RULES, **PIECEWISE_RULES, **WINDOW_RULES}
 
 
 def finite_jvp(
@@ -265,7 +265,7 @@ def _ruled(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     """
     settled = [v.new if isinstance(v, Switched) else v for v in values]
     outs = bind(eqn, [old_of(v) for v in settled])
-    rule = _RULES[eqn.primitive.name]
+    rule = RULES[eqn.primitive.name]
     deltas = [
         delta if delta.shape == out.shape else jnp.broadcast_to(delta, out.shape)
         for delta, out in zip(rule(step, eqn, outs, settled), outs, strict=True)
@@ -291,7 +291,7 @@ def _check_rule(eqn: core.JaxprEqn, values: Sequence[Value]) -> None:
     moves = any(isinstance(v, Moved) for v in values)
     # A discrete result is evaluated at both ends, but bits are digits.
     exempt = not any(is_floating(v.aval) for v in eqn.outvars) and name != "bitcast_convert_type"
-    if moves and not exempt and name not in _RULES:
+    if moves and not exempt and name not in RULES:
         msg = (
             f"h applies the primitive {name!r} to values that depend on the parameters, and "
             "finite_jvp has no exact rule for it; write h without it, or use "
