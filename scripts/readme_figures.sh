@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The figures of the paper that the README shows, with their data: a quarter of an hour on two cores. Figure 3(a) needs
-# Fashion-MNIST, of Debian's package dataset-fashion-mnist.
+# Make the figures of the paper that the README shows, with their data: a quarter of an hour on two cores. Figure 3(a)
+# needs Fashion-MNIST, from Debian's package dataset-fashion-mnist.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# `reproduce` overwrites no figure of another configuration, so the new ones are made aside.
+# `reproduce` overwrites no figure of another configuration, so the new ones are made in another folder.
 new=$(mktemp -d)
 trap 'rm -rf "$new"' EXIT
 for figure in fig1c fig2b woodworth fig3a; do

@@ -109,14 +109,14 @@ def augment_as(name: str) -> Callable[[Array, Array], Array]:
     return augment
 
 
-def measures(training: Training) -> dict[str, Array]:
+def measures(training: Training) -> dict[str, Any]:
     """Return the losses and accuracies of a training by their names in a dataset."""
     return {
         "train_loss": training.loss,
         "test_loss": training.test_loss,
         "train_accuracy": training.accuracy,
         "test_accuracy": training.test_accuracy,
-    }  # pyright: ignore[reportReturnType]
+    }
 
 
 def stability(f: Model, w0: Params, lanes: Params, x: Array, *, batch: int = 100) -> Float[Array, " lanes"]:

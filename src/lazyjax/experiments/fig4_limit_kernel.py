@@ -5,6 +5,7 @@ the variance of one term: the rate is exactly $m^{-1/2}$, and with N(0, 1) weigh
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,27 +104,19 @@ def run(
 
     Source:
         Chizat, Oyallon, Bach (2019), supplement A.2 and Figure 4 (which leaves the widths open). The variance is ours.
-
-    Example:
-        >>> data = run(Settings(widths=(10, 100), shown=(), num_seeds=20, num_angles=5))
-        >>> print(f"{float(data.limit[2]):.4f}")
-        0.1592
     """
     import xarray
 
     del folder, progress
     settings = Settings() if settings is None else settings
     key_section, key_nets = jr.split(jr.key(seed))
-    angles = jnp.linspace(0, jnp.pi, settings.num_angles)
-    circle = _section(key_section, settings.d, angles)
-    limit = arccos_kernel(circle[0], circle, layer="both")
+    angles, circle, limit, variance = jax.device_get(_limits(key_section, settings.d, settings.num_angles))
     errors, kept = [], {}
     options = {"units": max(settings.widths), "num": settings.num_seeds}
     for width, key in zip(settings.widths, jr.split(key_nets, len(settings.widths)), strict=True):
-        kernels = sample_kernels(key, jnp.asarray(width), circle[:1], circle, **options)
-        errors.append(jnp.sqrt(jnp.mean((kernels - limit[None]) ** 2)))
-        kept[width] = np.asarray(kernels[: settings.num_shown])
-    angles, limit, errors, variance = jax.device_get((angles, limit, jnp.stack(errors), term_variance(angles)))
+        kernels = np.asarray(sample_kernels(key, jnp.asarray(width), circle[:1], circle, **options))
+        errors.append(np.sqrt(np.mean((kernels - limit) ** 2)))
+        kept[width] = kernels[: settings.num_shown]
     shown = [kept[width] for width in settings.shown]
     shape = (len(shown), settings.num_shown, settings.num_angles)
     widths = np.asarray(settings.widths, angles.dtype)
@@ -138,10 +131,13 @@ def run(
     return record(xarray.Dataset(data, coords), settings, seed, variant="the paper's")
 
 
-def _section(key: PRNGKeyArray, d: int, angles: Float[Array, " n"]) -> Float[Array, "n d"]:
-    """Return points at these angles from the first one, on a random great circle of the unit sphere."""
+@functools.partial(jax.jit, static_argnames=("d", "num_angles"))
+def _limits(key: PRNGKeyArray, d: int, num_angles: int) -> tuple[Array, Array, Array, Array]:
+    """Return angles, points at these angles on a random great circle of the sphere, and K and V there."""
+    angles = jnp.linspace(0, jnp.pi, num_angles)
     frame, _ = jnp.linalg.qr(jr.normal(key, (d, 2), angles.dtype))
-    return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) @ frame.T
+    circle = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1) @ frame.T
+    return angles, circle, arccos_kernel(circle[0], circle, layer="both"), term_variance(angles)
 
 
 @eqx.filter_jit
