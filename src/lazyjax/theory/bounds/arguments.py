@@ -1,7 +1,12 @@
-"""What goes into a bound: numbers, checked by their names and brought to one dtype and shape; safe exponentials."""
+"""The arguments of a bound: numbers, checked by their names and brought to one dtype and shape; safe exponentials.
 
+Every bound is a public function of numbers under `checked`: checked outside a trace, and one compiled program.
+"""
+
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.core
@@ -15,9 +20,12 @@ from lazyjax._core.phi import phi
 Number = float | int | Real[Array, "..."] | Real[np.ndarray, "..."]
 """A number or an array of them, perhaps traced; the arguments of a bound broadcast against each other."""
 
+_Arguments = ParamSpec("_Arguments")
+_Bound = TypeVar("_Bound")
+
 
 class _Rule(NamedTuple):
-    """What a named argument must be, and what to do about it."""
+    """A rule that a named argument must obey, in words, and a remedy."""
 
     holds: Callable[[np.ndarray], np.ndarray]
     what: str
@@ -30,7 +38,7 @@ def _positive(v: np.ndarray) -> np.ndarray:
 
 _SIZE = _Rule(lambda v: (v >= 0) & (v < np.inf), "a norm or a loss in [0, inf)", "check how it was computed")
 _CONSTANT = _Rule(_positive, "positive and finite", "check how it was computed")
-_SIGMA = _Rule(_positive, "positive and finite", "where Dh(w0) is not onto, theorem_2_5 takes the smallest nonzero one")
+_SIGMA = _Rule(_positive, "positive and finite", "if Dh(w0) is not onto, theorem_2_5 takes the smallest nonzero one")
 _RULES = {
     "alpha": _Rule(lambda v: v > 0, "a scale in (0, inf]", "use alpha=1 for the unscaled model"),
     "t": _Rule(lambda v: v >= 0, "a flow time in [0, inf]", "the flow starts at 0"),
@@ -48,7 +56,12 @@ _ORDERED = (("strong_convexity", "smoothness"), ("sigma_min", "sigma_max"), ("la
 
 
 def as_numbers(**values: Any) -> tuple[Array, ...]:
-    """The arguments of a bound as arrays of one shape and of the widest floating dtype among them.
+    """Return the arguments of a bound as arrays of one shape and of the widest floating dtype among them."""
+    return tuple(jnp.asarray(value) for value in _checked_numbers(values))
+
+
+def _checked_numbers(values: dict[str, Any]) -> list[Any]:
+    """Return numbers of one shape and dtype, as NumPy arrays if they are known: no operation of JAX is compiled.
 
     Raises:
         ValueError: a concrete value breaks the rule of its name, a lower constant exceeds its upper one, or the
@@ -70,7 +83,32 @@ def as_numbers(**values: Any) -> tuple[Array, ...]:
     dtypes = [jax.dtypes.canonicalize_dtype(v.dtype) for v in values.values() if hasattr(v, "dtype")]
     floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
     dtype = max(floating, key=lambda d: jnp.finfo(d).bits, default=jnp.result_type(float))
-    return tuple(jnp.broadcast_to(jnp.asarray(value, dtype), shape) for value in values.values())
+    return [
+        np.broadcast_to(np.asarray(value, dtype), shape)
+        if is_concrete(value)
+        else jnp.broadcast_to(jnp.asarray(value, dtype), shape)
+        for value in values.values()
+    ]
+
+
+def checked(bound: Callable[_Arguments, _Bound]) -> Callable[_Arguments, _Bound]:
+    """Return a bound that checks its arguments outside a trace, and is one compiled program per shape and dtype.
+
+    Options other than numbers are keyword-only and called `printed`.
+    """
+    signature = inspect.signature(bound)
+    options = [name for name in signature.parameters if name == "printed"]
+    compiled = jax.jit(bound, static_argnames=options)
+
+    @functools.wraps(bound)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Bound:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        static = {name: given.arguments.pop(name) for name in options}
+        numbers = dict(zip(given.arguments, _checked_numbers(given.arguments), strict=True))
+        return compiled(**numbers, **static)  # pyright: ignore[reportCallIssue]
+
+    return call
 
 
 def _check(name: str, value: Any) -> None:
@@ -95,7 +133,7 @@ def _check_order(low: str, lower: Any, high: str, upper: Any) -> None:
 
 
 def exponent(rate: Float[Array, "..."], t: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Rate times t; 0 at t = 0 and inf at t = inf, whatever the rate."""
+    """Return rate times t; 0 at t = 0 and inf at t = inf, whatever the rate."""
     finite = jnp.where(jnp.isinf(t), 0, t)
     return jnp.where(t == 0, 0, jnp.where(jnp.isinf(t), jnp.inf, rate * finite))
 
@@ -103,9 +141,9 @@ def exponent(rate: Float[Array, "..."], t: Float[Array, "..."]) -> Float[Array, 
 def grown(
     first: Float[Array, "..."], second: Float[Array, "..."], z: Float[Array, "..."], k: int
 ) -> Float[Array, "..."]:
-    r"""First times second times $\varphi_k(z)$, k = 1 or 2, z >= 0; 0 where one of them is 0.
+    r"""Return first times second times $\varphi_k(z)$, k = 1 or 2, z >= 0; 0 if one of the two is 0.
 
-    Each takes half of $e^z$, so that it may overflow alone where the product does not.
+    Each takes half of $e^z$, which may overflow alone although the product does not.
     """
     z = jnp.minimum(z, 1e4)  # far beyond, where any dtype has overflowed, inf * 0 would be a NaN
     half = jnp.exp(0.5 * z)
@@ -114,7 +152,7 @@ def grown(
 
 
 def _damped_phi(z: Array, k: int) -> Array:
-    r"""$e^{-z}\varphi_k(z)$, which is $\varphi_1(-z)$ for k = 1."""
+    r"""Return $e^{-z}\varphi_k(z)$, which is $\varphi_1(-z)$ for k = 1."""
     if k == 1:
         return phi(-z, 1)
     small = jnp.minimum(z, 2)

@@ -4,17 +4,17 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lazyjax.theory.bounds.arguments import Number, as_numbers, grown
+from lazyjax.theory.bounds.arguments import Number, as_numbers, checked, grown
 
 
 class HorizonBounds(eqx.Module):
-    r"""Upper bounds for all t in [0, T]; made by `theorem_2_2` and `theorem_2_3`.
+    r"""The upper bounds for all t in [0, T]; made by `theorem_2_2` and `theorem_2_3`.
 
     Attributes:
-        displacement_norm: Of $|w_\alpha(t) - w_0|$.
-        output_gap: Of $\|y(t) - \bar y(t)\|_F$, $y = \alpha h(w_\alpha)$, $\bar y = \alpha \bar h(\bar w_\alpha)$.
-        param_gap: Of $|w_\alpha(t) - \bar w_\alpha(t)|$.
-        admissible: Whether the path provably stays in the ball where the constants hold. Where it does not, what
+        displacement_norm: Bound of $|w_\alpha(t) - w_0|$.
+        output_gap: Bound of $\|y(t) - \bar y(t)\|_F$, $y = \alpha h(w_\alpha)$, $\bar y = \alpha\bar h(\bar w_\alpha)$.
+        param_gap: Bound of $|w_\alpha(t) - \bar w_\alpha(t)|$.
+        admissible: Whether the path provably stays in the ball where the constants hold. If it does not, what
             rests on them is inf.
     """
 
@@ -24,6 +24,7 @@ class HorizonBounds(eqx.Module):
     admissible: Bool[Array, "..."]
 
 
+@checked
 def theorem_2_2(
     *,
     alpha: Number,
@@ -35,7 +36,7 @@ def theorem_2_2(
     smoothness: Number = 1.0,
     radius: Number = jnp.inf,
 ) -> HorizonBounds:
-    r"""Finite horizon, any smooth loss $R \ge 0$, convex or not.
+    r"""Bound the flows on a finite horizon, for any smooth loss $R \ge 0$, convex or not.
 
     With $R_0 = R(\alpha h(w_0))$, $G = \sqrt{2MR_0}$, $L = Lip(h)$, $L_1 = Lip(Dh)$, $C_2 = M\|Dh(w_0)\|^2$ and
     $C_1 = 2LL_1\sqrt{TR_0}\,G$, for all t in [0, T]
@@ -57,7 +58,7 @@ def theorem_2_2(
         lip_dh: $L_1$ there; after the fact, the supremum of $\|Dh(w_\alpha(t)) - Dh(w_0)\| / |w_\alpha(t) - w_0|$.
         dh_norm: $\|Dh(w_0)\|$ in F's metric.
         smoothness: M, the Lipschitz constant of R's gradient in F.
-        radius: Of the ball around w0 on which `lip_h` and `lip_dh` hold.
+        radius: Radius of the ball around w0 on which `lip_h` and `lip_dh` hold.
 
     Returns:
         `HorizonBounds`, of the arguments' common shape; the displacement's needs no radius.
@@ -97,8 +98,9 @@ def theorem_2_2(
     return _on_ball(displacement, output_gap, param_gap, _within(displacement, radius))
 
 
+@checked
 def theorem_2_2_radius(*, alpha: Number, horizon: Number, start_loss: Number) -> Float[Array, "..."]:
-    r"""$\sqrt{TR_0}/\alpha$, the radius around w0 that the flow does not leave, for the constants of `theorem_2_2`.
+    r"""Return $\sqrt{TR_0}/\alpha$, the radius around w0 that the flow does not leave, for `theorem_2_2`.
 
     Args:
         alpha: Output scale in (0, inf].
@@ -119,6 +121,7 @@ def theorem_2_2_radius(*, alpha: Number, horizon: Number, start_loss: Number) ->
     return jnp.sqrt(horizon) * jnp.sqrt(loss) / alpha
 
 
+@checked
 def theorem_2_3(
     *,
     alpha: Number,
@@ -129,7 +132,7 @@ def theorem_2_3(
     radius: Number = jnp.inf,
     printed: bool = False,
 ) -> HorizonBounds:
-    r"""Finite horizon, square loss: the bounds grow like powers of T, not exponentially.
+    r"""Bound the flows on a finite horizon, square loss: by powers of T, not exponentially.
 
     With the iteration number $K = TL^2$, $L = Lip(h)$, $L_1 = Lip(Dh)$ on the closed ball of the radius r, and
     $D = \|\alpha h(w_0) - y^*\|_F$, for all t in [0, T]
@@ -176,10 +179,11 @@ def theorem_2_3(
     return _on_ball(moved, displacement * lip_h * turn, displacement * (turn / alpha) * factor, admissible)
 
 
+@checked
 def theorem_2_3_radius(
     *, alpha: Number, horizon: Number, residual_norm: Number, dh_norm: Number, lip_dh: Number
 ) -> Float[Array, "..."]:
-    r"""The smallest r that `theorem_2_3` admits with $Lip(h) = \|Dh(w_0)\| + rL_1$ on the ball of radius r.
+    r"""Return the smallest r that `theorem_2_3` admits with $Lip(h) = \|Dh(w_0)\| + rL_1$ on the ball of radius r.
 
     The condition $r \ge T\,Lip(h)\,D/\alpha$ is $r \ge a(\|Dh(w_0)\| + rL_1)$ with $a = TD/\alpha$. Its smallest
     solution is $r = a\|Dh(w_0)\|/(1 - aL_1)$ if $aL_1 < 1$; otherwise there is none.
@@ -192,7 +196,7 @@ def theorem_2_3_radius(
         lip_dh: $L_1 = Lip(Dh)$, on a ball at least as large as the result.
 
     Returns:
-        r; inf where no radius will do: the horizon is too long for alpha, and then `theorem_2_3` says nothing.
+        r; inf if no radius will do: the horizon is too long for alpha, and then `theorem_2_3` says nothing.
 
     Raises:
         ValueError, TypeError: an argument out of its range, outside a trace.
@@ -215,12 +219,13 @@ def theorem_2_3_radius(
     return jnp.where(reach * dh == 0, 0, radius)
 
 
+@checked
 def lip_sigma(*, lip_h: Number, lip_dh: Number) -> Float[Array, "..."]:
-    r"""$Lip(\Sigma) \le 2\,Lip(h)\,Lip(Dh)$ for the tangent kernel $\Sigma(w) = Dh(w)Dh(w)^*$, in operator norm.
+    r"""Bound $Lip(\Sigma) \le 2\,Lip(h)\,Lip(Dh)$ for the tangent kernel $\Sigma(w) = Dh(w)Dh(w)^*$, in operator norm.
 
     Args:
         lip_h: Lipschitz constant of h, on a set.
-        lip_dh: Of Dh, on the same set.
+        lip_dh: Lipschitz constant of Dh, on the same set.
 
     Raises:
         ValueError, TypeError: an argument out of its range, outside a trace.
@@ -237,7 +242,7 @@ def lip_sigma(*, lip_h: Number, lip_dh: Number) -> Float[Array, "..."]:
 
 
 def _within(displacement: Array, radius: Array) -> Array:
-    """Whether it is at most the radius, up to rounding: the smallest radius is equal to it."""
+    """Return whether a displacement is at most the radius, up to rounding: the smallest radius is equal to it."""
     return displacement <= radius * (1 + 8 * jnp.finfo(radius.dtype).eps)
 
 

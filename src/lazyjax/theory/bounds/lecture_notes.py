@@ -9,17 +9,17 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lazyjax.theory.bounds.arguments import Number, as_numbers, exponent
+from lazyjax.theory.bounds.arguments import Number, as_numbers, checked, exponent
 
 
 class LectureBounds(eqx.Module):
-    r"""Upper bounds at the notes' time t; made by `lecture_theorem_2`. Below the threshold the first two are inf.
+    r"""The upper bounds at the notes' time t; made by `lecture_theorem_2`. Below the threshold the first two are inf.
 
     Attributes:
-        loss: Of $L(\alpha f(w(t)))$; of the tangent's, $L(\alpha f_0(u(t)))$, too.
-        displacement_norm: Of $|w(t) - w(0)|$; of $|u(t) - u(0)|$ too.
-        tangent_loss: Of $L(\alpha f_0(u(t)))$, at any alpha.
-        tangent_displacement_norm: Of $|u(t) - u(0)|$, at any alpha.
+        loss: Bound of $L(\alpha f(w(t)))$ and of the tangent's, $L(\alpha f_0(u(t)))$.
+        displacement_norm: Bound of $|w(t) - w(0)|$ and of $|u(t) - u(0)|$.
+        tangent_loss: Bound of $L(\alpha f_0(u(t)))$, at any alpha.
+        tangent_displacement_norm: Bound of $|u(t) - u(0)|$, at any alpha.
         alpha_threshold: What alpha must be at least.
         admissible: Whether it is.
     """
@@ -33,12 +33,12 @@ class LectureBounds(eqx.Module):
 
 
 class JacobianBounds(eqx.Module):
-    r"""Made by `lecture_lemma_6`.
+    r"""The bounds of the Jacobian near w(0); made by `lecture_lemma_6`.
 
     Attributes:
         radius: B, how far w may be from w(0).
-        sigma_min: At most the smallest singular value of $J_w$.
-        sigma_max: At least the largest.
+        sigma_min: A lower bound of the smallest singular value of $J_w$.
+        sigma_max: An upper bound of the largest.
     """
 
     radius: Float[Array, "..."]
@@ -46,6 +46,7 @@ class JacobianBounds(eqx.Module):
     sigma_max: Float[Array, "..."]
 
 
+@checked
 def lecture_theorem_2(
     *,
     t: Number,
@@ -56,7 +57,7 @@ def lecture_theorem_2(
     lip_dh: Number,
     printed: bool = False,
 ) -> LectureBounds:
-    r"""All times, square loss, Jacobian of full row rank: an exponential rate.
+    r"""Bound the flows at all times, square loss, Jacobian of full row rank: an exponential rate.
 
     With $L_0 = L(\alpha f(w(0)))$ and $\beta = Lip(J)$: if
     $\alpha \ge 6\beta\sqrt{8\sigma_{max}^2L_0}/\sigma_{min}^3$, then for all $t \ge 0$
@@ -115,8 +116,9 @@ def lecture_theorem_2(
     )
 
 
+@checked
 def lecture_lemma_4(*, t: Number, start_loss: Number, lambda_min: Number) -> Float[Array, "..."]:
-    r"""If $z' = -Q(s)\nabla L(z)$ and $Q \ge \lambda > 0$ on [0, t], then $L(z(t)) \le L(z(0))e^{-2\lambda t}$.
+    r"""Bound a loss: if $z' = -Q(s)\nabla L(z)$, $Q \ge \lambda > 0$ on [0, t], $L(z(t)) \le L(z(0))e^{-2\lambda t}$.
 
     Args:
         t: Time in [0, inf].
@@ -138,10 +140,11 @@ def lecture_lemma_4(*, t: Number, start_loss: Number, lambda_min: Number) -> Flo
     return loss * jnp.exp(-exponent(2 * lowest, t))
 
 
+@checked
 def lecture_lemma_5(
     *, start_loss: Number, lambda_min: Number, lambda_max: Number, printed: bool = False
 ) -> Float[Array, "..."]:
-    r"""How far a flow goes whose kernel stays well conditioned.
+    r"""Bound how far a flow goes whose kernel stays well conditioned.
 
     If $v' = -S^T\nabla L(g(v))$, S the Jacobian of g, and the eigenvalues of $SS^T$ stay in $[\lambda, \lambda_1]$,
 
@@ -172,8 +175,9 @@ def lecture_lemma_5(
     return jnp.sqrt(squared) if printed else jnp.sqrt(squared) / jnp.sqrt(lowest)
 
 
+@checked
 def lecture_lemma_6(*, sigma_min: Number, sigma_max: Number, lip_dh: Number) -> JacobianBounds:
-    r"""Near w(0) the Jacobian stays well conditioned.
+    r"""Bound the singular values of the Jacobian near w(0), where it stays well conditioned.
 
     If $|w - w(0)| \le B = \sigma_{min}/(2\beta)$, the singular values of $J_w$ are in
     $[\frac12\sigma_{min}, \frac32\sigma_{max}]$. Both ends are sharp: $f = \sigma w \mp \frac\beta2w^2$ at w = B.

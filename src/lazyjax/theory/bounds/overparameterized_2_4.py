@@ -1,24 +1,24 @@
-r"""Theorem 2.4 and the two lemmas under it: where Dh(w0) is onto, the flows stay close for all times."""
+r"""Theorem 2.4 and the two lemmas under it: if Dh(w0) is onto, the flows stay close for all times."""
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lazyjax.theory.bounds.arguments import Number, as_numbers, exponent
+from lazyjax.theory.bounds.arguments import Number, as_numbers, checked, exponent
 
 
 class OverparameterizedBounds(eqx.Module):
-    r"""Upper bounds at the time t; made by `theorem_2_4`. Where it does not apply those of the flows are inf.
+    r"""The upper bounds at the time t; made by `theorem_2_4`. If it does not apply, those of the flows are inf.
 
     Attributes:
-        residual_norm: Of $\|y(t) - y^*\|_F$, $y = \alpha h(w_\alpha)$; it falls with t.
-        displacement_norm: Of $|w_\alpha(t) - w_0|$; it grows with t, so that t = inf gives the supremum.
-        output_gap: Of $\|y(t) - \bar y(t)\|_F$; it grows from 0, and falls to 0 again.
-        output_gap_sup: Of the supremum of that over all times.
-        param_gap: Of $|w_\alpha(t) - \bar w_\alpha(t)|$; it grows with t.
-        rate: $m\sigma_{min}^2/4$, of the exponential.
+        residual_norm: Bound of $\|y(t) - y^*\|_F$, $y = \alpha h(w_\alpha)$; it falls with t.
+        displacement_norm: Bound of $|w_\alpha(t) - w_0|$; it grows with t, so that t = inf gives the supremum.
+        output_gap: Bound of $\|y(t) - \bar y(t)\|_F$; it grows from 0, and falls to 0 again.
+        output_gap_sup: Bound of the supremum of the output gap over all times.
+        param_gap: Bound of $|w_\alpha(t) - \bar w_\alpha(t)|$; it grows with t.
+        rate: $m\sigma_{min}^2/4$, the rate of the exponential.
         c0: $C_0$, a norm in F.
-        alpha_threshold: What alpha must exceed: $D/(2C_0)$ (`printed`: $D/C_0$). Where h(w0) = 0, so that D does not
+        alpha_threshold: What alpha must exceed: $D/(2C_0)$ (`printed`: $D/C_0$). If h(w0) = 0, so that D does not
             depend on alpha, it is a number of the problem.
         radius: $r_0 = \sigma_{min}/(2 Lip(Dh))$, of the ball on which `lip_dh` must hold.
         admissible: Whether $D < 2\alpha C_0$.
@@ -36,6 +36,7 @@ class OverparameterizedBounds(eqx.Module):
     admissible: Bool[Array, "..."]
 
 
+@checked
 def theorem_2_4(
     *,
     t: Number,
@@ -48,7 +49,7 @@ def theorem_2_4(
     strong_convexity: Number = 1.0,
     printed: bool = False,
 ) -> OverparameterizedBounds:
-    r"""All times, Dh(w0) onto, R M-smooth and m-strongly convex with minimizer $y^*$.
+    r"""Bound the flows at all times, Dh(w0) onto, R M-smooth and m-strongly convex with minimizer $y^*$.
 
     With $D = \|\alpha h(w_0) - y^*\|_F$, $\sigma = \sigma_{min}$, $\kappa = M/m$, $\chi = \|Dh(w_0)\|/\sigma$,
     $L_1 = Lip(Dh)$ and $C_0 = \sigma^3/(24\kappa^{3/2}\|Dh(w_0)\|L_1)$: if $D < 2\alpha C_0$, then for all $t \ge 0$,
@@ -142,6 +143,7 @@ def _bounds_onto(numbers: tuple[Array, ...], *, printed: bool) -> Overparameteri
     )
 
 
+@checked
 def lemma_b_1(
     *,
     t: Number,
@@ -150,7 +152,7 @@ def lemma_b_1(
     smoothness: Number = 1.0,
     strong_convexity: Number = 1.0,
 ) -> Float[Array, "..."]:
-    r"""A flow in a moving metric converges at the rate of its smallest eigenvalue.
+    r"""Bound the residual of a flow in a moving metric: it falls at the rate of the smallest eigenvalue.
 
     If $y' = -\Sigma(s)\nabla R(y)$ and $\Sigma \ge \lambda > 0$ on [0, t], R M-smooth and m-strongly convex, then
 
@@ -183,10 +185,11 @@ def lemma_b_1(
     return jnp.sqrt(smooth / convex) * residual * jnp.exp(-exponent(convex * lowest, t))
 
 
+@checked
 def lemma_b_2(
     *, perturbation: Number, sigma_norm: Number, lambda_min: Number, strong_convexity: Number = 1.0
 ) -> Float[Array, "..."]:
-    r"""Two flows whose metrics stay close stay close.
+    r"""Bound the distance of two flows whose metrics stay close.
 
     If $y' = -\Sigma(t)\nabla R(y)$, $\bar y' = -\Sigma(0)\nabla R(\bar y)$ and $y(0) = \bar y(0)$, then
 

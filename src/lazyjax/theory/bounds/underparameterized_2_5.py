@@ -1,27 +1,27 @@
-r"""Theorem 2.5 with constants: where the rank of Dh is locally constant, with fewer parameters than outputs too."""
+r"""Theorem 2.5 with constants: if the rank of Dh is locally constant, with fewer parameters than outputs too."""
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lazyjax.theory.bounds.arguments import Number, as_numbers, exponent
+from lazyjax.theory.bounds.arguments import Number, as_numbers, checked, exponent
 
 _ROUNDS = 8
 """Times that the distance traveled sharpens the rate; each is a valid bound, and they settle after a few."""
 
 
 class UnderparameterizedBounds(eqx.Module):
-    r"""Upper bounds at the time t; made by `theorem_2_5`. Where it does not apply those of the flows are inf.
+    r"""The upper bounds at the time t; made by `theorem_2_5`. If it does not apply, those of the flows are inf.
 
     Attributes:
-        displacement_norm: Of $|w_\alpha(t) - w_0|$; it grows with t, so that t = inf gives the supremum.
-        output_gap: Of $\|y(t) - \bar y(t)\|_F$; it grows with t.
-        param_gap: Of $|w_\alpha(t) - \bar w_\alpha(t)|$; it grows with t.
-        limit_distance: Of $|w_\alpha(t) - w_\alpha(\infty)|$; it falls with t.
-        excess_loss: Of $R(y(t)) - R(y(\infty))$; it falls with t.
-        limit_loss_gap: Of $|R(y(\infty)) - R(\bar y(\infty))|$.
-        rate: $\mu$, of the exponential; nothing follows where it is not positive.
-        alpha_threshold: $\alpha_0$, what alpha must exceed. Where h(w0) = 0 it is a number of the problem.
+        displacement_norm: Bound of $|w_\alpha(t) - w_0|$; it grows with t, so that t = inf gives the supremum.
+        output_gap: Bound of $\|y(t) - \bar y(t)\|_F$; it grows with t.
+        param_gap: Bound of $|w_\alpha(t) - \bar w_\alpha(t)|$; it grows with t.
+        limit_distance: Bound of $|w_\alpha(t) - w_\alpha(\infty)|$; it falls with t.
+        excess_loss: Bound of $R(y(t)) - R(y(\infty))$; it falls with t.
+        limit_loss_gap: Bound of $|R(y(\infty)) - R(\bar y(\infty))|$.
+        rate: $\mu$, the rate of the exponential; nothing follows if it is not positive.
+        alpha_threshold: $\alpha_0$, what alpha must exceed. If h(w0) = 0, it is a number of the problem.
         radius: $r_0 = \sigma/(2 Lip(Dh))$, of the ball on which `lip_dh` must hold and the rank be constant.
         admissible: Whether $\alpha > \alpha_0$.
     """
@@ -38,6 +38,7 @@ class UnderparameterizedBounds(eqx.Module):
     admissible: Bool[Array, "..."]
 
 
+@checked
 def theorem_2_5(
     *,
     t: Number,
@@ -50,9 +51,9 @@ def theorem_2_5(
     smoothness: Number = 1.0,
     strong_convexity: Number = 1.0,
 ) -> UnderparameterizedBounds:
-    r"""All times, rank of Dh constant near w0, R M-smooth and m-strongly convex: a geometric rate, and the gaps.
+    r"""Bound the flows at all times, rank of Dh constant near w0, R M-smooth and m-strongly convex.
 
-    **No number shows that the rank is constant**; it is for the caller to know. It holds where Dh(w0) is onto, or
+    **No number shows that the rank is constant**; it is for the caller to know. It holds if Dh(w0) is onto, or
     one to one; without it the conclusions are false (h = (w1, w1 w2) at 0, y* = (1, 1): the gap tends to 1).
 
     With $\sigma$ the smallest nonzero singular value of Dh(w0), $L_1 = Lip(Dh)$, $G = \sqrt{2MR(\alpha h(w_0))}$ and
@@ -136,7 +137,7 @@ def _bounds_of_constant_rank(numbers: tuple[Array, ...]) -> UnderparameterizedBo
     end = gradient / jnp.where(admissible, rate, 1)
 
     def gaps(u: Array, share: Array) -> tuple[Array, Array]:
-        """On the range of Dh(w0)^*, and the second order."""
+        """Return the gap on the range of Dh(w0)^*, and the second order."""
         return share / lowest * lip_dh * u * (slope + smooth * dh * u / 2), lip_dh * u**2
 
     inside, bent = gaps(end * gone, -jnp.expm1(-exponent(lowest, t)))
@@ -161,7 +162,7 @@ def _bounds_of_constant_rank(numbers: tuple[Array, ...]) -> UnderparameterizedBo
 
 
 def _rate(alpha: Array, slope: Array, gradient: Array, sigma: Array, lip_dh: Array, convex: Array) -> Array:
-    r"""$\mu$ on the ball that the flow provably stays in, from $r_0$ down; on $r_0$ itself where that is nowhere."""
+    r"""Return $\mu$ on the ball that the flow provably stays in, from $r_0$ down; on $r_0$ itself if there is none."""
     turned = 0.5 * sigma
     rate = convex * (sigma - turned) ** 2 - lip_dh * slope / alpha
     for _ in range(_ROUNDS):

@@ -1,14 +1,14 @@
-r"""Beside the theorems: test outputs, wide nets, homogeneous models, and an inequality that is false."""
+r"""Next to the theorems: test outputs, wide nets, homogeneous models, and an inequality that is false."""
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lazyjax.theory.bounds.arguments import Number, as_numbers
+from lazyjax.theory.bounds.arguments import Number, as_numbers, checked
 
 
 class HomogeneousFlow(eqx.Module):
-    r"""How a flow from a larger start is a flow at a larger scale; made by `homogeneous_flow`.
+    r"""The factors that turn a flow from a larger start into one at a larger scale; made by `homogeneous_flow`.
 
     Attributes:
         alpha: $\lambda^q$, the equivalent output scale.
@@ -23,6 +23,7 @@ class HomogeneousFlow(eqx.Module):
     scaled_time_factor: Float[Array, "..."]
 
 
+@checked
 def proposition_a_1(
     *,
     alpha: Number,
@@ -32,7 +33,7 @@ def proposition_a_1(
     lip_dh: Number,
     printed: bool = False,
 ) -> Float[Array, "..."]:
-    r"""Generalizing like the tangent model, on inputs beyond the training set.
+    r"""Bound the distance to the tangent model on inputs beyond the training set.
 
     At every input x of a set X,
 
@@ -74,28 +75,29 @@ def proposition_a_1(
 
 
 def _times(alpha: Array, size: Array) -> Array:
-    """Their product, 0 where the size is 0: at alpha = inf too."""
+    """Return the product of alpha and a size, 0 if the size is 0: at alpha = inf too."""
     return jnp.where(size == 0, 0, alpha * size)
 
 
+@checked
 def kappa_two_layer(
-    *, width: Number, scale: Number, target_norm: Number, phi_sq: Number, dphi_sq: Number, lip_dphi: Number
+    *, width: Number, alpha: Number, target_norm: Number, phi_sq: Number, dphi_sq: Number, lip_dphi: Number
 ) -> Float[Array, "..."]:
-    r"""How lazy a wide two-layer net is: the inverse relative scale $\kappa$ of $h = a(m)\sum_{i \le m}\phi(\theta_i)$.
+    r"""Bound the criterion $\kappa$ of a wide two-layer net $h = \alpha(m)\sum_{i \le m}\phi(\theta_i)$.
 
     For independent $\theta_i$ with $E\phi = 0$ and $D\phi \ne 0$,
 
     $$\frac{E\|h(w_0) - y^*\|\,\sup\|D^2h(w_0)\|}{E\|Dh(w_0)\|^2} \le \frac{Lip(D\phi)}{\|E[D\phi D\phi^*]\|}
-      \Bigl(\sqrt{E\|\phi\|^2}\;m^{-1/2} + \frac{\|y^*\|}{m\,a(m)}\Bigr).$$
+      \Bigl(\sqrt{E\|\phi\|^2}\;m^{-1/2} + \frac{\|y^*\|}{m\,\alpha(m)}\Bigr).$$
 
-    So a net is lazy as long as $m\,a(m) \to \infty$: with $a = m^{-1/2}$, but not with the mean field's $a = 1/m$.
+    So a net is lazy as long as $m\,\alpha(m) \to \infty$: with $m^{-1/2}$, but not with the mean field's $1/m$.
 
     It bounds **a ratio of expectations**, at every width, and not the expectation of $\kappa$: that would need
     $\|Dh(w_0)\|$ not to be small too often. For wide nets, where it concentrates, the two agree.
 
     Args:
         width: m.
-        scale: a(m).
+        alpha: $\alpha(m)$, the scale of the sum over neurons.
         target_norm: $\|y^*\|_F$.
         phi_sq: $E\|\phi(\theta)\|_F^2$, of one neuron.
         dphi_sq: $\|E[D\phi(\theta)D\phi(\theta)^*]\|$, the largest eigenvalue of one neuron's mean tangent kernel in F.
@@ -108,23 +110,24 @@ def kappa_two_layer(
         ValueError, TypeError: an argument out of its range, outside a trace.
 
     Source:
-        Chizat, Oyallon, Bach (2019), section 1.2 and supplement A.2: $E\|h\|^2 = ma^2E\|\phi\|^2$,
-        $E\|Dh\|^2 \ge ma^2\|E[D\phi D\phi^*]\|$ (there in the limit; it holds at every m because the norm is convex)
-        and $\|D^2h\| = a\max_i\|D^2\phi(\theta_i)\|$ (there without the norm in F).
+        Chizat, Oyallon, Bach (2019), section 1.2 and supplement A.2: $E\|h\|^2 = m\alpha^2E\|\phi\|^2$,
+        $E\|Dh\|^2 \ge m\alpha^2\|E[D\phi D\phi^*]\|$ (there in the limit; it holds at every m because the norm is
+        convex) and $\|D^2h\| = \alpha\max_i\|D^2\phi(\theta_i)\|$ (there without the norm in F).
 
     Example:
-        >>> kappa = kappa_two_layer(width=100, scale=0.1, target_norm=1.0, phi_sq=1.0, dphi_sq=1.0, lip_dphi=1.0)
+        >>> kappa = kappa_two_layer(width=100, alpha=0.1, target_norm=1.0, phi_sq=1.0, dphi_sq=1.0, lip_dphi=1.0)
         >>> print(f"{kappa:.3f}")
         0.200
     """
-    width, scale, target, phi_sq, dphi_sq, lip_dphi = as_numbers(
-        width=width, scale=scale, target_norm=target_norm, phi_sq=phi_sq, dphi_sq=dphi_sq, lip_dphi=lip_dphi
+    width, alpha, target, phi_sq, dphi_sq, lip_dphi = as_numbers(
+        width=width, alpha=alpha, target_norm=target_norm, phi_sq=phi_sq, dphi_sq=dphi_sq, lip_dphi=lip_dphi
     )
-    return lip_dphi / dphi_sq * (jnp.sqrt(phi_sq / width) + target / (width * scale))
+    return lip_dphi / dphi_sq * (jnp.sqrt(phi_sq / width) + target / (width * alpha))
 
 
+@checked
 def homogeneous_flow(q: Number, lam: Number) -> HomogeneousFlow:
-    r"""A larger start is a larger scale, in another time.
+    r"""Return the scale, and the factors of parameters and time, that a larger start is equivalent to.
 
     For $h(\lambda w) = \lambda^qh(w)$ and $\alpha = \lambda^q$,
 
@@ -157,8 +160,9 @@ def homogeneous_flow(q: Number, lam: Number) -> HomogeneousFlow:
     return HomogeneousFlow(lam**q, 1 / lam, lam ** (2 - 2 * q), lam**2)
 
 
+@checked
 def smith_inequality(first: Number, second: Number, *, printed: bool = False) -> Float[Array, "..."]:
-    r"""A lower bound of $|(A - B)^Tf|^2$ from the two norms: $(|A^Tf| - |B^Tf|)^2$.
+    r"""Return a lower bound of $|(A - B)^Tf|^2$ from the two norms: $(|A^Tf| - |B^Tf|)^2$.
 
     With A = Dh(w0) and B = Dh(w) it gives $\Sigma(w) \ge \sigma_{min}^2/4$ where $Lip(Dh)|w - w_0| \le \sigma_{min}/2$:
     $|Dh(w)^*f| \ge (\sigma_{min} - \sigma_{min}/2)|f|$. That is sharp: $h = \sigma w - \frac{L_1}2w^2$.
