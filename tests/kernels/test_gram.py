@@ -1,5 +1,10 @@
-"""The Gram by layers: J J^T by jacrev for every kind of layer, in every way, whatever the blocks and devices."""
+"""The Gram by layers: the rule of every kind of layer, J J^T by jacrev in every contraction, blocks and devices.
 
+Rules are checked by tracing, one work at a time; values on a few composites: the Gram of a sum over disjoint parameters
+is the sum of the Grams, so that one compiled program checks several works.
+"""
+
+import itertools
 import os
 import subprocess
 import sys
@@ -19,9 +24,11 @@ from jax.sharding import Mesh
 import lazyjax as lj
 from lazyjax.kernels import plan as _plan
 from lazyjax.kernels import products as _products
+from lazyjax.kernels.layer_rules import RULES
+from lazyjax.kernels.plan import sample_jacobian
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def standard_rank_promotion():
     """Users' models add a bias (m,) to rows (n, m)."""
     with jax.numpy_rank_promotion("allow"):
@@ -34,8 +41,7 @@ def jacobian_of(f, w, x):
     return np.asarray(jax.jit(jax.jacrev(lambda v: f(eqx.combine(unravel(v), rest), x).ravel()))(vector))
 
 
-NUMBERS = np.asarray(jr.normal(jr.key(0), (2**15,)))
-"""Drawn once: each shape by itself would be a program to compile."""
+NUMBERS = np.random.default_rng(0).normal(size=2**15)
 
 
 def normal(seed, shape):
@@ -187,9 +193,7 @@ WORKS = {
         lambda w, x: head(w["E"][x] / 2.0 - w["E"][x[:, ::-1]]), draw(0, E=(7, 4)), TOKENS, {"E": "look-up"}
     ),
     "two orders of one matrix": Work(
-        lambda w, x: head(
-            jnp.tanh(x @ w["W"].ravel())[:, None] + (x @ w["W"].ravel(order="F"))[:, None]
-        ),
+        lambda w, x: head(jnp.tanh(x @ w["W"].ravel())[:, None] + (x @ w["W"].ravel(order="F"))[:, None]),
         draw(0, W=(2, 3)),
         images(6),
         {"W": "jacobian"},
@@ -263,61 +267,132 @@ WORKS = {
         ROWS,
         {"W": "dense", "V": "dense"},
     ),
-    "no part in the outputs": Work(
-        lambda w, x: head(x @ w["W"]), draw(0, W=(5, 4), unused=(3,)), ROWS, {"W": "dense"}
-    ),
-    "parameter as output": Work(
-        lambda w, x: x @ jnp.ones((5, 2)) + w["b"], draw(0, b=(2,)), ROWS, {"b": "bias"}
-    ),
-}  # fmt: skip
+    "no part in the outputs": Work(lambda w, x: head(x @ w["W"]), draw(0, W=(5, 4), unused=(3,)), ROWS, {"W": "dense"}),
+    "parameter as output": Work(lambda w, x: x @ jnp.ones((5, 2)) + w["b"], draw(0, b=(2,)), ROWS, {"b": "bias"}),
+}
 POOL = ((1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-OTHER = {name: work.x[:2] for name, work in WORKS.items()}
-PRICES = (1e-6, 1e6)
+SPATIAL, ROWS_FIRST = 1e-6, 1e6
+"""Prices at which every group with positions is contracted pair by pair, or by its Jacobian rows."""
 
 
-def rules_of(plan):
-    return {leaf.strip("[']"): part.rule for part in plan.parts for leaf in part.leaves}
+def rules_of(work):
+    """The rules that each leaf's uses are recognized by, "jacobian" for a leaf without any."""
+    jacobian = sample_jacobian(work.f, work.w, work.x)
+    names = [jax.tree_util.keystr(path).strip("[']") for path, _ in jax.tree_util.tree_leaves_with_path(work.w)]
+    rules = {names[leaf]: {"jacobian"} for leaf in jacobian.direct}
+    for group in jacobian.groups:
+        rules |= {names[uses[0].leaf]: {use.rule.name for use in uses} for uses in group.leaves}
+    return rules
 
 
-@pytest.mark.parametrize("name", WORKS)
-class TestEveryLayer:
-    def test_is_taken_by_its_rule(self, name):
-        work = WORKS[name]
-        rules = rules_of(lj.gram_plan(work.f, work.w, work.x))
-        for leaf, rule in work.rules.items():
-            assert rule in rules.get(leaf, "").split(" + "), f"{leaf}: {rules[leaf]}"
+def composite(*names):
+    """The sum of the outputs of several works, each with parameters and a part of the inputs of its own."""
+    works = [WORKS[name] for name in names]
+    stops = np.cumsum([0, *(work.x[0].size for work in works)])
+    x = jnp.concatenate([work.x.reshape(3, -1).astype(float) for work in works], axis=1)
 
-    def test_has_the_gram_of_its_jacobian_in_every_way(self, name, monkeypatch):
-        work = WORKS[name]
-        ways = []
-        for price in PRICES:
-            monkeypatch.setattr(_plan, "SPATIAL_PRICE", price)
-            ways.append([part.contraction for part in lj.gram_plan(work.f, work.w, work.x).parts])
+    def f(w, x):
+        total = 0.0
+        for i, work in enumerate(works):
+            part = x[:, stops[i] : stops[i + 1]].reshape(x.shape[0], *work.x.shape[1:])
+            part = part.astype(int) if work.x.dtype == int else part
+            out = work.f(w[i], part)
+            total += out.reshape(x.shape[0], -1)
+        return total
 
-        @jax.jit
-        def others(w, x, other):
-            # Compiled together, so that their common parts are compiled once; a new function object for the other
-            # price, or the program of the first would answer. Where both choose the same way, once is enough.
-            second = lj.gram(lambda w, x: work.f(w, x), w, x) if ways[0] != ways[1] else None
-            return lj.gram(work.f, w, x, other), lj.gram(work.f, w, x, method="jacobian"), second
+    rules = {f"{i}{leaf}": rule for i, work in enumerate(works) for leaf, rule in work.rules.items()}
+    return Work(f, [work.w for work in works], x, rules)
 
-        jacobian = jacobian_of(work.f, work.w, work.x)
-        expected = jacobian @ jacobian.T
-        close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13 * np.abs(expected).max())
-        size = expected.shape[0]
-        cross, rows, second = others(work.w, work.x, OTHER[name])
-        monkeypatch.setattr(_plan, "SPATIAL_PRICE", PRICES[0])
-        first = lj.gram(lambda w, x: work.f(w, x), work.w, work.x)
-        for whole in (first, rows) if second is None else (first, rows, second):
-            close(np.reshape(whole, (size, size)), expected)
-        close(np.reshape(cross, (size, -1)), expected[:, : 2 * size // 3])
+
+COMPOSITES = {
+    "dense": ["dense", "dense, transposed, scaled, shifted on", "vectors of one sample", "one output", "calls"],
+    "positions": ["sequence", "position bias", "batched product", "batched product of positions", "recurrent"],
+    "images": ["convolution", "convolution, channels first", "convolution, strides", "convolution, groups"],
+    "more images": ["convolution, axes in no order", "convolution, dilated", "convolution, transposed"],
+    "windows": ["convolution, cut", "convolution, depthwise", "convolution, one axis", "convolution, three axes"],
+    "look-ups": ["look-up", "look-up, clipped", "look-up, out of range", "look-up, scaled"],
+    "reused": ["used twice", "used twice at one place", "difference of two look-ups", "turned after the bias"],
+    "attention": ["attention", "no part in the outputs", "scale of one number"],
+    "orders": ["two orders of one matrix", "two orders by broadcasting", "one kernel in two shapes"],
+    "no rule": ["tied look-up and output", "also used by itself", "masked weights", "product of two", "scanned layers"],
+}
+BY_ITSELF = {"parameter as output"}
+"""Not the same work as a part of a sum."""
+
+
+def test_every_use_is_recognized_by_its_rule():
+    offenders = []
+    for name, work in WORKS.items():
+        rules = rules_of(work)
+        offenders += [f"{name}: {leaf} by {rules[leaf]}" for leaf, rule in work.rules.items() if rules[leaf] != {rule}]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_every_rule_has_works_and_primitives_of_its_own():
+    tried = {rule for work in WORKS.values() for rule in work.rules.values()}
+    assert {rule.name for rule in RULES} | {"jacobian"} == tried
+    primitives = [primitive for rule in RULES for primitive in rule.primitives]
+    assert len(primitives) == len(set(primitives))
+
+
+def contractions_at(price, work, monkeypatch):
+    monkeypatch.setattr(_plan, "SPATIAL_PRICE", price)
+    return sample_jacobian(work.f, work.w, work.x).contractions
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_the_gram_is_that_of_the_jacobian_in_every_contraction(name, monkeypatch):
+    work = composite(*COMPOSITES[name])
+    first, second = (contractions_at(price, work, monkeypatch) for price in (SPATIAL, ROWS_FIRST))
+    # New function objects, or the program of the first price would answer for the second.
+    cheap_pairs, cheap_rows = (lambda w, x: work.f(w, x)), (lambda w, x: work.f(w, x))
+
+    @jax.jit
+    def everything(w, x):
+        monkeypatch.setattr(_plan, "SPATIAL_PRICE", SPATIAL)
+        whole = lj.gram(cheap_pairs, w, x)
+        monkeypatch.setattr(_plan, "SPATIAL_PRICE", ROWS_FIRST)
+        cross = lj.gram(cheap_rows, w, x, x[:2])
+        return whole, cross, jax.jacrev(lambda w: work.f(w, x))(w)
+
+    whole, cross, jacobian = everything(work.w, work.x)
+    jacobian = np.concatenate([np.reshape(leaf, (6, -1)) for leaf in jax.tree.leaves(jacobian)], axis=1)
+    expected = jacobian @ jacobian.T
+    close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13 * np.abs(expected).max())
+    close(np.reshape(whole, (6, 6)), expected)
+    close(np.reshape(cross, (6, 4)), expected[:, :4])
+    assert "spatial" not in second
+    assert name in ("dense", "orders", "no rule") or first != second
+
+
+def test_the_gram_of_a_parameter_that_is_the_output():
+    assert set(WORKS) - BY_ITSELF >= {name for names in COMPOSITES.values() for name in names}
+    work = WORKS["parameter as output"]
+    np.testing.assert_array_equal(np.reshape(lj.gram(work.f, work.w, work.x), (6, 6)), np.tile(np.eye(2), (3, 3)))
+
+
+def test_rows_of_the_jacobian_can_be_asked_for():
+    work = composite("sequence", "look-up", "scale of one number")
+    whole, rows = jax.jit(lambda w, x: [lj.gram(work.f, w, x, method=m) for m in ("auto", "jacobian")])(work.w, work.x)
+    np.testing.assert_allclose(rows, whole, rtol=1e-12, atol=1e-13 * np.abs(whole).max())
 
 
 # ---- of the whole Gram ----
 
 CONV = WORKS["convolution"]
-NET, NET_W = lj.models.mlp(jnp.tanh), lj.models.mlp().init(jr.key(0), [5, 40, 30, 3])
-DATA = jr.normal(jr.key(1), (101, 5))
+NET = lj.models.mlp(jnp.tanh)
+DATA = normal(5, (101, 5))
+
+
+def net_of(sizes):
+    layers = itertools.pairwise(sizes)
+    return [
+        {"weight": normal(i, (n_out, n_in)) * (2 / (n_in + n_out)) ** 0.5, "bias": jnp.zeros(n_out)}
+        for i, (n_in, n_out) in enumerate(layers)
+    ]
+
+
+NET_W = net_of([5, 40, 30, 3])
 
 
 @pytest.fixture(scope="module")
@@ -344,44 +419,54 @@ def test_the_block_size_changes_no_entry(net_gram, monkeypatch, samples):
     f = lambda w, x: NET(w, x)
     assert lj.gram_plan(f, NET_W, DATA).blocks[0] < 101
     np.testing.assert_allclose(lj.gram(f, NET_W, DATA), net_gram, rtol=1e-12, atol=1e-11)
-    np.testing.assert_allclose(lj.gram(f, NET_W, DATA[:30], DATA), net_gram[:30], rtol=1e-12, atol=1e-11)
-    np.testing.assert_allclose(lj.gram(f, NET_W, DATA, DATA[:30]), net_gram[:, :, :30], rtol=1e-12, atol=1e-11)
+    other = (DATA[:30], DATA) if samples == 3 else (DATA, DATA[:30])
+    expected = net_gram[:30] if samples == 3 else net_gram[:, :, :30]
+    np.testing.assert_allclose(lj.gram(f, NET_W, *other), expected, rtol=1e-12, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["sequence", "convolution", "attention"])
-def test_float32_is_right_to_rounding(name):
-    work = WORKS[name]
-    w, x = jax.tree.map(lambda a: a.astype(jnp.float32), (work.w, work.x))
+@pytest.fixture(scope="module")
+def mixture():
+    """Four kinds of groups and a leaf without a rule, with the Jacobian (3, 2, p)."""
+    work = composite("sequence", "convolution", "look-up", "attention")
+    return work, jacobian_of(work.f, work.w, work.x).reshape(3, 2, -1)
+
+
+def test_float32_is_right_to_rounding(mixture):
+    work, jacobian = mixture
+    w, x = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), (work.w, work.x))
+    jacobian = jacobian.reshape(6, -1)
     k = lj.gram(work.f, w, x)
-    jacobian = jacobian_of(work.f, jax.tree.map(lambda a: a.astype(float), w), x.astype(float))
     assert k.dtype == jnp.float32
     exact = jacobian @ jacobian.T
     np.testing.assert_allclose(np.reshape(k, exact.shape), exact, rtol=0, atol=2e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("name", ["sequence", "convolution", "look-up", "scanned layers", "scale of one number"])
-def test_the_trace_and_the_diagonal_are_those_of_the_gram(name):
-    work = WORKS[name]
-    jacobian = jacobian_of(work.f, work.w, work.x).reshape(3, 2, -1)
+def test_the_trace_and_the_diagonal_are_those_of_the_gram(mixture):
+    work, jacobian = mixture
     expected = np.einsum("ikp,jkp->ij", jacobian, jacobian)
-    np.testing.assert_allclose(lj.gram(work.f, work.w, work.x, trace=True), expected, rtol=1e-11, atol=1e-12)
-    cross = lj.gram(work.f, work.w, work.x, OTHER[name], trace=True)
+
+    @jax.jit
+    def everything(w, x):
+        traces = lj.gram(work.f, w, x, trace=True), lj.gram(work.f, w, x, x[:2], trace=True)
+        return *traces, lj.gram_diagonal(work.f, w, x)
+
+    whole, cross, diagonal = everything(work.w, work.x)
+    np.testing.assert_allclose(whole, expected, rtol=1e-11, atol=1e-12)
     np.testing.assert_allclose(cross, expected[:, :2], rtol=1e-11, atol=1e-12)
-    diagonal = lj.gram_diagonal(work.f, work.w, work.x)
     np.testing.assert_allclose(diagonal, np.sum(jacobian**2, -1), rtol=1e-11, atol=1e-12)
 
 
 def test_one_output_has_its_trace_and_diagonal_too():
-    f, w = lj.models.two_layer(jnp.tanh), lj.models.two_layer().init(jr.key(0), d=5, width=8)
-    k = lj.gram(f, w, DATA)
-    assert k.shape == (101, 101)
-    np.testing.assert_allclose(lj.gram(f, w, DATA, trace=True), k, rtol=1e-12)
-    np.testing.assert_allclose(lj.gram_diagonal(f, w, DATA), np.diagonal(k), rtol=1e-12)
+    f, w, x = lj.models.two_layer(jnp.tanh), draw(0, a=(8,), b=(8, 5)), DATA[:7]
+    whole = lambda w, x: (lj.gram(f, w, x), lj.gram(f, w, x, trace=True), lj.gram_diagonal(f, w, x))
+    k, trace, diagonal = jax.jit(whole)(w, x)
+    assert k.shape == (7, 7)
+    np.testing.assert_allclose(trace, k, rtol=1e-12)
+    np.testing.assert_allclose(diagonal, np.diagonal(k), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["dense", "convolution", "convolution, strides", "attention"])
-def test_a_functional_of_the_gram_has_the_gradient_of_finite_differences(name):
-    work = WORKS[name]
+def test_a_functional_of_the_gram_has_the_gradient_of_finite_differences(mixture):
+    work, _ = mixture
     size = normal(3, (6, 6))
 
     @jax.jit
@@ -390,8 +475,13 @@ def test_a_functional_of_the_gram_has_the_gradient_of_finite_differences(name):
         return jnp.sum(size * lj.gram(work.f, w, work.x).reshape(6, 6))
 
     direction = jax.tree.map(lambda a: normal(4, a.shape), work.w)
-    slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, value_and_slope(work.w)[1], direction)))
-    move = lambda t: value_and_slope(jax.tree.map(lambda a, d: a + t * d, work.w, direction))[0]
+    slopes = jax.tree.map(np.vdot, value_and_slope(work.w)[1], direction)
+    slope = sum(jax.tree.leaves(slopes))
+
+    def move(t):
+        w = jax.tree.map(lambda a, d: jnp.asarray(np.asarray(a) + t * np.asarray(d)), work.w, direction)
+        return float(value_and_slope(w)[0])
+
     t = 1e-4
     # Fourth order in t.
     expected = (8 * (move(t) - move(-t)) - (move(2 * t) - move(-2 * t))) / (12 * t)
@@ -399,10 +489,11 @@ def test_a_functional_of_the_gram_has_the_gradient_of_finite_differences(name):
 
 
 def test_the_gradient_passes_through_blocks(monkeypatch):
-    value = lambda f, w: jnp.sum(jnp.sin(lj.gram(f, w, DATA[:20])))
-    whole = jax.jit(jax.grad(lambda w: value(NET, w)))(NET_W)
+    value = lambda f, w: jnp.sum(jnp.sin(lj.gram(f, w, DATA[:6])))
+    small = net_of([5, 6, 3])
+    whole = jax.jit(jax.grad(lambda w: value(NET, w)))(small)
     monkeypatch.setattr(_plan, "_budget", lambda result: 1)
-    parts = jax.jit(jax.grad(lambda w: value(lambda w, x: NET(w, x), w)))(NET_W)
+    parts = jax.jit(jax.grad(lambda w: value(lambda w, x: NET(w, x), w)))(small)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-11), parts, whole)
 
 
@@ -414,14 +505,12 @@ def pooled(w, x):
 
 def test_pooling_and_strict_ranks(monkeypatch):
     w = draw(0, E=(7, 3), kernel=(2, 2, 3, 4), bias=(4,))
-    x = jr.randint(jr.key(1), (4, 36), 0, 7)
+    x = jnp.asarray(np.random.default_rng(1).integers(0, 7, (4, 36)))
     with jax.numpy_rank_promotion("raise"):
         jacobian = jacobian_of(pooled, w, x)
         expected = (jacobian @ jacobian.T).reshape(4, 2, 4, 2)
-        for price in (1e-6, 1e6):
-            monkeypatch.setattr(_plan, "SPATIAL_PRICE", price)
-            f = lambda w, x: pooled(w, x)
-            np.testing.assert_allclose(lj.gram(f, w, x), expected, rtol=1e-12, atol=1e-12)
+        monkeypatch.setattr(_plan, "SPATIAL_PRICE", SPATIAL)
+        np.testing.assert_allclose(lj.gram(pooled, w, x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_first_of_equal_entries_takes_the_derivative_of_a_maximum():
@@ -436,17 +525,16 @@ def test_the_first_of_equal_entries_takes_the_derivative_of_a_maximum():
 
 
 def test_many_parameters_are_mapped_over():
-    nets = jax.vmap(lambda key: lj.models.mlp().init(key, [5, 6, 2]))(jr.split(jr.key(0), 3))
+    nets = jax.tree.map(lambda a: normal(7, (3, *a.shape)), net_of([5, 6, 2]))
     many = jax.jit(jax.vmap(lambda w: lj.gram(NET, w, DATA[:4])))(nets)
     for i in range(3):
         one = jax.tree.map(lambda a, i=i: a[i], nets)
         np.testing.assert_allclose(many[i], lj.gram(NET, one, DATA[:4]), rtol=1e-12, atol=1e-13)
 
 
-def test_the_cheapest_way_is_taken():
+def test_the_cheapest_contraction_is_taken():
     wide = jax.eval_shape(lambda: lj.models.mlp().init(jr.key(0), [5, 400, 300, 3]))
-    ways = {part.leaves[0]: part.contraction for part in lj.gram_plan(NET, wide, DATA).parts}
-    assert set(ways.values()) == {"outer"}
+    assert {part.contraction for part in lj.gram_plan(NET, wide, DATA).parts} == {"outer"}
     many_positions = conv_work((3, 3, 2, 4), (30, 30, 2), bias=(4,))
     few_positions = conv_work((3, 3, 40, 40), (2, 2, 40), bias=(40,))
     (part,) = lj.gram_plan(many_positions.f, many_positions.w, many_positions.x).parts
@@ -455,7 +543,7 @@ def test_the_cheapest_way_is_taken():
     assert (part.contraction, part.sizes) == ("spatial", (4, 1, 361, 40))
 
 
-def test_the_plan_counts_operations_of_the_way_taken():
+def test_the_plan_counts_operations_of_the_contraction_taken():
     plan = lj.gram_plan(NET, NET_W, DATA)
     pairs = 101 * 102 / 2
     expected = [2 * pairs * (d + 1 + 9 * m) for d, m in ((5, 40), (40, 30), (30, 3))]
@@ -470,10 +558,13 @@ def test_the_plan_counts_operations_of_the_way_taken():
 @pytest.mark.parametrize("name", ["net", "images"])
 def test_the_memory_of_the_plan_is_that_of_the_compiled_program(name):
     work = {
-        "net": (NET, lj.models.mlp().init(jr.key(0), [50, 300, 200, 5]), jr.normal(jr.key(0), (60, 50))),
-        "images": (*conv_work((3, 3, 3, 16), (16, 16, 3), bias=(16,))[:2], jr.normal(jr.key(0), (40, 16, 16, 3))),
+        "net": (NET, [50, 300, 200, 5], (60, 50)),
+        "images": (*conv_work((3, 3, 3, 16), (16, 16, 3), bias=(16,))[:2], (40, 16, 16, 3)),
     }[name]
     f, w, x = work
+    # Shapes are enough.
+    w = jax.eval_shape(lambda: lj.models.mlp().init(jr.key(0), w)) if name == "net" else w
+    x = jax.ShapeDtypeStruct(x, jnp.float64)
     plan = lj.gram_plan(f, w, x)
     compiled = jax.jit(lambda w, x: lj.gram(f, w, x)).lower(w, x).compile()
     measured = compiled.memory_analysis().temp_size_in_bytes
@@ -518,7 +609,7 @@ MIXED = {
 @pytest.mark.parametrize("name", MIXED)
 def test_models_that_mix_samples_unseen_by_the_first_output_are_refused(name):
     f, w = MIXED[name]
-    with pytest.raises(ValueError, match=r"f must treat every sample by itself.*slopes by .* %"):
+    with pytest.raises(ValueError, match=r"f must treat every sample by itself.*slopes by .*%"):
         lj.gram(f, w, DATA)
     # Equal samples at the start tell nothing: others are looked for, in x2 too.
     with pytest.raises(ValueError, match="f must treat every sample by itself"):
@@ -535,14 +626,15 @@ def test_a_model_that_drops_the_axis_of_a_single_sample_is_refused():
 
 def test_half_precision_has_a_gram_summed_in_the_dtype_of_the_outputs():
     w = draw(0, W=(5, 40), a=(40, 2))
+    x = DATA[:9]
     half = lambda w, x: jnp.tanh(x.astype(jnp.bfloat16) @ w["W"].astype(jnp.bfloat16)) @ w["a"].astype(jnp.bfloat16)
     outputs = {jnp.bfloat16: half, jnp.float32: lambda w, x: half(w, x).astype(jnp.float32)}
-    jacobian = jacobian_of(lambda w, x: jnp.tanh(x @ w["W"]) @ w["a"], w, DATA[:9])
+    jacobian = jacobian_of(lambda w, x: jnp.tanh(x @ w["W"]) @ w["a"], w, x)
     exact = (jacobian @ jacobian.T).reshape(9, 2, 9, 2)
     for dtype, f in outputs.items():
-        k = lj.gram(f, w, DATA[:9])
+        k = lj.gram(f, w, x)
         assert k.dtype == dtype
-        np.testing.assert_allclose(k.astype(float), exact, rtol=0, atol=0.03 * np.abs(exact).max())
+        np.testing.assert_allclose(np.asarray(k, float), exact, rtol=0, atol=0.03 * np.abs(exact).max())
 
 
 def test_masks_are_pooled_and_empty_leaves_are_no_parameters():
@@ -562,15 +654,18 @@ import lazyjax as lj
 
 jax.config.update("jax_enable_x64", True)
 assert jax.device_count() == 8
-f, w = lj.models.mlp(jnp.tanh), lj.models.mlp().init(jr.key(0), [5, 20, 3])
-x = jr.normal(jr.key(1), (37, 5))
+f, w = lj.models.two_layer(jnp.tanh), lj.models.two_layer().init(jr.key(0), d=5, width=20)
+x = jnp.asarray(np.random.default_rng(0).normal(size=(37, 5)))
 devices = np.array(jax.devices())
-for mesh in (Mesh(devices, ("rows",)), Mesh(devices.reshape(2, 4), ("a", "b")), Mesh(devices[:3], ("rows",))):
-    for other in (None, x[:11]):
-        whole = lj.gram(f, w, x, other)
-        shared = lj.gram(f, w, x, other, mesh=mesh)
-        assert len(shared.sharding.device_set) == mesh.size, shared.sharding
-        np.testing.assert_allclose(shared, whole, rtol=1e-12, atol=1e-12)
+whole = np.asarray(lj.gram(f, w, x))
+for mesh, other in (
+    (Mesh(devices.reshape(2, 4), ("a", "b")), None),
+    (Mesh(devices[:3], ("rows",)), None),
+    (Mesh(devices, ("rows",)), x[:11]),
+):
+    shared = lj.gram(f, w, x, other, mesh=mesh)
+    assert len(shared.sharding.device_set) == mesh.size, shared.sharding
+    np.testing.assert_allclose(shared, whole if other is None else whole[:, :11], rtol=1e-12, atol=1e-12)
 print("equal")
 """
 
