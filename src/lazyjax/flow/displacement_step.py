@@ -111,8 +111,8 @@ def _is_proportional(optimizer: optax.GradientTransformation, coordinates: Param
     # Never in half precision, which the small and large gradients are beyond.
     params = jtu.tree_map(lambda w: jnp.ones(w.shape, max(w.dtype, jnp.dtype(jnp.float32), key=_bits)), coordinates)
 
-    def update(factor: float, state: Any) -> tuple[Params, Any]:
-        gradient = jtu.tree_map(lambda w: jnp.full_like(w, factor), params)
+    def update(factor: Array, state: Any) -> tuple[Params, Any]:
+        gradient = jtu.tree_map(lambda w: jnp.full_like(w, factor.astype(w.dtype)), params)
 
         def value(w: Params) -> Array:
             return functools.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(lambda g, v: jnp.sum(g * v), gradient, w)))
@@ -120,14 +120,14 @@ def _is_proportional(optimizer: optax.GradientTransformation, coordinates: Param
         line_search = {"value": value(params), "grad": gradient, "value_fn": value}
         return optax.with_extra_args_support(optimizer).update(gradient, state, params, **line_search)
 
-    def undecided(carry: tuple[Array, Array, Array, list[Any]]) -> Array:
+    def undecided(carry: tuple[Array, Array, Array, Any]) -> Array:
         count, good, moved, _ = carry
         return good & ~moved & (count < PROBES)
 
-    def probe(carry: tuple[Array, Array, Array, list[Any]]) -> tuple[Array, Array, Array, list[Any]]:
+    def probe(carry: tuple[Array, Array, Array, Any]) -> tuple[Array, Array, Array, Any]:
         """One more update for each of the gradients 0, 1, 1/REACH and REACH."""
-        found = [update(factor, state) for factor, state in zip((0.0, 1.0, 1 / REACH, REACH), carry[3], strict=True)]
-        (still, once, small, large), states = zip(*found, strict=True)
+        updates, states = jax.vmap(update)(jnp.asarray([0.0, 1.0, 1 / REACH, REACH]), carry[3])
+        still, once, small, large = (jtu.tree_map(lambda leaf, i=i: leaf[i], updates) for i in range(4))
 
         def error(updates: Params, factor: float) -> Array:
             return tree_norm(jtu.tree_map(lambda a, b: factor * a - b, updates, once))
@@ -135,9 +135,9 @@ def _is_proportional(optimizer: optax.GradientTransformation, coordinates: Param
         size = tree_norm(once)
         # Written so that NaN is refused.
         good = (tree_norm(still) == 0) & (error(small, REACH) <= 1e-3 * size) & (error(large, 1 / REACH) <= 1e-3 * size)
-        return carry[0] + 1, good, size > 0, list(states)
+        return carry[0] + 1, good, size > 0, states
 
-    states = [optimizer.init(params) for _ in range(4)]
+    states = jtu.tree_map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * 4), optimizer.init(params))
     first = (jnp.zeros((), jnp.int32), jnp.asarray(True), jnp.asarray(False), states)
     return jax.lax.while_loop(undecided, probe, first)[1]
 
