@@ -36,7 +36,7 @@ def test_numbers_at_the_papers_size_stand_next_to_references():
     assert (row.value, row.reference, row.note) == (11.0, 14.5, "")
     assert rows["loss of the zero predictor"].reference == 60
     assert rows["largest gap of flow and descent over the zero predictor's loss"].value == pytest.approx(0.1)
-    assert rows["flows that stopped early (gradient descent stands alone)"].value == 1
+    assert rows["flows that stopped early"].value == 1
     longer = dataclasses.replace(student_width.Settings(), steps=25_000)
     rows = {row.label: row for row in student_width.numbers(by_hand(longer))}
     assert rows["test loss, alpha = 1/m, m = 32"].note == "reference after 10000 steps"

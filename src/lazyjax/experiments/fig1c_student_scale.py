@@ -267,7 +267,7 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
             "tau"
         )
         rows.append(Number("largest relative gap of flow and descent at the end", float(abs(last - 1).max())))
-        rows.append(Number("flows that stopped early (gradient descent stands alone)", float(data["failed"].sum())))
+        rows.append(Number("flows that stopped early", float(data["failed"].sum())))
     return [*rows, Number("descents that diverged (left out)", float(data["descent_failed"].sum()))]
 
 

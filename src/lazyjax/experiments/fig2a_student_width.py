@@ -242,7 +242,7 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
     ]
     gap = abs(data["flow_risk"] - last.sel(scaling="1/sqrt(m)")) / data["zero_risk"]
     rows.append(Number("largest gap of flow and descent over the zero predictor's loss", float(gap.max())))
-    rows.append(Number("flows that stopped early (gradient descent stands alone)", float(data["failed"].sum())))
+    rows.append(Number("flows that stopped early", float(data["failed"].sum())))
     rows.append(Number("descents that diverged (left out)", float(data["descent_failed"].sum())))
     return rows
 

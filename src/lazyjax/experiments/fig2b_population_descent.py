@@ -250,7 +250,7 @@ def numbers(data: "xarray.Dataset") -> list[Number]:
         mixed = mixed_signs(data)
         value = float(ratio.isel(tau=-1).where(mixed).mean("seed")) if mixed.any() else float("nan")
         rows.append(Number(label, value, *near[:1], note=f"{int(mixed.sum())} of {mixed.size} seeds"))
-    rows.append(Number("flows that stopped early (SGD stands alone)", float(data["failed"].sum())))
+    rows.append(Number("flows that stopped early", float(data["failed"].sum())))
     return [*rows, Number("descents that diverged (left out)", float(data["descent_failed"].sum()))]
 
 
