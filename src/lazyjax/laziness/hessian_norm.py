@@ -22,14 +22,14 @@ from lazyjax._core.lanczos import krylov
 from lazyjax._core.types import Model, Params
 
 BUDGET = 6e11
-"""Multiply-adds of a search: some 10 s."""
+"""Multiply-adds of a search: about 10 s."""
 
 BATCH = 40_000_000
-"""Numbers held at a time by starts that are searched side by side."""
+"""Numbers held at a time by starts that are searched together."""
 
 
 class SecondDerivative(eqx.Module):
-    """B of a model, by derivatives of its program; nothing of it is formed."""
+    """The bilinear map B of a model, by derivatives of its program; nothing of it is formed."""
 
     h: Model
     w0: Params
@@ -45,26 +45,26 @@ class SecondDerivative(eqx.Module):
         return jfu.ravel_pytree(eqx.filter(self.w0, eqx.is_inexact_array))[0]
 
     def model(self, v: Float[Array, " p"]) -> Float[Array, " q"]:
-        """H at the coordinates v, in F's orthonormal basis."""
+        """Return h at the coordinates v, in F's orthonormal basis."""
         coordinates, rest = eqx.partition(self.w0, eqx.is_inexact_array)
         unravel = jfu.ravel_pytree(coordinates)[1]
-        # In one precision, whatever that of the outputs.
+        # In the precision of the parameters, whatever that of the outputs.
         return jnp.asarray(self.root, v.dtype) * self.h(eqx.combine(unravel(v), rest)).ravel().astype(v.dtype)
 
     def second(self, u: Float[Array, " p"]) -> Float[Array, " q"]:
-        """B(u, u), forward over forward."""
+        """Return B(u, u), forward over forward."""
         return second_directional_derivative(self.model, self.point(), u)
 
     def hessian(self, z: Float[Array, " q"]) -> Callable[[Array], Array]:
-        """The product with H_z, forward over reverse."""
+        """Return the product with H_z as a function, forward over reverse."""
         return jax.linearize(jax.grad(lambda v: jnp.sum(z * self.model(v))), self.point())[1]
 
     def dense(self) -> Float[Array, "q p p"]:
-        """All of it."""
+        """Return all numbers of B."""
         return jax.hessian(self.model)(self.point())
 
     def cost(self, outputs: int) -> float:
-        """Multiply-adds of a product with H_z."""
+        """Return the multiply-adds of a product with H_z."""
         point = self.point()
         return count_flops(lambda z, u: self.hessian(z)(u), jnp.ones(outputs, point.dtype), point)
 
@@ -75,7 +75,7 @@ def second_directional_derivative(model: Callable[[Params], Array], point: Param
 
 
 def check_starts(starts: int) -> None:
-    """Refuse a search without a start."""
+    """Check that a search has a start."""
     if starts < 1:
         msg = f"starts must be at least 1, got {starts}."
         raise ValueError(msg)
@@ -83,14 +83,14 @@ def check_starts(starts: int) -> None:
 
 @dataclass(frozen=True)
 class Search:
-    """How long to look for the maximum.
+    """A plan of a search for the maximum.
 
     Attributes:
         starts: Random starts.
-        rounds: Alternations of each at most.
-        polish: Alternations of the best one at most, after that.
-        steps: Lanczos steps of an alternation.
-        batch: Starts at a time.
+        rounds: Alternations per start, at most.
+        polish: Further alternations from the best start, at most.
+        steps: Lanczos steps per alternation.
+        batch: Starts searched at a time.
     """
 
     starts: int
@@ -101,9 +101,9 @@ class Search:
 
 
 def plan_search(cost: float, size: int, starts: int) -> Search:
-    """As many alternations as the budget has room for, given the cost of a Hessian-vector product."""
+    """Plan as many alternations as the budget has room for, given the cost of a Hessian-vector product."""
     affordable = BUDGET / cost
-    # Batches of one size, so that one program is compiled.
+    # All batches have one size, so that one program is compiled.
     batch = max(b for b in range(1, starts + 1) if starts % b == 0 and (b == 1 or b * 40 * size <= BATCH))
     if affordable >= starts * 20 * 40:
         return Search(starts, 40, 0, min(size, 20), batch)
@@ -117,12 +117,12 @@ def plan_search(cost: float, size: int, starts: int) -> Search:
 def norm_lower(
     form: SecondDerivative, outputs: int, key: PRNGKeyArray, starts: int, *, calls: int = 1
 ) -> Float[Array, ""]:
-    r"""$\max \|B(u, u)\|$ over the unit vectors u met: a lower bound of $\|B\|$, whatever the search.
+    r"""Return $\max \|B(u, u)\|$ over the unit vectors u met: a lower bound of $\|B\|$, whatever the search.
 
     Alternates $z = B(u, u)/\|\cdot\|$ with u the eigenvector of $H_z$ of largest absolute eigenvalue, by Lanczos: plain
     power iteration fails, as the Hessians of two-layer nets have +- pairs of eigenvalues. The starts are random z: for
-    random u in high dimension B(u, u) is nearly always the same, the trace's direction. One alone often misses
-    the maximum. `calls` such searches share the budget.
+    random u in high dimension B(u, u) is nearly always the same, the direction of the trace. One start alone often
+    misses the maximum. `calls` such searches share the budget.
     """
     point = form.point()
     search = plan_search(calls * form.cost(outputs), point.size, starts)
@@ -134,7 +134,7 @@ def norm_lower(
         carry = (jnp.zeros_like(point), z / jnp.linalg.norm(z), jnp.zeros((), point.dtype), jnp.ones((), point.dtype))
         return _alternate(form, carry, second, search.rounds, search.steps)
 
-    # Not in batches of one, whose products would be batched ones, and slow.
+    # No batches of one, whose products would be batched and slow.
     batch = search.batch if search.batch > 1 else None
     found = jax.lax.map(ascend, jr.split(first, search.starts), batch_size=batch)
     best = jnp.argmax(found[2])
@@ -147,10 +147,10 @@ def norm_lower(
 def _alternate(
     form: SecondDerivative, start: tuple[Array, ...], key: PRNGKeyArray, rounds: int, steps: int
 ) -> tuple[Array, ...]:
-    """Improve (u, z, the norm of B(u, u)) until nothing is gained, or for so many rounds; last in `start` a share.
+    """Improve (u, z, norm of B(u, u)) until nothing is gained, or for so many rounds; `start` ends with a share.
 
-    A direction that has no part in u would have none in its Krylov space; but only from u alone the value never falls.
-    So the share of a random direction beside u is 1 until that gains no more, then 0.
+    A direction that has no part in u has none in its Krylov space; but only from u alone the value never falls. So
+    the share of a random direction added to u is 1 until that gains no more, then 0.
     """
     point = form.point()
     gain = _least_gain(point.dtype)
@@ -175,7 +175,7 @@ def _alternate(
 
 
 def _least_gain(dtype: jnp.dtype) -> float:
-    """The factor that counts as a gain of a search."""
+    """Return the least factor that counts as a gain of a search."""
     return 1 + float(jnp.finfo(dtype).eps) ** 0.75
 
 
@@ -186,7 +186,7 @@ def dense_norm_lower(
     key: PRNGKeyArray,
     starts: int,
 ) -> Float[Array, ""]:
-    """As `norm_lower`, from all of z -> H_z and from u -> B(u, u), until the best start gains no more."""
+    """Search as `norm_lower` does, given z -> H_z and u -> B(u, u) in full, until the best start gains no more."""
     gain = _least_gain(outputs[1])
 
     def improve(carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -196,12 +196,12 @@ def dense_norm_lower(
         image = jax.vmap(second)(jnp.take_along_axis(vectors, best[:, None, None], axis=2)[..., 0])
         norm = jnp.linalg.norm(image, axis=1)
         z = image / jnp.where(norm > 0, norm, 1)[:, None]
-        # A start that ten more such gains would not bring to the top is given up.
+        # A start that ten more such gains would not bring to the top is dropped.
         promising = norm + 10 * (norm - value) >= jnp.max(norm)
         return z, norm, jnp.any(promising & (norm > gain * value)), i + 1
 
     z = jr.normal(key, (starts, outputs[0]), outputs[1])
     z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
     carry = (z, jnp.zeros(starts, outputs[1]), jnp.asarray(True), jnp.asarray(0))
-    # The gain may become slow: what is attained is a bound all the same.
+    # Gains may become slow: what is attained is a bound all the same.
     return jnp.max(jax.lax.while_loop(lambda c: c[2] & (c[3] < 200), improve, carry)[1])

@@ -1,9 +1,9 @@
-r"""Sums of squared rows of the second derivative, $\sum_i |S^{1/2} H_i u|^2$, without the rows where samples are seen.
+r"""Sums of squared rows of the second derivative, $\sum_i |S^{1/2} H_i u|^2$, without forming the rows.
 
-$H_i u$ is the gradient of $w \mapsto Dh_i(w)u$, one row of that function's Jacobian. So where every sample has its own
-outputs, the factors of a layer's Jacobian (see `_factors`) give the squares of all rows in a few passes over the batch,
-and half their derivative by u is the product with $M = \sum_i H_i S H_i$, which is all that Lanczos needs. Where
-samples are not seen, M takes two Hessian-vector products an output.
+$H_i u$ is the gradient of $w \mapsto Dh_i(w)u$, one row of that function's Jacobian. So if every sample has its own
+outputs, the factors of a layer's Jacobian (`lazyjax.kernels`) give the squares of all rows in a few passes over the
+batch, and half their derivative by u is the product with $M = \sum_i H_i S H_i$, which is all that Lanczos needs. If
+the model does not show its samples, M takes two Hessian-vector products per output.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from lazyjax.laziness.hessian_norm import SecondDerivative
 from lazyjax.models.maps import Centered, OnData, Rescaled, Symmetrized, declares_zero, without_constant
 
 BYTES = 2**27
-"""Of the vectors of parameters held at a time where outputs are taken one by one."""
+"""Bytes of the parameter vectors held at a time if outputs are taken one by one."""
 
 
 def as_samples(h: Model) -> tuple[Model, Array] | None:
-    """F and x with h(w) = f(w, x) up to a constant, where h shows its inputs: `OnData`, or a partial f(., x=x)."""
+    """Return f and x with h(w) = f(w, x) up to a constant, if h shows its inputs: `OnData`, or a partial f(., x=x)."""
     if isinstance(h, Centered):
         return as_samples(h.f)
     if isinstance(h, Rescaled | Symmetrized):
@@ -67,7 +67,7 @@ def show_inputs(h: Model) -> Model:
 
 
 def _without_start(f: Model) -> Model:
-    """A centered model changes as its own f does."""
+    """Return a centered model's own f, which changes as it does."""
     if isinstance(f, Centered):
         return _without_start(f.f)
     return dataclasses.replace(f, f=_without_start(f.f)) if isinstance(f, Rescaled | Symmetrized | _Named) else f
@@ -88,7 +88,7 @@ class _Named(eqx.Module):
 
 
 def independent_samples(h: Model, w0: Params) -> tuple[Model, Array] | None:
-    """As `as_samples`, where each sample has its own row of outputs and that can be looked at."""
+    """Return what `as_samples` does, if each sample has its own row of outputs and that can be seen."""
     found = as_samples(h)
     if found is None or not is_concrete((eqx.filter(found, eqx.is_array), w0)):
         return None
@@ -97,23 +97,23 @@ def independent_samples(h: Model, w0: Params) -> tuple[Model, Array] | None:
         check_samples(f, w0, x, None)
         check_rows(f, w0, x)
     except Exception:
-        # It mixes samples, has another axis for them, or cannot do with fewer: then it may raise whatever it likes.
+        # It mixes samples, has another axis for them, or needs all of them: then it may raise anything.
         return None
     return found
 
 
 def unwrapped(f: Model) -> Model:
-    """What a named f names."""
+    """Return the model that a `_Named` one wraps."""
     return f.f if isinstance(f, _Named) else f
 
 
 def halves(f: Model, w: Params) -> tuple[Model, list[Params]]:
-    """The model whose differences a mirrored one takes, and the parameters of each half."""
+    """Return the model whose difference a symmetrized one takes, and the parameters of each half."""
     return (f.f, list(w)) if isinstance(f, Symmetrized) else (f, [w])
 
 
 class SampleRows(eqx.Module):
-    """M by the factors of the samples' rows."""
+    """The matrix M, by the factors of the samples' rows."""
 
     f: Model
     w0: Params
@@ -121,9 +121,9 @@ class SampleRows(eqx.Module):
     root: float = eqx.field(static=True)
 
     def product(self, u: Float[Array, " p"], scales: Float[Array, " leaves"]) -> Float[Array, " p"]:
-        """M u, S the scale of each leaf of the parameters."""
+        """Return M u, S the scale of each leaf of the parameters."""
         jacobian = self._jacobian(self._tree(u))
-        # The factors are kept for the way back, about as often as derivatives are nested.
+        # The factors are kept for the backward pass, about as often as derivatives are nested.
         size, _ = block_sizes(4 * jacobian.sample_bytes, 0, self.x.shape[0], None)
         count = -(-self.x.shape[0] // size)
         filled = jnp.concatenate([self.x, jnp.repeat(self.x[:1], count * size - self.x.shape[0], axis=0)])
@@ -137,7 +137,7 @@ class SampleRows(eqx.Module):
         return jax.lax.scan(add, jnp.zeros_like(u), blocks)[0]
 
     def cost(self, count: Callable[..., float]) -> float:
-        """Of a product."""
+        """Return the cost of a product."""
         coordinates = eqx.filter(self.w0, eqx.is_inexact_array)
         scales = jnp.ones(len(jtu.tree_leaves(coordinates)))
         return count(self.product, jfu.ravel_pytree(coordinates)[0], scales)
@@ -155,7 +155,7 @@ class SampleRows(eqx.Module):
         return sample_jacobian(slope, self.w0, self.x, count=1)
 
     def _squares(self, u: Array, roots: Array, x: Array, there: Array) -> Array:
-        r"""$c \sum_i |S^{1/2} H_i u|^2$ over some samples."""
+        r"""Return $c \sum_i |S^{1/2} H_i u|^2$ over some samples."""
         jacobian = self._jacobian(self._tree(u))
 
         def one(row: Array) -> Array:
@@ -187,13 +187,13 @@ def _sum_of_squares(jacobian: SampleJacobian, factors: Factors, roots: Array) ->
 
 
 class OutputRows(eqx.Module):
-    """M by two Hessian-vector products an output, whatever the model."""
+    """The matrix M, by two Hessian-vector products per output, for any model."""
 
     form: SecondDerivative
     outputs: int = eqx.field(static=True)
 
     def product(self, u: Float[Array, " p"], scales: Float[Array, " leaves"]) -> Float[Array, " p"]:
-        """M u, S the scale of each leaf of the parameters."""
+        """Return M u, S the scale of each leaf of the parameters."""
         leaves = jtu.tree_leaves(eqx.filter(self.form.w0, eqx.is_inexact_array))
         scale = jnp.concatenate([jnp.full(leaf.size, s, u.dtype) for leaf, s in zip(leaves, scales, strict=True)])
 
@@ -203,7 +203,7 @@ class OutputRows(eqx.Module):
 
         size = max(1, min(self.outputs, BYTES // (4 * u.size * u.dtype.itemsize)))
         count = -(-self.outputs // size)
-        # Numbers beyond the last output select none: their part is zero.
+        # Numbers beyond the last output select none and add zero.
         blocks = jnp.arange(count * size).reshape(count, size)
 
         def add(total: Array, block: Array) -> tuple[Array, None]:
@@ -212,7 +212,7 @@ class OutputRows(eqx.Module):
         return jax.lax.scan(add, jnp.zeros_like(u), blocks)[0]
 
     def cost(self, count: Callable[..., float]) -> float:
-        """Of a product."""
+        """Return the cost of a product."""
         point = self.form.point()
         return 2 * self.outputs * count(_hvp, self.form, jnp.ones(self.outputs, point.dtype), point)
 

@@ -1,21 +1,21 @@
 r"""A certified bracket on $\|D^2h(w_0)\|$, the norm of a bilinear map B: R^p x R^p -> F, which is hard to compute.
 
-From below by search (see `_hessian`). From above by norms of unfoldings, which are eigenvalue problems, with $H_i$ the
-Hessians of the outputs in an orthonormal basis of F:
+The lower bound is found by search (`hessian_norm.py`). Upper bounds are norms of unfoldings, which are eigenvalue
+problems, with $H_i$ the Hessians of the outputs in an orthonormal basis of F:
 
 - parameters against the rest, $\|B\|^2 \le \lambda_{max}(\sum_i H_i^2)$;
 - outputs against the rest, $\|B\|^2 \le \lambda_{max}(\langle H_i, H_j\rangle)$. Better, with that matrix's eigenvalues
   $\lambda_k$ and the Hessians $V_k$ of its eigenvectors, orthonormal in the Frobenius product:
   $\|B(u, u)\|^2 = \sum_k \lambda_k s_k$ where $s_k = (u^TV_ku)^2 \le \|V_k\|^2$ and $\sum_k s_k \le |uu^T|^2 = 1$,
-  so it is at most what filling the largest $\lambda_k$ first gives;
+  so it is at most the sum with the largest $\lambda_k$ filled first;
 - block by block of the parameters: with $N_{ab}$ at least the norm of the block $B_{ab}$ (by its unfoldings),
   $\|B(u, u)\| \le \sum_{ab} N_{ab}|u_a||u_b| \le \lambda_{max}(N)$. A layer's outputs are often linear in it: then
   an unfolding that sums over one layer in full is tight, where the one that sums over the other is not.
 
 **What is certain.** For small models the eigenvalues are computed in full. Beyond, Lanczos gives
 $\theta \le \lambda_{max}$ from a random start, with $\lambda_{max} \le \theta/(1-\epsilon)$ but for a probability of
-$1.648\sqrt p\,e^{-\sqrt\epsilon(2k-1)}$ after k products (Kuczynski and Wozniakowski 1992, theorem 4.2). Where even the
-products are too dear, $\|H_z\| \ge \|B\||g|$ for a Gaussian z in F, with g a standard normal number (that of z
+$1.648\sqrt p\,e^{-\sqrt\epsilon(2k-1)}$ after k products (Kuczynski and Wozniakowski 1992, theorem 4.2). If even the
+products cost too much, $\|H_z\| \ge \|B\||g|$ for a Gaussian z in F, with g a standard normal number (that of z
 along the outputs' direction at the maximum): so $\|B\|^2 \le \sum_s\|H_{z_s}\|^2/q$, q a small quantile of
 $\chi^2$. All failures together have the probability `FAILURE`, over the random starts and not over models.
 """
@@ -48,31 +48,32 @@ STEPS = 20
 """Products of a Lanczos run for an unfolding: the norm is at most 25 % above the Ritz value for 1e6 parameters."""
 
 PROBE_STEPS = 32
-"""The same for the Hessian of a random output, whose eigenvalues have two signs."""
+"""Products of a Lanczos run for the Hessian of a random output, whose eigenvalues have two signs."""
 
 BUDGET = 1.05e12
 """Multiply-adds for a bound from above by unfoldings: 40 s on two cores, few of whose products use both."""
 
 PROBE_BUDGET = 3.5e11
-"""The same for one by random outputs, whose products take three times as long for their operations."""
+"""Multiply-adds for a bound by random outputs, whose products take three times as long for their operations."""
 
 MAX_GROUPS = 4
+"""Blocks of parameters at most; each pair of blocks has an unfolding of its own."""
 
 MATVECS = 40
 """Lanczos steps for a norm of Dh; its upper bound is 3 % above the Ritz value for 1000 outputs."""
 
 OPERATORS = 32
-"""So many of the leading V_k have their norms computed."""
+"""Leading V_k whose norms are computed."""
 
 
 class Bracket(eqx.Module):
-    """Bounds of a norm; made by `bracket`.
+    """The bounds of a norm; made by `bracket`.
 
     Attributes:
         lower: Attained at a unit vector.
-        upper: Holds but for the probability `failure`.
-        failure: 0 where nothing is random.
-        how: Of the upper bound, in words.
+        upper: Holds except with probability `failure`.
+        failure: 0 if nothing is random.
+        how: How the upper bound was found, in words.
     """
 
     lower: Float[Array, ""]
@@ -82,7 +83,7 @@ class Bracket(eqx.Module):
 
 
 def bracket(h: Model, w0: Params, weight: float, outputs: int, key: PRNGKeyArray, starts: int) -> Bracket:
-    """The bracket for any model, by what its size allows; `weight` is that of F's metric."""
+    """Return the bracket for any model, by what its size allows; `weight` is that of F's metric."""
     form = SecondDerivative(h, w0, weight**0.5)
     coordinates = eqx.filter(w0, eqx.is_inexact_array)
     size = sum(leaf.size for leaf in jtu.tree_leaves(coordinates))
@@ -109,7 +110,7 @@ def bracket(h: Model, w0: Params, weight: float, outputs: int, key: PRNGKeyArray
 
 
 def leaf_groups(coordinates: Params) -> list[int]:
-    """The number of each leaf's block: leaves, or if they are many those of one parent (a layer), or all in one."""
+    """Return the number of each leaf's block: a leaf, or if they are many a parent (a layer), or one for all."""
     paths = [path for path, _ in jtu.tree_leaves_with_path(coordinates)]
     for depth in (0, 1):
         names = [jtu.keystr(path[: len(path) - depth]) for path in paths]
@@ -120,7 +121,7 @@ def leaf_groups(coordinates: Params) -> list[int]:
 
 
 def _plan_runs(cost: float, num_groups: int, size: int) -> tuple[list[tuple[int, int]], int]:
-    """Which unfoldings (block summed over, block of u; -1 for all) are worth their price, and steps of each."""
+    """Return which unfoldings (block summed over, block of u; -1 for all) fit the budget, and the steps of each."""
     steps = min(size, STEPS)
     single = cost * steps
     pairs = [(a, b) for a in range(num_groups) for b in range(num_groups)] if num_groups > 1 else []
@@ -138,7 +139,7 @@ def _unfolded(
     steps: int,
     key: PRNGKeyArray,
 ) -> Array:
-    """The least of the whole unfolding's norm and that of the blocks'."""
+    """Return the lesser of the whole unfolding's norm and that of the matrix of the blocks' norms."""
     sizes = [leaf.size for leaf in jtu.tree_leaves(eqx.filter(_params(rows), eqx.is_inexact_array))]
     members = jnp.asarray(np.repeat(groups, sizes))
     slack = lanczos_slack(point.size, steps, FAILURE / len(runs))
@@ -168,7 +169,7 @@ def _mask(members: Int[Array, "..."], group: Int[Array, ""], dtype: jnp.dtype) -
 
 
 def _probes(form: SecondDerivative, outputs: int, steps: int) -> int:
-    """How many random outputs to take: from 6, where the quantile is 1/300 of the mean, to 60, where it is 1/3."""
+    """Return how many random outputs to take: from 6 (their quantile is 1/300 of the mean) to 60 (1/3)."""
     return int(np.clip(PROBE_BUDGET / (form.cost(outputs) * steps), 6, 60))
 
 
@@ -206,7 +207,7 @@ def _dense(form: SecondDerivative, groups: list[int], key: PRNGKeyArray, starts:
 
 
 def dense_upper(tensor: Float[Array, "q p p"], members: tuple[int, ...]) -> Float[Array, ""]:
-    """Of the norm of B, from its numbers; `members` is the block of each parameter."""
+    """Bound the norm of B from all its numbers; `members` is the block of each parameter."""
     count = max(members) + 1
     pairs = [(-1, -1)] + ([(a, b) for a in range(count) for b in range(a + 1)] if count > 1 else [])
     groups = jnp.asarray(members)
@@ -225,19 +226,19 @@ def dense_upper(tensor: Float[Array, "q p p"], members: tuple[int, ...]) -> Floa
 
 
 def largest_eigenvalue(matrix: Float[Array, "p p"]) -> Float[Array, ""]:
-    """Of a positive semi-definite matrix."""
+    """Return the largest eigenvalue of a positive semi-definite matrix."""
     return jnp.maximum(jnp.linalg.eigvalsh(matrix)[-1], 0)
 
 
 def _unfolding_bound(tensor: Array) -> Array:
-    """The least of the three unfoldings, that of outputs filled."""
+    """Return the least norm of the three unfoldings, that of outputs filled."""
     sides = [largest_eigenvalue(jnp.einsum(pair, tensor, tensor)) for pair in ("iab,iac->bc", "iab,icb->ac")]
     of_outputs = filled(jnp.einsum("iab,jab->ij", tensor, tensor), lambda z: jnp.tensordot(z, tensor, 1))
     return jnp.sqrt(jnp.minimum(jnp.minimum(*sides), of_outputs))
 
 
 def filled(products: Float[Array, "q q"], hessian: Callable[[Array], Array]) -> Float[Array, ""]:
-    """Bound of |B|^2 by the inner products of the H_i, their leading eigenvalues filled up to the norms of the V_k.
+    """Bound |B|^2 by the inner products of the H_i, their leading eigenvalues filled up to the norms of the V_k.
 
     `hessian(z)` is H_z, or its block.
     """
@@ -247,7 +248,7 @@ def filled(products: Float[Array, "q q"], hessian: Callable[[Array], Array]) -> 
     hessians = jax.vmap(hessian)(vectors[:, :count].T)
     squares = jnp.linalg.eigvalsh(jnp.einsum("kab,kcb->kac", hessians, hessians))[:, -1]
     leading = values[:count]
-    # Of a Hessian that is all rounding nothing is known, nor needed.
+    # Nothing is known of a Hessian that is all rounding, nor needed.
     known = leading > 1e3 * jnp.finfo(values.dtype).eps * values[0]
     shares = jnp.where(known, squares / jnp.where(known, leading, 1), 1)
     shares = jnp.concatenate([jnp.clip(shares, 0, 1), jnp.ones(values.size - count, values.dtype)])

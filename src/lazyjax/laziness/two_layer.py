@@ -1,11 +1,11 @@
-r"""Two-layer nets neuron by neuron: $D^2h$ is block diagonal, one block $D^2\phi(\theta_j)$ a neuron.
+r"""Two-layer nets neuron by neuron: $D^2h$ is block diagonal, one block $D^2\phi(\theta_j)$ per neuron.
 
 With $\phi(a, b) = (a\,\sigma(b \cdot x_i))_i$ and $u = (u_a, u_b)$,
 
 $$D^2\phi(u, u)_i = 2u_a\sigma'(b \cdot x_i)\,x_i \cdot u_b + a\,\sigma''(b \cdot x_i)(x_i \cdot u_b)^2,$$
 
 and $\|D^2h\| = \max_j \|D^2\phi(\theta_j)\|$: $\|\sum_j B_j(u_j, u_j)\| \le \sum_j \|B_j\||u_j|^2$, with equality for
-u in the block of the largest norm. A block is never formed: its products are those of the inputs, weighted.
+u in the block of the largest norm. A block is never formed: its products are weighted products of the inputs.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.cost import eigh_cost
 from lazyjax._core.keys import default_key
+from lazyjax._core.show import show
 from lazyjax._core.types import Model, Params
 from lazyjax.laziness.hessian_norm import check_starts, dense_norm_lower
 from lazyjax.laziness.sample_hessians import as_samples, halves, unwrapped
@@ -26,28 +28,28 @@ from lazyjax.models.maps import Rescaled, without_constant
 from lazyjax.models.shallow import TwoLayer
 
 MAX_SAMPLES = 2048
-"""Up to which the inner products of a neuron's Hessians, one a sample, are diagonalized."""
+"""Samples up to which the inner products of a neuron's Hessians, one per sample, are diagonalized."""
 
 BUDGET = 5e11
-"""Multiply-adds for the bounds from above, and again for the search from below: some 10 s each on two cores."""
+"""Multiply-adds for the bounds from above, and again for the search from below: about 10 s each on two cores."""
 
 REFINED_SAMPLES = 512
-"""Up to which neurons have a bound from above of their own: beyond, jax 0.10.1 on a CPU sooner or later stalls for
-good in a loop over eigenproblems of that size."""
+"""Samples up to which each neuron has a bound from above of its own: beyond, jax 0.10.1 on a CPU sooner or later
+stalls for good in a loop over eigenproblems of that size."""
 
 SEARCHED = 16
-"""At most so many neurons, of the largest upper bounds, are searched for the norm of the whole net."""
+"""Neurons, those with the largest upper bounds, that are searched at most for the norm of the whole net."""
 
 ROUNDS = 15
-"""Alternations of a search, to plan with."""
+"""Alternations that a search is planned to take."""
 
 
 class Neuron(eqx.Module):
-    """B of one neuron, the output weight first, in F's orthonormal basis.
+    """The bilinear map B of one neuron, the output weight first, in F's orthonormal basis.
 
     Attributes:
-        first: sigma' of each sample.
-        second: a sigma'' of each sample.
+        first: sigma' at each sample.
+        second: a sigma'' at each sample.
         x: Inputs.
     """
 
@@ -56,22 +58,22 @@ class Neuron(eqx.Module):
     x: Float[Array, "n d"]
 
     def matvec(self, u: Float[Array, " p"]) -> Float[Array, " n"]:
-        """B(u, u)."""
+        """Return B(u, u)."""
         along = self.x @ u[1:]
         return (2 * u[0] * self.first + self.second * along) * along
 
     def hessian(self, z: Float[Array, " n"]) -> Float[Array, "p p"]:
-        """H_z."""
+        """Return H_z."""
         side = (z * self.first) @ self.x
         lower = jnp.concatenate([side[:, None], self.inner(z)], axis=1)
         return jnp.concatenate([jnp.concatenate([jnp.zeros_like(side[:1]), side])[None], lower])
 
     def inner(self, z: Float[Array, " n"]) -> Float[Array, "d d"]:
-        """The block of H_z that belongs to b."""
+        """Return the block of H_z that belongs to b."""
         return self.x.T @ ((z * self.second)[:, None] * self.x)
 
     def inner_upper(self) -> Float[Array, ""]:
-        r"""Of the norm of the block (b, b), $v \mapsto (a\sigma''(x_i \cdot v)^2)_i$: the lesser of its unfoldings."""
+        r"""Bound the norm of the block (b, b), $v \mapsto (a\sigma''(x_i \cdot v)^2)_i$, by the lesser unfolding."""
         rows = (self.second * jnp.linalg.norm(self.x, axis=1))[:, None] * self.x
         square = largest_eigenvalue(rows.T @ rows)
         if self.x.shape[0] <= MAX_SAMPLES:
@@ -79,7 +81,7 @@ class Neuron(eqx.Module):
         return jnp.sqrt(square)
 
     def upper(self) -> Float[Array, ""]:
-        """The lesser of the blocks' bound and the unfolding of outputs."""
+        """Return the lesser of the blocks' bound and the unfolding of outputs."""
         rows = self.first[:, None] * self.x
         blocks = join_blocks(jnp.sqrt(largest_eigenvalue(rows.T @ rows)), self.inner_upper())
         if self.x.shape[0] > MAX_SAMPLES:
@@ -95,7 +97,7 @@ class Neuron(eqx.Module):
 
 
 def join_blocks(side: Float[Array, "..."], inner: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The largest eigenvalue of [[0, side], [side, inner]]."""
+    """Return the largest eigenvalue of [[0, side], [side, inner]]."""
     return 0.5 * (inner + jnp.sqrt(inner**2 + 4 * side**2))
 
 
@@ -103,11 +105,11 @@ class Neurons(eqx.Module):
     """The neurons of a two-layer net on data; made by `find_neurons`.
 
     Attributes:
-        activation: Of all of them.
+        activation: Activation of all neurons.
         a: Output weights.
         b: Input weights.
         x: Inputs.
-        factor: Of the outputs.
+        factor: Factor of the outputs.
     """
 
     activation: Callable[[Array], Array]
@@ -118,19 +120,19 @@ class Neurons(eqx.Module):
 
     @property
     def upper_cost(self) -> float:
-        """Multiply-adds of the bound from above of one."""
+        """Multiply-adds of the bound from above of one neuron."""
         n, d = self.x.shape
         if n > MAX_SAMPLES:
             return 2.0 * n * d**2
         return 2 * (eigh_cost(n) + OPERATORS * (n * d**2 + eigh_cost(d + 1)) + n**2 * d)
 
     def search_cost(self, starts: int) -> float:
-        """Multiply-adds of the search for the norm of one."""
+        """Return the multiply-adds of the search for the norm of one neuron."""
         n, d = self.x.shape
         return ROUNDS * starts * (n * d**2 + eigh_cost(d + 1))
 
     def neuron(self, a: Float[Array, ""], b: Float[Array, " d"], root: Float[Array, ""]) -> Neuron:
-        """One of them; `root` is that of F's weight."""
+        """Return one neuron; `root` is that of F's weight."""
         ones = jnp.ones(self.x.shape[0], self.x.dtype)
 
         def slope(s: Array) -> Array:
@@ -142,13 +144,13 @@ class Neurons(eqx.Module):
 
 
 def find_neurons(h: Model, w0: Params) -> Neurons | None:
-    """The neurons of a model that shows it is a `two_layer` on data, perhaps centered, mirrored or rescaled."""
+    """Return the neurons of a model that shows it is a `two_layer` on data, perhaps centered or the like."""
     found = as_samples(h)
     return None if found is None else neurons_of(unwrapped(found[0]), w0, found[1])
 
 
 def neurons_of(f: Model, w0: Params, x: Array) -> Neurons | None:
-    """The neurons of f(w, x)."""
+    """Return the neurons of f(w, x); None if f is no two-layer net."""
     factor = jnp.ones(())
     while isinstance(f, Rescaled):
         f, factor = unwrapped(f.f), factor * f.factor.astype(factor.dtype)
@@ -161,7 +163,7 @@ def neurons_of(f: Model, w0: Params, x: Array) -> Neurons | None:
 
 
 def rough_bounds(neurons: Neurons, root: Float[Array, ""]) -> Float[Array, " m"]:
-    """From above, one a neuron: what the largest |sigma'| and |a sigma''| of its samples would give on all of them."""
+    """Bound each neuron from above as if its largest |sigma'| and |a sigma''| were those of all samples."""
 
     def extremes(neuron: tuple[Array, Array]) -> tuple[Array, Array]:
         one = neurons.neuron(*neuron, root)
@@ -181,14 +183,14 @@ def _search(one: Neuron, key: PRNGKeyArray, starts: int) -> Array:
 def neuron_bounds(
     neurons: Neurons, weight: float, key: PRNGKeyArray, starts: int
 ) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """Bounds of every neuron's norm, from below and from above."""
+    """Return bounds of every neuron's norm, from below and from above."""
     root = jnp.asarray(weight**0.5, neurons.x.dtype)
 
     def both(item: tuple[Array, Array, PRNGKeyArray]) -> tuple[Array, Array]:
         one = neurons.neuron(item[0], item[1], root)
         return _search(one, item[2], starts), one.upper()
 
-    # One at a time: XLA can hang on a CPU where thousands of small eigenproblems and products run side by side.
+    # One at a time: XLA can hang on a CPU if thousands of small eigenproblems and products run together.
     lower, upper = jax.lax.map(both, (neurons.a, neurons.b, jr.split(key, neurons.a.size)))
     return lower, jnp.maximum(lower, jnp.minimum(upper, rough_bounds(neurons, root)))
 
@@ -197,9 +199,9 @@ def neuron_bounds(
 def _largest_neuron(
     neurons: Neurons, weight: float, key: PRNGKeyArray, starts: int, refined: int, searched: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Bounds of the largest norm: neurons in the order of their rough bounds, none that cannot be the largest.
+    """Return bounds of the largest norm: neurons in the order of their rough bounds, none that cannot be the largest.
 
-    `refined` and `searched` say how many at most; those not refined keep their rough bound.
+    `refined` and `searched` say how many at most; neurons that are not refined keep their rough bound.
     """
     root = jnp.asarray(weight**0.5, neurons.x.dtype)
     rough = rough_bounds(neurons, root)
@@ -223,7 +225,7 @@ def _largest_neuron(
 
 
 def neuron_bracket(neurons: Neurons, weight: float, key: PRNGKeyArray, starts: int) -> Bracket | None:
-    """The bracket of the whole net; None where even one neuron is too dear."""
+    """Return the bracket of the whole net; None if even one neuron costs too much."""
     refined, searched = BUDGET / neurons.upper_cost, BUDGET / neurons.search_cost(starts)
     if min(refined, searched) < 1:
         return None
@@ -234,15 +236,29 @@ def neuron_bracket(neurons: Neurons, weight: float, key: PRNGKeyArray, starts: i
 
 
 class NeuronCurvature(eqx.Module):
-    r"""Norms of $D^2\phi(\theta_j)$, one a neuron; made by `two_layer_curvature`.
+    r"""The norms of $D^2\phi(\theta_j)$, one per neuron; made by `two_layer_curvature`.
 
     Attributes:
-        lower: From below, (m,).
-        upper: From above, (m,), no chance involved.
+        lower: Bounds from below, (m,).
+        upper: Bounds from above, (m,), no chance involved.
     """
 
     lower: Float[Array, " m"]
     upper: Float[Array, " m"]
+
+    def __str__(self) -> str:
+        """Show the bounds of the neuron with the largest norm, and how many neurons there are."""
+        return show(
+            self,
+            self.upper,
+            1,
+            lambda: (
+                f"||D2 phi|| of {self.upper.size} neurons, the largest in "
+                f"[{np.max(self.lower):.4g}, {np.max(self.upper):.4g}]"
+            ),
+        )
+
+    __repr__ = __str__
 
 
 def two_layer_curvature(
@@ -254,20 +270,21 @@ def two_layer_curvature(
     starts: int = 10,
     key: PRNGKeyArray | None = None,
 ) -> NeuronCurvature:
-    r"""$\|D^2\phi(\theta_j)\|$ of each neuron of a two-layer net; $\|D^2h(w_0)\|$ is the largest of them.
+    r"""Bound $\|D^2\phi(\theta_j)\|$ of each neuron of a two-layer net; $\|D^2h(w_0)\|$ is the largest of them.
 
-    A problem of d + 1 numbers a neuron instead of m(d + 1). `kappa` does this by itself where h shows f and x.
+    Each neuron is a problem in d + 1 numbers, the whole net one in m(d + 1). `kappa` does this by itself if h shows f
+    and x.
 
     Args:
-        f: `two_layer(activation)`, perhaps centered, mirrored or rescaled; smooth (kinks are not seen).
+        f: `two_layer(activation)`, perhaps centered, symmetrized or rescaled; smooth (kinks are not seen).
         w0: Its parameters.
         x: Inputs.
         mean: Whether F's metric has the factor 1/n.
-        starts: Random starts a neuron.
-        key: For them; None for a fixed one.
+        starts: Random starts per neuron.
+        key: For the random starts; None for a fixed one.
 
     Returns:
-        `NeuronCurvature`; for a mirrored model those of both halves, 2m.
+        `NeuronCurvature`; for a symmetrized model those of both halves, 2m.
 
     Raises:
         TypeError: f is not such a net.
@@ -287,7 +304,8 @@ def two_layer_curvature(
     neurons = neurons_of(without_constant(f), w0, x)
     if neurons is None:
         msg = (
-            f"f must be a two_layer net, centered, mirrored or rescaled, got {type(f).__name__}; use kappa for others."
+            "f must be a two_layer net, perhaps centered, symmetrized or rescaled, got "
+            f"{type(f).__name__}; use kappa for others."
         )
         raise TypeError(msg)
     cost = neurons.a.size * (neurons.upper_cost + neurons.search_cost(starts))
