@@ -1,6 +1,7 @@
 """Kappa: closed forms, brute force, every bound from above against the truth, invariances, kinks, every refusal."""
 
 import functools
+import itertools
 
 import equinox as eqx
 import jax
@@ -11,36 +12,63 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centered_problem, symmetrized_problem
+import problems
 from lazyjax._core.lanczos import lanczos_slack
-from lazyjax.laziness import kinks as _kinks
 from lazyjax.laziness import second_derivative as _curvature
 from lazyjax.laziness import two_layer as _neurons
 from lazyjax.laziness.hessian_norm import SecondDerivative, dense_norm_lower
-from lazyjax.laziness.kappa import KINKED, kappa
+from lazyjax.laziness.kappa import KINKED, kappa, measure_kinks
 from lazyjax.laziness.sample_hessians import OutputRows, SampleRows, as_samples, independent_samples
 from lazyjax.laziness.second_derivative import bracket, dense_upper, leaf_groups
 from lazyjax.laziness.two_layer import two_layer_curvature
 from lazyjax.models.maps import on_data
 
-CENTERED = centered_problem(jr.key(2), n=4, d=2, width=4)
+CENTERED = problems.centered(2, n=4, d=2, width=4)
+
+
+class Polynomial(eqx.Module):
+    """h(w) = L w + B(w, w) / 2 with 6 outputs and 5 parameters, as arrays: every such model is the same program."""
+
+    linear: jax.Array
+    bilinear: jax.Array
+
+    def __call__(self, w):
+        return self.linear @ w + 0.5 * (self.bilinear @ w) @ w
+
+
+def polynomial(linear, bilinear):
+    """From the entries that are not zero, the bilinear part symmetric."""
+    full = np.zeros((6, 5)), np.zeros((6, 5, 5))
+    for array, entries in zip(full, (linear, bilinear), strict=True):
+        for index, value in entries.items():
+            array[index] = value
+    return Polynomial(jnp.asarray(full[0]), jnp.asarray(full[1] + full[1].swapaxes(1, 2)))
+
+
+def padded(values, size):
+    return jnp.asarray(np.append(values, np.zeros(size - len(values))))
 
 
 def hessians(h, w0):
     """(outputs, p, p), plain."""
     flat, unravel = jfu.ravel_pytree(w0)
-    return np.asarray(jax.hessian(lambda v: h(unravel(v)).ravel())(flat))
+    return np.asarray(jax.jit(jax.hessian(lambda v: h(unravel(v)).ravel()))(flat))
 
 
 def brute_norm(tensor, starts=400, iterations=3000):
     """sup over unit u of |B(u, u)| by projected gradient ascent from many starts: nothing of what kappa does."""
     u = np.random.default_rng(0).normal(size=(starts, tensor.shape[1]))
     shift = np.linalg.norm(tensor) ** 2 / 10
+    reached = 0.0
     for i in range(iterations):
         u /= np.linalg.norm(u, axis=1, keepdims=True)
-        hu = np.einsum("npq,sq->snp", tensor, u)
+        hu = np.tensordot(u, tensor, (1, 2))
         value = np.einsum("snp,sp->sn", hu, u)
         size = np.sum(value**2, axis=1)
+        if i > 300 and i % 50 == 0:  # until nothing is gained
+            if np.max(size) <= reached * (1 + 1e-14):
+                break
+            reached = np.max(size)
         if i == 300:  # the best few are enough
             keep = np.argsort(-size)[:20]
             u, hu, value = u[keep], hu[keep], value[keep]
@@ -51,7 +79,7 @@ def brute_norm(tensor, starts=400, iterations=3000):
 def dense_kappa(h, w0, target, alphas):
     """Kappa by dense linear algebra and brute force."""
     flat, unravel = jfu.ravel_pytree(w0)
-    jacobian = np.asarray(jax.jacrev(lambda v: h(unravel(v)).ravel())(flat))
+    jacobian = np.asarray(jax.jit(jax.jacrev(lambda v: h(unravel(v)).ravel()))(flat))
     residuals = [np.linalg.norm(alpha * np.asarray(h(w0)) - np.asarray(target)) / alpha for alpha in alphas]
     return np.asarray(residuals) * brute_norm(hessians(h, w0)) / np.linalg.norm(jacobian, 2) ** 2
 
@@ -67,47 +95,50 @@ def norm_of(tensor, key, starts):
 @functools.cache
 def mlp_on(n=4, sizes=(2, 2, 2)):
     """(closure, partial, w0, target) of a tanh MLP with random biases."""
-    keys = jr.split(jr.key(5), 4)
-    layers = lj.models.mlp().init(keys[0], sizes)
+    rng = np.random.default_rng(5)
     w0 = [
-        layer | {"bias": 0.5 * jr.normal(k, layer["bias"].shape)}
-        for layer, k in zip(layers, jr.split(keys[1], len(layers)), strict=True)
+        {"weight": problems.normal(rng, b, a, scale=(2 / a) ** 0.5), "bias": problems.normal(rng, b, scale=0.5)}
+        for a, b in itertools.pairwise(sizes)
     ]
-    x = jr.normal(keys[2], (n, sizes[0]))
-    f = lj.models.mlp(jnp.tanh)
-    return (lambda w: f(w, x)), functools.partial(f, x=x), w0, jr.normal(keys[3], (n, sizes[-1]))
+    x, f = problems.normal(rng, n, sizes[0]), lj.models.mlp(jnp.tanh)
+    return (lambda w: f(w, x)), functools.partial(f, x=x), w0, problems.normal(rng, n, sizes[-1])
 
 
 # ---- closed forms ----
 
 
 def test_one_parameter_and_one_output():
-    found = kappa(lambda w: jnp.array([3.0, 4.0]) * w[0] ** 2, jnp.array([2.0]), jnp.ones(2))
-    # |Dh| = 20, |D2h| = 10, residual (11, 15), all over sqrt 2
+    loss = lj.square_loss(padded(np.ones(2), 6))
+    found = kappa(polynomial({}, {(0, 0, 0): 3.0, (1, 0, 0): 4.0}), loss, padded([2.0], 5))
+    # |Dh| = 20, |D2h| = 10, residual (11, 15), all over sqrt 6
     np.testing.assert_allclose(found.value, np.hypot(11, 15) * 10 / 400, rtol=1e-12)
     np.testing.assert_allclose([found.lower, found.upper], found.value, rtol=1e-12)
-    np.testing.assert_allclose([found.dh_norm, found.d2h_norm_lower], np.array([20, 10]) / 2**0.5, rtol=1e-12)
-    matrix = jnp.array([[1.0, 2.0], [2.0, -5.0]])
-    found = kappa(lambda w: (w @ matrix @ w)[None], jnp.ones(2), jnp.zeros(1))
-    largest = 2 * np.abs(np.linalg.eigvalsh(matrix)).max()
+    np.testing.assert_allclose([found.dh_norm, found.d2h_norm_lower], np.array([20, 10]) / 6**0.5, rtol=1e-12)
+    matrix = np.array([[1.0, 2.0], [2.0, -5.0]])
+    h = polynomial({}, {(0, i, j): matrix[i, j] for i in range(2) for j in range(2)})
+    found = kappa(h, lj.square_loss(padded([], 6)), padded(np.ones(2), 5))
+    largest = 2 * np.abs(np.linalg.eigvalsh(matrix)).max() / 6**0.5
     np.testing.assert_allclose([found.d2h_norm_lower, found.d2h_norm_upper], largest, rtol=1e-12)
     assert found.failure == 0
 
 
 def test_diagonal_quadratic_models_attain_a_vertex():
-    a = jr.normal(jr.key(1), (6, 5))
-    found = kappa(lambda w: a @ w**2, jnp.ones(5), jnp.zeros(6), mean=False)
-    np.testing.assert_allclose(found.d2h_norm_lower, 2 * np.linalg.norm(a, axis=0).max(), rtol=1e-9)
+    a = np.random.default_rng(1).normal(size=(6, 5))
+    h = polynomial({}, {(i, j, j): a[i, j] for i in range(6) for j in range(5)})
+    found = kappa(h, lj.square_loss(padded([], 6)), padded(np.ones(5), 5))
+    truth = 2 * np.linalg.norm(a, axis=0).max() / 6**0.5
+    np.testing.assert_allclose(found.d2h_norm_lower, truth, rtol=1e-9)
     assert found.d2h_norm_upper < 1.2 * found.d2h_norm_lower
 
 
 def test_plus_minus_pairs_of_eigenvalues():
     """a (b . x): each Hessian has the eigenvalues +-|x_i|, and the norm is that of X."""
-    x = jr.normal(jr.key(3), (7, 6))
+    x = problems.normal(3, 7, 6)
     w0 = {"a": jnp.ones(1), "b": jnp.ones((1, 6))}
     expected = np.linalg.norm(x, 2)
-    closure = kappa(lambda w: (x @ w["b"][0]) * w["a"][0], w0, jnp.zeros(7), mean=False)
-    by_neuron = kappa(on_data(lj.models.two_layer(lambda s: s), x), w0, jnp.zeros(7), mean=False)
+    loss = lj.square_loss(jnp.zeros(7), mean=False)
+    closure = kappa(lambda w: (x @ w["b"][0]) * w["a"][0], loss, w0)
+    by_neuron = kappa(on_data(lj.models.two_layer(lambda s: s), x), loss, w0)
     for found in (closure, by_neuron):
         # Blocks make it exact: both unfoldings of the whole are larger, by sqrt 2 or more.
         np.testing.assert_allclose([found.d2h_norm_lower, found.d2h_norm_upper], expected, rtol=1e-9)
@@ -137,7 +168,7 @@ def test_the_value_is_that_of_brute_force(kind):
         h, _, w0, target = mlp_on()
     alphas = (1.0, 7.0)
     for alpha, truth in zip(alphas, dense_kappa(h, w0, target, alphas), strict=True):
-        found = kappa(h, w0, target, alpha=alpha)
+        found = kappa(h, lj.square_loss(target), w0, alpha=alpha)
         np.testing.assert_allclose(found.value, truth, rtol=1e-6)
         assert found.lower <= truth * (1 + 1e-9)
         assert truth <= found.upper <= 1.5 * truth
@@ -149,7 +180,7 @@ def test_neuron_by_neuron_is_the_whole_net():
     truth = brute_norm(tensor)
     each = two_layer_curvature(CENTERED.f, CENTERED.w0, CENTERED.x)
     assert each.lower.shape == (4,)
-    whole = kappa(CENTERED.h, CENTERED.w0, CENTERED.target)
+    whole = kappa(CENTERED.h, CENTERED.loss, CENTERED.w0)
     assert whole.how == "neuron by neuron"
     np.testing.assert_allclose([whole.d2h_norm_lower, jnp.max(each.lower)], truth, rtol=1e-6)
     assert bool(jnp.all(each.lower <= each.upper * (1 + 1e-12)))
@@ -161,14 +192,14 @@ def test_neuron_by_neuron_is_the_whole_net():
         np.testing.assert_allclose(each.lower[j], brute_norm(hessians(CENTERED.h, one)) / 2, rtol=1e-6)
 
 
-def test_mirrored_and_rescaled_nets_are_seen_neuron_by_neuron():
-    mirrored = symmetrized_problem(jr.key(4), n=4, d=2, width=3)
-    found = kappa(mirrored.h, mirrored.w0, mirrored.target)
+def test_symmetrized_and_rescaled_nets_are_seen_neuron_by_neuron():
+    double = problems.symmetrized(4, n=4, d=2, width=3)
+    found = kappa(double.h, double.loss, double.w0)
     assert found.how == "neuron by neuron"
-    np.testing.assert_allclose(found.d2h_norm_lower, brute_norm(hessians(mirrored.h, mirrored.w0)) / 2, rtol=1e-6)
-    rescaled = kappa(lj.rescale(on_data(CENTERED.f, CENTERED.x), -3.0), CENTERED.w0, CENTERED.target)
+    np.testing.assert_allclose(found.d2h_norm_lower, brute_norm(hessians(double.h, double.w0)) / 2, rtol=1e-6)
+    rescaled = kappa(lj.rescale(on_data(CENTERED.f, CENTERED.x), -3.0), CENTERED.loss, CENTERED.w0)
     assert rescaled.how == "neuron by neuron"
-    plain = kappa(CENTERED.h, CENTERED.w0, CENTERED.target)
+    plain = kappa(CENTERED.h, CENTERED.loss, CENTERED.w0)
     np.testing.assert_allclose(rescaled.d2h_norm_upper, 3 * plain.d2h_norm_upper, rtol=1e-9)
 
 
@@ -185,10 +216,10 @@ def conv_net(w, x):
 
 
 def conv_problem():
-    keys = jr.split(jr.key(9), 6)
+    rng = np.random.default_rng(9)
     shapes = {"kernel": (2, 1, 2), "dense": (6, 3), "table": (2, 3), "square": (3, 3), "gain": (3,)}
-    w0 = {name: 0.7 * jr.normal(k, shape) for (name, shape), k in zip(shapes.items(), keys, strict=False)}
-    x = jnp.concatenate([jr.normal(keys[5], (5, 4)), jnp.arange(5.0)[:, None] % 2], axis=1)
+    w0 = {name: problems.normal(rng, *shape, scale=0.7) for name, shape in shapes.items()}
+    x = jnp.asarray(np.concatenate([rng.normal(size=(5, 4)), np.arange(5.0)[:, None] % 2], axis=1))
     return w0, x
 
 
@@ -216,8 +247,6 @@ def test_products_with_the_sums_of_squared_hessians_in_both_ways(monkeypatch):
     ("route", "looseness", "visible"),
     [
         ("unfoldings by Lanczos", 1.6, True),
-        ("unfoldings by Lanczos", 1.6, False),
-        ("1 unfolding by Lanczos", 2.5, True),
         ("1 unfolding by Lanczos", 2.5, False),
         ("random outputs", 12.0, False),
     ],
@@ -268,7 +297,7 @@ def test_what_lanczos_may_lack_holds_as_often_as_it_says():
 
 def test_blocks_are_leaves_or_layers():
     assert leaf_groups({"a": jnp.ones(1), "b": jnp.ones(1)}) == [0, 1]
-    assert leaf_groups(lj.models.mlp().init(jr.key(0), [2, 3, 4, 1])) == [0, 0, 1, 1, 2, 2]
+    assert leaf_groups(problems.rows(0, sizes=(2, 3, 4, 1)).w0) == [0, 0, 1, 1, 2, 2]
     assert leaf_groups([jnp.ones(1)] * 9) == [0] * 9
 
 
@@ -301,7 +330,8 @@ def test_units_of_outputs_parameters_and_of_the_metric_do_not_matter():
 
     def in_units(outputs, params, **options):
         h = on_data(Units(partial.func, jnp.asarray(outputs), jnp.asarray(params)), partial.keywords["x"])
-        return kappa(h, jax.tree.map(lambda leaf: params * leaf, w0), outputs * target, **options)
+        loss = lj.square_loss(jnp.asarray(outputs * np.asarray(target)), **options)
+        return kappa(h, loss, jax.tree.map(lambda leaf: jnp.asarray(params * np.asarray(leaf)), w0))
 
     plain, outputs, params = in_units(1.0, 1.0), in_units(7.0, 1.0), in_units(1.0, 3.0)
     euclidean = in_units(1.0, 1.0, mean=False)
@@ -314,47 +344,51 @@ def test_units_of_outputs_parameters_and_of_the_metric_do_not_matter():
 
 
 def test_scales_alpha_and_larger_starts_of_homogeneous_models():
-    a = jr.normal(jr.key(1), (4, 3))
+    a = problems.normal(1, 4, 3)
     w0 = jnp.array([1.0, -2.0, 0.5])
-    target = jr.normal(jr.key(2), (4,))
+    target = problems.normal(2, 4)
+    loss = lj.square_loss(target)
     h, q = lambda w: a @ w**3, 3
-    at_one = kappa(h, w0, target)
+    at_one = kappa(h, loss, w0)
     for lam in (0.5, 3.0):
-        direct = kappa(h, lam * w0, target)
+        direct = kappa(h, loss, jnp.asarray(lam * np.asarray(w0)))
         np.testing.assert_allclose(at_one.scaled(lam**q), direct.value, rtol=1e-8)
         formula = np.linalg.norm(lam**q * np.asarray(h(w0)) - target) / 2 / lam**q
         np.testing.assert_allclose(direct.value, formula * at_one.d2h_norm_lower / at_one.dh_norm**2, rtol=1e-8)
     alphas = jnp.array([[1.0, 10.0], [1e3, jnp.inf]])
     values = at_one.scaled(alphas)
     assert values.shape == (2, 2)
-    np.testing.assert_allclose(values[0, 1], kappa(h, w0, target, alpha=10.0).value, rtol=1e-8)
+    np.testing.assert_allclose(values[0, 1], kappa(h, loss, w0, alpha=10.0).value, rtol=1e-8)
     limit = np.linalg.norm(h(w0)) / 2 * at_one.d2h_norm_lower / at_one.dh_norm**2
     np.testing.assert_allclose(values[1, 1], limit, rtol=1e-8)
 
 
 def test_alpha_inf_of_a_centered_model_is_zero():
-    found = kappa(CENTERED.h, CENTERED.w0, CENTERED.target, alpha=jnp.inf)
+    found = kappa(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=jnp.inf)
     assert float(found.value) == float(found.upper) == 0.0
     np.testing.assert_allclose(found.residual_norm, np.linalg.norm(CENTERED.target) / 2)
-    finite = kappa(CENTERED.h, CENTERED.w0, CENTERED.target, alpha=5.0)
+    finite = kappa(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=5.0)
     np.testing.assert_allclose(found.alignment, finite.alignment, rtol=1e-12)
 
 
 def test_the_slopes_in_the_width_of_two_layer_nets():
     """Bounded weights, tanh: kappa falls as m^-1/2 with a(m) = 1/sqrt m and stays with the mean field's 1/m."""
-    x = jr.normal(jr.key(0), (5, 3))
-    target = jnp.array([1.0, -1.0, 0.5, 2.0, -1.5])
+    x = problems.normal(0, 5, 3)
+    loss = lj.square_loss(jnp.array([1.0, -1.0, 0.5, 2.0, -1.5]))
     widths = (40, 2000)
     slopes = {-0.5: -0.5, -1.0: 0.0}
 
+    @functools.partial(jax.jit, static_argnums=0)
     def mean_kappa(width):
         def one(item):
             power, key = item
             first, second = jr.split(key)
-            w0 = {"a": jr.uniform(first, (width,), minval=-1, maxval=1),
-                  "b": jr.uniform(second, (width, 3), minval=-1, maxval=1)}  # fmt: skip
+            w0 = {
+                "a": jr.uniform(first, (width,), minval=-1, maxval=1),
+                "b": jr.uniform(second, (width, 3), minval=-1, maxval=1),
+            }
             f = lj.rescale(lj.models.two_layer(jnp.tanh), jnp.asarray(float(width)) ** power)
-            return kappa(on_data(f, x), w0, target, starts=3).value
+            return kappa(on_data(f, x), loss, w0, starts=3).value
 
         powers, keys = jnp.repeat(jnp.asarray(list(slopes)), 12), jr.split(jr.key(width), 12)
         return jnp.mean(jax.lax.map(one, (powers, jnp.tile(keys, 2))).reshape(2, 12), axis=1)
@@ -368,52 +402,56 @@ def test_the_slopes_in_the_width_of_two_layer_nets():
 
 
 def test_kinds_of_models():
-    x = jr.normal(jr.key(0), (6, 3))
-    two = lj.models.two_layer().init(jr.key(1), d=3, width=20)
+    p = problems.centered(1, n=6, d=3, width=20)
+    x, two, loss = p.x, p.w0, lj.square_loss(jnp.asarray(np.ones(6)))
     cases = {
         "smooth": (lambda w: jax.nn.logsumexp(w["b"] @ x.T, axis=0), two),
         "kinked": (on_data(lj.models.two_layer(), x), two),
         "none almost everywhere": (lambda w: jax.nn.relu(x @ w.T) @ two["a"], two["b"]),
-        "affine": (lambda w: x @ w.T @ two["a"], two["b"]),
+        "affine": (polynomial({(i, i % 5): 1.0 for i in range(6)}, {}), padded([1.0], 5)),
     }
     for kind, (h, w0) in cases.items():
-        found = kappa(h, w0, jnp.ones(6))
+        found = kappa(h, loss, w0)
         assert found.curvature == kind
         outside = kind in ("kinked", "none almost everywhere")
         assert ("OUTSIDE THE THEORY" in str(found)) == outside
         assert ("step_criterion" in str(found)) == outside
         assert ("its own tangent model" in str(found)) == (kind == "affine")
         assert "certified within" in str(found)
+        assert repr(found) == str(found)
+    seen = []
+    eqx.filter_eval_shape(lambda k: seen.append(str(k)) or k.value, found)
+    assert "traced" in seen[0]
 
 
 def test_sharp_bends_are_no_kinks_and_a_maximum_is():
-    x = jr.normal(jr.key(0), (6, 3))
-    two = lj.models.two_layer().init(jr.key(1), d=3, width=20)
+    p = problems.centered(1, n=6, d=3, width=20)
+    x, two = p.x, p.w0
     bends = lambda w: jax.nn.softplus(20 * x @ w.T) @ two["a"]
     largest = lambda w: jnp.max(x @ w.T, axis=1)
-    shares = [_kinks.measure_kinks(SecondDerivative(h, two["b"], 1.0), jr.key(2))[0] for h in (bends, largest)]
+    shares = [measure_kinks(SecondDerivative(h, two["b"], 1.0), jr.key(2))[0] for h in (bends, largest)]
     assert shares[0] < 0.1 * KINKED
     assert shares[1] > 0.9
 
 
 def test_the_finite_curvature_of_a_quadratic_model_is_below_its_norm_and_of_a_kink_what_it_jumps():
     form = SecondDerivative(lambda w: w**2, jnp.array([1.0]), 1.0)
-    share, slope, finite = _kinks.measure_kinks(form, jr.key(0))
+    share, slope, finite = measure_kinks(form, jr.key(0))
     np.testing.assert_allclose(share, 0, atol=1e-10)
     np.testing.assert_allclose(slope, 2.0, rtol=1e-12)
     assert bool(finite)
     # |w - 1 + 1e-9|: over a step of 0.3 the slope changes by 2.
     form = SecondDerivative(lambda w: jnp.abs(w - 1 + 1e-9) + w**2, jnp.array([1.0]), 1.0)
-    share, slope, _ = _kinks.measure_kinks(form, jr.key(0))
+    share, slope, _ = measure_kinks(form, jr.key(0))
     np.testing.assert_allclose(share, 2 * 0.3 / (2 * 0.3 + 2 * 0.3**2), rtol=1e-6)
     np.testing.assert_allclose(slope, (0.6 + 0.18) / 0.09, rtol=1e-6)
 
 
-# ---- beside it ----
+# ---- next to lazy_ratio ----
 
 
 def test_the_lazy_ratio_is_lazy_ratio_and_at_least_half_of_kappa():
-    found = kappa(CENTERED.h, CENTERED.w0, CENTERED.target, alpha=3.0)
+    found = kappa(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=3.0)
     other = lj.laziness.lazy_ratio(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=3.0)
     np.testing.assert_allclose(found.lazy_ratio, other, rtol=1e-6)
     assert found.lazy_ratio >= found.value / 2
@@ -422,64 +460,69 @@ def test_the_lazy_ratio_is_lazy_ratio_and_at_least_half_of_kappa():
 
 def test_a_small_kappa_with_a_large_lazy_ratio():
     """The residual avoids the leading direction of Dh: kappa is small, the step criterion is not."""
-    h = lambda w: jnp.array([100.0 * w[0], w[1] + w[1] ** 2])
-    found = kappa(h, jnp.zeros(2), jnp.array([0.0, 1.0]))
+    h = polynomial({(0, 0): 100.0, (1, 1): 1.0}, {(1, 1, 1): 1.0})  # (100 w0, w1 + w1^2)
+    loss = lj.square_loss(padded([0.0, 1.0], 6))
+    found = kappa(h, loss, padded([], 5))
     assert found.value < 1e-3
     np.testing.assert_allclose(found.lazy_ratio, found.value * 50, rtol=1e-9)
-    still = kappa(h, jnp.array([0.0, -0.5]), jnp.array([0.0, 1.0]))
+    still = kappa(h, loss, padded([0.0, -0.5], 5))
     assert float(still.alignment) == 0.0
     assert np.isinf(still.lazy_ratio)
 
 
 def test_float32_and_jit_and_vmap():
     w0, x, target = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (CENTERED.w0, CENTERED.x, CENTERED.target))
-    found = kappa(on_data(lj.center(lj.models.two_layer(jnp.tanh), w0), x), w0, target)
-    truth = kappa(CENTERED.h, CENTERED.w0, CENTERED.target)
+    found = kappa(on_data(lj.center(lj.models.two_layer(jnp.tanh), w0), x), lj.square_loss(target), w0)
+    truth = kappa(CENTERED.h, CENTERED.loss, CENTERED.w0)
     assert found.curvature == "smooth"
     for name in ("value", "upper", "lazy_ratio", "d2h_norm_upper"):
         assert getattr(found, name).dtype == jnp.float32
-    f, x = lj.models.two_layer(jnp.tanh), CENTERED.x
 
     def value(scale):
         w0 = jax.tree.map(lambda leaf: scale * leaf, CENTERED.w0)
-        out = kappa(lambda w: f(w, x), w0, CENTERED.target)
+        out = kappa(lambda w: CENTERED.h(w), CENTERED.loss, w0)
         return jnp.stack([out.lower, out.value, out.upper])
 
     values = jax.jit(jax.vmap(value))(jnp.array([1.0, 2.0]))
-    outside = kappa(on_data(f, x), CENTERED.w0, CENTERED.target)
-    np.testing.assert_allclose(values[0, :2], [outside.lower, outside.value], rtol=1e-6)
-    assert outside.value <= values[0, 2] <= 1.3 * outside.value
+    np.testing.assert_allclose(values[0, :2], [truth.lower, truth.value], rtol=1e-6)
+    assert truth.value <= values[0, 2] <= 1.3 * truth.value
     np.testing.assert_allclose(found.value, truth.value, rtol=1e-4)
 
 
 def test_many_outputs_have_an_upper_bound_of_dh():
-    x = jr.normal(jr.key(0), (80, 2))
-    found = kappa(lambda w: jnp.tanh(x @ w), jnp.ones(2), jnp.zeros(80))
+    x = problems.normal(0, 80, 2)
+    found = kappa(lambda w: jnp.tanh(x @ w), lj.square_loss(jnp.zeros(80)), jnp.ones(2))
     assert found.dh_norm < found.dh_norm_upper < 1.2 * found.dh_norm
     np.testing.assert_allclose(found.lower, found.value * (found.dh_norm / found.dh_norm_upper) ** 2, rtol=1e-12)
     assert found.failure == 1e-6
-    assert "but for a probability of 1e-06" in str(found)
+    assert "except with probability 1e-06" in str(found)
 
 
 # ---- refusals ----
 
 
 def test_bad_arguments_are_refused(monkeypatch):
-    h, w0, target = CENTERED.h, CENTERED.w0, CENTERED.target
+    h, loss, w0 = CENTERED.h, CENTERED.loss, CENTERED.w0
+    ones = lj.square_loss(jnp.ones(2))
     with pytest.raises(ValueError, match="alpha must be a scale"):
-        kappa(h, w0, target, alpha=0.0)
+        kappa(h, loss, w0, alpha=0.0)
     with pytest.raises(ValueError, match="starts must be at least 1"):
-        kappa(h, w0, target, starts=0)
+        kappa(h, loss, w0, starts=0)
+    for other in (lj.logistic_loss(jnp.ones(4)), lambda y: jnp.sum(y**2)):
+        with pytest.raises(TypeError, match=r"loss must be a square loss, got \w+: kappa compares .* use square_loss"):
+            kappa(h, other, w0)
+    with pytest.raises(TypeError, match="loss must be a function of the outputs"):
+        kappa(h, CENTERED.target, w0)
     with pytest.raises(ValueError, match="outputs and target must have the same shape"):
-        kappa(h, w0, jnp.ones(3))
+        kappa(h, lj.square_loss(jnp.ones(3)), w0)
     with pytest.raises(ValueError, match=r"alpha=inf needs a model with h\(w0\) = 0"):
-        kappa(lambda w: w, jnp.ones(2), jnp.ones(2), alpha=jnp.inf)
+        kappa(lambda w: w, ones, jnp.ones(2), alpha=jnp.inf)
     with pytest.raises(ValueError, match="h must depend on w0 to first order"):
-        kappa(lambda w: w**2, jnp.zeros(2), jnp.ones(2))
+        kappa(polynomial({}, {(0, 0, 0): 1.0}), lj.square_loss(padded([1.0], 6)), padded([], 5))
     with pytest.raises(ValueError, match=r"w0 and h\(w0\) must be float32 or float64, got bfloat16"):
-        kappa(lambda w: w, jnp.ones(2, jnp.bfloat16), jnp.ones(2, jnp.bfloat16))
+        kappa(lambda w: w, lj.square_loss(jnp.ones(2, jnp.bfloat16)), jnp.ones(2, jnp.bfloat16))
     with pytest.raises(ValueError, match="h must be twice differentiable at w0"):
-        kappa(lambda w: w + jnp.where(w == 0, 0.0, jnp.abs(w)) ** 1.5, jnp.zeros(2), jnp.ones(2))
+        kappa(lambda w: w + jnp.where(w == 0, 0.0, jnp.abs(w)) ** 1.5, ones, jnp.zeros(2))
     with pytest.raises(TypeError, match="f must be a two_layer net"):
         two_layer_curvature(lj.models.mlp(), w0, CENTERED.x)
     with pytest.raises(ValueError, match="starts must be at least 1"):

@@ -10,28 +10,30 @@ import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centered_problem, relative_error
+import problems
+from helpers import relative_error
 from lazyjax.laziness.hessian_norm import SecondDerivative, norm_lower
 from lazyjax.laziness.one_step import lazy_ratio, step_criterion
 
-CENTERED = centered_problem(jr.key(2))
+CENTERED = problems.centered(2)
 N = CENTERED.target.size
 
 
 @functools.cache
 def flat():
     vector, unravel = jfu.ravel_pytree(CENTERED.w0)
-    return vector, lambda v: CENTERED.h(unravel(v))
+    h = jax.jit(lambda v: CENTERED.h(unravel(v)))
+    return vector, h, jax.jit(jax.jacrev(h))
 
 
 def jacobian(v):
-    return np.asarray(jax.jacrev(flat()[1])(v))
+    return np.asarray(flat()[2](v))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 30.0])
 def test_the_criterion_is_what_one_dense_step_gives(alpha):
     step = step_criterion(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=alpha)
-    w0, h = flat()
+    w0, h, _ = flat()
     before = jacobian(w0)
     norm = np.linalg.norm(before, 2) / np.sqrt(N)
     np.testing.assert_allclose(step.step_size, 1 / norm**2, rtol=1e-8)
@@ -46,11 +48,11 @@ def test_the_criterion_is_what_one_dense_step_gives(alpha):
 
 @pytest.mark.parametrize("alpha", [1e7, 1e12])
 def test_the_change_of_the_differential_keeps_its_digits_in_float32(alpha):
-    single = centered_problem(jr.key(2), dtype=jnp.float32)
+    single = problems.centered(2, dtype=jnp.float32)
     step = step_criterion(single.h, single.loss, single.w0, alpha=alpha)
-    wide = jax.tree_util.tree_map(lambda leaf: leaf.astype(float), single.w0)
-    h = lj.center(functools.partial(lj.models.two_layer(jnp.tanh), x=single.x.astype(float)), wide)
-    truth = step_criterion(h, lj.square_loss(single.target.astype(float)), wide, alpha=alpha)
+    wide, x, target = jax.tree.map(lambda leaf: leaf.astype(float), (single.w0, single.x, single.target))
+    h = lj.on_data(lj.center(lj.models.two_layer(jnp.tanh), wide), x)
+    truth = step_criterion(h, lj.square_loss(target), wide, alpha=alpha)
     assert step.jacobian_change.dtype == jnp.float32
     assert relative_error(step.jacobian_change, truth.jacobian_change) < 1e-4
     assert relative_error(step.ratio, truth.ratio) < 1e-4
@@ -65,8 +67,8 @@ def test_the_criterion_vanishes_at_infinity_and_for_a_linear_model():
 
 def brute_hessian_norm(starts=300, iterations=400):
     """sup over unit u of |D2h(u, u)|_F by projected gradient ascent from many starts, on dense Hessians."""
-    w0, h = flat()
-    hessians = np.asarray(jax.hessian(h)(w0))
+    w0, h, _ = flat()
+    hessians = np.asarray(jax.jit(jax.hessian(h))(w0))
     u = np.random.default_rng(0).normal(size=(starts, w0.size))
     for _ in range(iterations):
         u /= np.linalg.norm(u, axis=1, keepdims=True)
@@ -76,6 +78,7 @@ def brute_hessian_norm(starts=300, iterations=400):
     return np.sqrt(np.max(np.sum(value**2, axis=1)) / N)
 
 
+@functools.cache
 def searched_norm():
     return float(norm_lower(SecondDerivative(CENTERED.h, CENTERED.w0, N**-0.5), N, jr.key(0), 10))
 
@@ -91,7 +94,7 @@ def test_the_lower_hessian_norm_reaches_the_supremum():
 def test_the_lazy_ratio_is_its_formula_and_at_least_half_of_kappa():
     alpha = 3.0
     ratio = float(lazy_ratio(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=alpha))
-    w0, h = flat()
+    w0, h, _ = flat()
     dense, residual = jacobian(w0), -np.asarray(CENTERED.target)
     dh, d2h = np.linalg.norm(dense, 2) / np.sqrt(N), searched_norm()
     objective = float(CENTERED.loss(h(w0))) / alpha**2
@@ -101,11 +104,14 @@ def test_the_lazy_ratio_is_its_formula_and_at_least_half_of_kappa():
     assert ratio >= 0.5 * kappa
 
 
-def test_a_start_with_nothing_to_train_is_refused():
-    for h, w0 in ((lambda w: w, jnp.ones(3)), (lambda w: w**2, jnp.zeros(3))):
-        for criterion in (step_criterion, lazy_ratio):
-            with pytest.raises(ValueError, match="w0 must not be a stationary point"):
-                criterion(h, lj.square_loss(jnp.ones(3)), w0)
+@pytest.mark.parametrize(
+    ("criterion", "h", "w0"),
+    [(step_criterion, lambda w: w, np.ones(3)), (lazy_ratio, lambda w: w**2, np.zeros(3))],
+    ids=["nothing left to fit", "no gradient"],
+)
+def test_a_start_with_nothing_to_train_is_refused(criterion, h, w0):
+    with pytest.raises(ValueError, match="w0 must not be a stationary point"):
+        criterion(h, lj.square_loss(jnp.ones(3)), jnp.asarray(w0))
 
 
 def test_bad_arguments_are_refused():
@@ -115,3 +121,10 @@ def test_bad_arguments_are_refused():
         lazy_ratio(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=0.0)
     with pytest.raises(ValueError, match="starts must be at least 1"):
         lazy_ratio(CENTERED.h, CENTERED.loss, CENTERED.w0, starts=0)
+
+
+def test_a_criterion_prints_its_numbers():
+    step = step_criterion(CENTERED.h, CENTERED.loss, CENTERED.w0, alpha=30.0)
+    assert f"{float(step.ratio):.3g}" in str(step)
+    assert repr(step) == str(step)
+    assert "ratio=f64[2]" in str(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), step))

@@ -1,6 +1,7 @@
 """Bounds as numbers: against their comparison equations, in units, at limits; lemmas where they are sharp."""
 
 import functools
+import inspect
 import math
 
 import jax
@@ -21,7 +22,7 @@ RANK = {"t": 2.5, "alpha": 300.0, "start_loss": 0.6, "start_gradient": 1.1} | {
     k: ONTO[k] for k in ("sigma_min", "dh_norm", "lip_dh", *CURVATURE)
 }
 LECTURE = {"t": 1e-6, "alpha": 900.0, "start_loss": 0.6, "sigma_min": 0.9, "sigma_max": 1.5, "lip_dh": 0.8}
-WIDE = {"width": 50.0, "scale": 0.1, "target_norm": 1.3, "phi_sq": 0.9, "dphi_sq": 0.6, "lip_dphi": 0.8}
+WIDE = {"width": 50.0, "alpha": 0.1, "target_norm": 1.3, "phi_sq": 0.9, "dphi_sq": 0.6, "lip_dphi": 0.8}
 OUTSIDE = {"alpha": 30.0, "displacement_norm": 0.05, "param_gap": 1e-3, "dh_norm": 1.5, "lip_dh": 0.8}
 EVERY = {
     "theorem_2_2": HORIZON | {"smoothness": 1.6},
@@ -532,7 +533,7 @@ def test_kappa_of_wide_nets(power, slope):
     for width in widths:
         residual, bent, squared = wide_nets(rng, features, width, float(width) ** power, target, 100)
         ratio = residual.mean() * bent.max() / squared.mean()
-        bound = float(bounds.kappa_two_layer(width=width, scale=float(width) ** power, **numbers))
+        bound = float(bounds.kappa_two_layer(width=width, alpha=float(width) ** power, **numbers))
         assert 0.5 < ratio / bound < 1.02  # 2 % for the sampling
         kappas.append((residual * bent / squared).mean())
         assert kappas[-1] < 1.05 * bound
@@ -580,7 +581,7 @@ def test_arguments_out_of_range_are_refused(name, change, message):
 
 def test_what_is_not_real_is_refused():
     with pytest.raises(TypeError, match="alpha must be a real number or an array of them, got complex128"):
-        getattr(bounds.theorem_2_2, "__wrapped__", bounds.theorem_2_2)(**(HORIZON | {"alpha": np.array(1j)}))
+        inspect.unwrap(bounds.theorem_2_2)(**(HORIZON | {"alpha": np.array(1j)}))
 
 
 def test_traced_values_pass_unchecked():

@@ -9,19 +9,19 @@ import equinox as eqx
 import jax
 import jax.flatten_util as jfu
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
 
 import lazyjax as lj
-from helpers import centered_problem
+import problems
 from lazyjax.theory import bounds
+from measured_net import measured_net
 
-NET = centered_problem(jr.key(2))
+NET = measured_net()
 FINE = {"solver": diffrax.Tsit5(), "rtol": 1e-10, "atol": 1e-12, "max_steps": 65536}
 # Equally many times everywhere: a model and a loss are one compiled program.
-LONG = jnp.concatenate([jnp.zeros(1), jnp.logspace(-2.0, 2.0, 40)])
+LONG = jnp.asarray(np.concatenate([np.zeros(1), np.logspace(-2.0, 2.0, 40)]))
 
 
 class Quadratic(eqx.Module):
@@ -105,7 +105,7 @@ def shares(run, got):
 
 @pytest.mark.parametrize("alpha", [10.0, 1000.0])
 def test_theorem_2_3_on_a_net(alpha):
-    ts = jnp.linspace(0.0, 0.2, 41)
+    ts = jnp.asarray(np.linspace(0.0, 0.2, 41))
     run = follow(NET.h, NET.loss, NET.w0, ts, alpha)
     got = bounds.theorem_2_3(alpha=alpha, horizon=ts, **pick(run, "residual_norm", "lip_h", "lip_dh"))
     moved, output, param = shares(run, got)
@@ -121,7 +121,7 @@ def test_theorem_2_3_on_a_net(alpha):
 @pytest.mark.parametrize("bend", [0.5, -0.5])
 def test_theorem_2_3_is_sharp_at_short_times(bend):
     # h = w + bend w^2/2 in one dimension; the other outputs are 0, as are their targets.
-    ts = jnp.concatenate([jnp.zeros(1), jnp.logspace(-2.0, 0.0, 40)])
+    ts = jnp.asarray(np.concatenate([np.zeros(1), np.logspace(-2.0, 0.0, 40)]))
     h, loss = quadratic({(0, 0): 1.0}, {(0, 0, 0): bend}), lj.square_loss(jnp.eye(4)[0], mean=False)
     run = follow(h, loss, jnp.zeros(3), ts, 1e3)
     numbers = {"alpha": 1e3, "residual_norm": 1.0, "lip_dh": abs(bend)}
@@ -137,7 +137,7 @@ def test_theorem_2_3_is_sharp_at_short_times(bend):
 @pytest.mark.parametrize("alpha", [10.0, 1000.0])
 def test_theorem_2_2_on_a_logistic_flow(alpha):
     # Four copies of h = w + w^2/4, whose mean is one.
-    ts = jnp.linspace(0.0, 2.0, 41)
+    ts = jnp.asarray(np.linspace(0.0, 2.0, 41))
     h = quadratic({(i, 0): 1.0 for i in range(4)}, {(i, 0, 0): 0.5 for i in range(4)})
     run = follow(h, lj.logistic_loss(jnp.ones(4)), jnp.zeros(3), ts, alpha)
     numbers = {"alpha": alpha, "horizon": ts, "smoothness": 0.25} | pick(
@@ -277,10 +277,10 @@ def test_theorem_2_5_with_fewer_parameters_than_outputs(name, alpha):
 
 
 def test_the_rank_must_be_constant():
-    # h = (w0, w0 w1): rank 1 at 0 and 2 beside it. The numbers of theorem 2.5 look fine, and the gap tends to 1: over
+    # h = (w0, w0 w1): rank 1 at 0 and 2 next to it. The numbers of theorem 2.5 look fine, and the gap tends to 1: over
     # all times there is no lazy limit without the assumption, though the poster says so.
     h, alpha = quadratic({(0, 0): 1.0}, {(1, 0, 1): 1.0}), 20.0
-    ts = jnp.concatenate([jnp.zeros(1), jnp.logspace(-1.0, 4.0, 40)])
+    ts = jnp.asarray(np.concatenate([np.zeros(1), np.logspace(-1.0, 4.0, 40)]))
     run = follow(h, lj.square_loss(jnp.array([1.0, 1.0, 0.0, 0.0]), mean=False), jnp.zeros(3), ts, alpha)
     _, got = everything(run, alpha, lip_dh=1.0)
     assert bool(got.admissible[0])
@@ -295,7 +295,7 @@ def test_the_rank_must_be_constant():
 
 def test_proposition_a_1_on_new_inputs_and_the_printed_proof_fails():
     alpha, run = 1000.0, long_run(1000.0)
-    x = jr.normal(jr.key(11), (30, 3))
+    x = problems.normal(11, 30, 3)
     flat, unravel = jfu.ravel_pytree(NET.w0)
     u, ubar = (
         jfu.ravel_pytree(jtu.tree_map(lambda leaf: leaf[-1], flow.displacement))[0]
@@ -345,15 +345,15 @@ def test_the_notes_theorem_2_in_their_time_and_metric():
 
 
 def test_a_larger_start_is_a_larger_scale_in_another_time():
-    h = Quadratic(jnp.zeros((4, 3)), jr.normal(jr.key(3), (4, 3, 3)))  # homogeneous of degree 2
-    loss, w0, lam = lj.square_loss(jnp.arange(4.0), mean=False), jr.normal(jr.key(4), (3,)), 1.7
+    h = Quadratic(jnp.zeros((4, 3)), problems.normal(3, 4, 3, 3))  # homogeneous of degree 2
+    loss, w0, lam = lj.square_loss(jnp.asarray(np.arange(4.0)), mean=False), problems.normal(4, 3), 1.7
     same = bounds.homogeneous_flow(2, lam)
 
     def path(start, ts, alpha):
         flow = lj.gradient_flow(h, loss, start, ts, alpha=alpha, save=("outputs", "displacement"), **FINE)
         return start[None] + flow.displacement / alpha
 
-    ts = jnp.linspace(0.0, 1.0, 41)
+    ts = jnp.asarray(np.linspace(0.0, 1.0, 41))
     scaled = path(w0, ts, float(same.alpha))
     np.testing.assert_allclose(scaled, same.param_factor * path(lam * w0, same.time_factor * ts, 1.0), rtol=1e-8)
     # The flow of R(h)/alpha^2 is alpha^2 times slower.

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 
@@ -68,8 +67,8 @@ def test_the_command_prints_and_tells_by_its_code(monkeypatch, capsys, found):
 
 
 def test_the_curved_loss_is_what_it_says():
-    loss = CurvedLoss(minimizer=jr.normal(jr.key(0), (4,)), weight=0.25)
-    y, v = jr.normal(jr.key(1), (4,)), jr.normal(jr.key(2), (4,))
+    loss = CurvedLoss(minimizer=problems.normal(0, 4), weight=0.25)
+    y, v = problems.normal(1, 4), problems.normal(2, 4)
     np.testing.assert_allclose(loss.weight * loss.gradient(y), jax.grad(loss)(y), rtol=1e-12)
     hessian = jax.hessian(loss)(y) / loss.weight
     np.testing.assert_allclose(loss.hvp(y, v), hessian @ v, rtol=1e-12)
