@@ -27,7 +27,6 @@ class Problem(eqx.Module):
 
     Attributes:
         model: The centered model on the training data, h(w) = f(w, x) - f(w0, x).
-        w0: Start.
         loss, accuracy: On the training data; no accuracy if the targets are not classes.
         test_model: The model on the test data, f(w, x_test): only its changes are asked for. None without test data.
         test_loss, test_accuracy: On the test data.
@@ -38,7 +37,6 @@ class Problem(eqx.Module):
     """
 
     model: OnData
-    w0: Params
     loss: Loss
     accuracy: Accuracy | None
     test_model: OnData | None
@@ -47,6 +45,14 @@ class Problem(eqx.Module):
     probe_model: OnData | None
     loss_name: str = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def w0(self) -> Params:
+        """The start: the very arrays that the model was centered at, so that it declares to be zero there.
+
+        A second copy would come out of `jit` as other tracers, and the flows would start from rounding.
+        """
+        return self.model.f.w0  # pyright: ignore[reportFunctionMemberAccess]
 
     @property
     def tangent(self) -> Tangent:
@@ -99,7 +105,7 @@ def make_problem(
     probe_model, notes = _make_probe(f, w0, x, outputs=shape[1] if len(shape) > 1 else 1)
     name = loss if isinstance(loss, str) else type(train_loss).__name__
     problem = Problem(
-        model, w0, train_loss, accuracy, test_model, test_loss, test_accuracy, probe_model, name, tuple(shape)
+        model, train_loss, accuracy, test_model, test_loss, test_accuracy, probe_model, name, tuple(shape)
     )
     return problem, notes
 
