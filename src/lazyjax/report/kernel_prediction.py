@@ -125,9 +125,9 @@ def choose_horizon(spectrum: Spectrum) -> float:
 
     Without a closed form, 300 over the largest eigenvalue.
     """
-    if spectrum.solution is None:
-        return 300 / float(spectrum.eigenvalues[0])
     losses = spectrum.losses
+    if losses.size == 0:
+        return 300 / float(spectrum.eigenvalues[0])
     learned = losses[1:] <= max(0.01 * losses[0], losses[-1])
     return float(GRID[1:][np.argmax(learned)] / float(spectrum.eigenvalues[0]))
 
