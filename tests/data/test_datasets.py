@@ -1,3 +1,5 @@
+"""Data sets: teachers on the sphere, digits, and arrays of one's own; what is refused."""
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,19 +12,21 @@ from lazyjax.data.datasets import digits, draw_teacher, load_arrays, sphere
 
 class TestTeacher:
     def test_points_are_uniform_on_the_sphere(self, getkey):
-        x = sphere(getkey(), 20_000, 4)
-        np.testing.assert_allclose(jnp.linalg.norm(x, axis=1), 1, rtol=1e-14)
+        x = np.asarray(sphere(getkey(), 20_000, 4))
+        np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-14)
         # Mean 0 and covariance 1/d, each within five standard errors.
         np.testing.assert_allclose(x.mean(axis=0), 0, atol=5 * (1 / 4 / 20_000) ** 0.5)
-        np.testing.assert_allclose(x.T @ x / 20_000, jnp.eye(4) / 4, atol=5 * 0.25 / 20_000**0.5)
+        np.testing.assert_allclose(x.T @ x / 20_000, np.eye(4) / 4, atol=5 * 0.25 / 20_000**0.5)
 
     def test_units_have_norm_one_up_to_the_scale(self, getkey):
         teacher = draw_teacher(getkey(), 7, scale=100.0)
-        np.testing.assert_allclose(jnp.abs(teacher["a"]) * jnp.linalg.norm(teacher["b"], axis=1), 100, rtol=1e-14)
-        assert lj.models.two_layer()(teacher, sphere(getkey(), 5, 7)).shape == (5,)
+        sizes = np.abs(teacher["a"]) * np.linalg.norm(teacher["b"], axis=1)
+        np.testing.assert_allclose(sizes, 100, rtol=1e-14)
+        inputs = jax.ShapeDtypeStruct((5, 7), sizes.dtype)
+        assert jax.eval_shape(lj.models.two_layer(), teacher, inputs).shape == (5,)
 
     def test_both_signs_occur(self):
-        signs = {float(sign) for seed in range(8) for sign in draw_teacher(jr.key(seed), 3)["a"]}
+        signs = {float(sign) for seed in range(8) for sign in np.asarray(draw_teacher(jr.key(seed), 3)["a"])}
         assert signs == {-1.0, 1.0}
 
     def test_dtype(self):
@@ -42,7 +46,7 @@ class TestDigits:
         assert data.x.shape == (200, 64)
         assert data.x_test.shape == (1597, 64)
         assert data.y.dtype == data.y_test.dtype == jnp.int32
-        images = jnp.concatenate([data.x, data.x_test])
+        images = np.concatenate([data.x, data.x_test])
         assert abs(float(images.mean())) < 1e-12
         assert float(images.std()) == pytest.approx(1)
 
@@ -53,8 +57,8 @@ class TestDigits:
         assert np.abs(shares - others).max() < 1 / 200
 
     def test_the_seed_decides_the_split(self):
-        assert bool((digits(50, seed=1).x == digits(50, seed=1).x).all())
-        assert not bool((digits(50, seed=1).x == digits(50, seed=2).x).all())
+        np.testing.assert_array_equal(digits(50, seed=1).x, digits(50, seed=1).x)
+        assert not np.array_equal(digits(50, seed=1).x, digits(50, seed=2).x)
 
     def test_dtype(self):
         assert digits(10, dtype=jnp.float32).x.dtype == jnp.float32
@@ -97,9 +101,9 @@ class TestLoadArrays:
         [
             ({"x": X}, ValueError, r"y is missing \(there: x\)"),
             ({"inputs": X, "y": Y}, ValueError, r"x is missing \(there: inputs, y\)"),
-            ({"x": X, "y": Y, "x_test": X}, ValueError, "y_test is missing beside x_test"),
-            ({"x": X, "y": Y, "y_test": Y}, ValueError, "x_test is missing beside y_test"),
-            ({"x": X, "y": Y[:3]}, ValueError, "x and y must hold as many samples each, got 4 and 3"),
+            ({"x": X, "y": Y, "x_test": X}, ValueError, "y_test is missing next to x_test"),
+            ({"x": X, "y": Y, "y_test": Y}, ValueError, "x_test is missing next to y_test"),
+            ({"x": X, "y": Y[:3]}, ValueError, "x and y must have equally many samples, got 4 and 3"),
             ({"x": X, "y": Y, "x_test": X, "y_test": Y[:2]}, ValueError, "x_test and y_test .* got 4 and 2"),
             ({"x": X, "y": Y, "x_test": X[:, :2], "y_test": Y}, ValueError, r"shape of x's, \(3,\), got \(2,\)"),
             ({"x": X[:0], "y": Y[:0]}, ValueError, r"x in .* at least one sample, got shape \(0, 3\)"),

@@ -5,7 +5,6 @@ import inspect
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -45,14 +44,6 @@ def attempt(**given):
     if "options" in given:
         return lj.train(MLP, W0, X, LABELS, SGD, epochs=1, key=key(), options=given["options"])
     return train(options=options, **given)
-
-
-@pytest.fixture
-def untyped():
-    """As for users: without the types that are checked in tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Data to train on: a teacher on the sphere, scikit-learn's digits, or arrays of your own from a `.npz` file."""
 
+import functools
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -18,7 +20,7 @@ NUM_DIGITS = 1797
 
 
 class DataSet(NamedTuple):
-    """Training and test samples; without test data, `x_test` and `y_test` are None."""
+    """A data set: training and test samples; `x_test` and `y_test` are None without test data."""
 
     x: Array
     y: Array
@@ -27,16 +29,16 @@ class DataSet(NamedTuple):
 
     @property
     def test(self) -> tuple[Array, Array] | None:
-        """(x_test, y_test) as `lazyjax.diagnose` takes it, or None."""
+        """The pair (x_test, y_test) that `lazyjax.diagnose` and `lazyjax.train` take, or None."""
         return None if self.x_test is None or self.y_test is None else (self.x_test, self.y_test)
 
 
 def sphere(key: PRNGKeyArray, n: int, d: int, *, dtype: Any = None) -> Float[Array, "n d"]:
-    """Independent points, uniform on the unit sphere of R^d.
+    """Draw independent points, uniform on the unit sphere of R^d.
 
     Args:
         key: Random key.
-        n: Points.
+        n: Number of points.
         d: Dimension.
         dtype: Floating dtype; None for JAX's default.
 
@@ -53,19 +55,24 @@ def sphere(key: PRNGKeyArray, n: int, d: int, *, dtype: Any = None) -> Float[Arr
     if n < 1 or d < 1:
         msg = f"n and d must be at least 1, got n={n}, d={d}."
         raise ValueError(msg)
-    points = jr.normal(key, (n, d), jnp.result_type(float) if dtype is None else dtype)
+    return _sphere(key, n, d, jnp.dtype(jnp.result_type(float) if dtype is None else dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("n", "d", "dtype"))
+def _sphere(key: PRNGKeyArray, n: int, d: int, dtype: Any) -> Float[Array, "n d"]:
+    points = jr.normal(key, (n, d), dtype)
     return points / jnp.linalg.norm(points, axis=1, keepdims=True)
 
 
 def draw_teacher(
     key: PRNGKeyArray, d: int, *, units: int = 3, scale: RealScalar = 1.0, dtype: Any = None
 ) -> dict[str, Array]:
-    r"""A two-layer ReLU teacher $\sum_j a^*_j \max(b^*_j \cdot x, 0)$ with $|a^*_j b^*_j| = c$.
+    r"""Draw a two-layer ReLU teacher $\sum_j a^*_j \max(b^*_j \cdot x, 0)$ with $|a^*_j b^*_j| = c$.
 
     The paper draws Gaussian weights and normalizes each unit so that $|a^*_j b^*_j| = 1$, its code draws unit $b^*_j$
-    and signs $a^*_j$: the same law of functions, since a positive factor passes through ReLU. Here it is the code's,
-    $b^*_j$ uniform on the sphere and $a^*_j = \pm c$. Where the paper's code trains toward another multiple of the
-    teacher (100 for Figure 2a, 1/200 for Figure 2b), that is `scale`.
+    and signs $a^*_j$: the same distribution of functions, since a positive factor passes through ReLU. Here it is done
+    as in the code: $b^*_j$ uniform on the sphere and $a^*_j = \pm c$. The paper's code trains toward another multiple
+    of the teacher in places (100 for Figure 2a, 1/200 for Figure 2b): that is `scale`.
 
     Args:
         key: Random key.
@@ -93,13 +100,13 @@ def draw_teacher(
 
 
 def digits(num_train: int = 256, *, seed: int = 0, dtype: Any = None) -> DataSet:
-    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, shuffled and split with equal shares of classes.
+    """Load scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, shuffled and split with equal shares of classes.
 
     Pixels are shifted and scaled by two numbers, the same for all, to mean 0 and variance 1 over all images.
 
     Args:
         num_train: Training images; the rest is for testing. From 10 to 1787, so that every class is in both.
-        seed: Of the shuffle.
+        seed: Seed of the shuffle.
         dtype: Floating dtype of the images; None for JAX's default.
 
     Returns:
@@ -144,7 +151,7 @@ def load_arrays(path: str | Path) -> DataSet:
         `DataSet`: inputs and real targets in JAX's default floating dtype, integer and boolean targets as integers.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: not a readable `.npz`; an array is missing, empty, of objects, or not finite; sizes differ.
         TypeError: an array that does not hold real numbers.
 
@@ -164,7 +171,7 @@ def load_arrays(path: str | Path) -> DataSet:
         raise ValueError(msg)
     if ("x_test" in raw) != ("y_test" in raw):
         have, lack = ("x_test", "y_test") if "x_test" in raw else ("y_test", "x_test")
-        msg = f"{path} must hold x_test and y_test both or neither, but {lack} is missing beside {have}."
+        msg = f"{path} must hold x_test and y_test both or neither, but {lack} is missing next to {have}."
         raise ValueError(msg)
     arrays = {name: _as_array(raw[name], name, path) for name in ("x", "y", "x_test", "y_test") if name in raw}
     for suffix in ("", "_test"):
@@ -199,7 +206,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _as_array(raw: Any, name: str, path: Path) -> Array:
-    """A NumPy array as JAX takes it: labels stay integers, all else becomes JAX's default float."""
+    """Return a NumPy array as one of JAX: labels stay integers, all else takes JAX's default float."""
     kind = getattr(getattr(raw, "dtype", None), "kind", "?")
     if kind not in "iufb":
         got = getattr(raw, "dtype", type(raw).__name__)
@@ -217,5 +224,5 @@ def _as_array(raw: Any, name: str, path: Path) -> Array:
 
 def _check_sizes(x: Array, y: Array, suffix: str, path: Path) -> None:
     if x.shape[0] != y.shape[0]:
-        msg = f"x{suffix} and y{suffix} must hold as many samples each, got {x.shape[0]} and {y.shape[0]} in {path}."
+        msg = f"x{suffix} and y{suffix} must have equally many samples, got {x.shape[0]} and {y.shape[0]} in {path}."
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Files of images: IDX as of MNIST and its kin, and both published formats of CIFAR-10. Read only, never downloaded.
+"""Files of images: IDX as MNIST has them, and both published formats of CIFAR-10. Read only, never downloaded.
 
 Pickles can run programs when they are read; those of CIFAR-10 hold plain containers and arrays, and nothing else is let
 through.
@@ -14,21 +14,29 @@ import numpy as np
 
 BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 SIDE, CHANNELS, CLASSES = 32, 3, 10
-"""Of CIFAR-10."""
+"""The images of CIFAR-10: pixels of a side, colors, classes."""
 RECORD = 1 + SIDE * SIDE * CHANNELS
-"""Bytes of an image in its binary format: the label, then a plane a color."""
+"""Bytes of an image in its binary format: the label, then one plane per color."""
 UNREADABLE = (
-    pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError, MemoryError,
-    OverflowError, RecursionError,
-)  # fmt: skip
-"""What `pickle` raises on bytes that are no pickle."""
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+)
+"""The errors that `pickle` raises on bytes that are no pickle."""
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """Images as bytes (n, height, width, channels), labels (n,)."""
 
 
 def read_idx(folder: Path, name: str, dims: int, remedy: str) -> np.ndarray:
-    """An IDX file of bytes, packed by gzip or not.
+    """Read an IDX file of bytes, packed by gzip or not.
 
     Raises:
         FileNotFoundError: it is not in the folder.
@@ -53,7 +61,7 @@ def read_idx(folder: Path, name: str, dims: int, remedy: str) -> np.ndarray:
 
 
 def read_cifar(folder: Path, remedy: str) -> tuple[Arrays, Arrays]:
-    """CIFAR-10's training and test images from its binary files or its pickles.
+    """Read the training and test images of CIFAR-10 from its binary files or its pickles.
 
     Raises:
         FileNotFoundError: files of neither format are there, or not all of one.
@@ -73,7 +81,7 @@ def read_cifar(folder: Path, remedy: str) -> tuple[Arrays, Arrays]:
 
 def _there(path: Path, remedy: str) -> Path:
     if not path.is_file():
-        msg = f"{path} does not exist beside the other files of CIFAR-10; {remedy}"
+        msg = f"{path} does not exist next to the other files of CIFAR-10; {remedy}"
         raise FileNotFoundError(msg)
     return path
 
@@ -92,7 +100,7 @@ def _read_pickle(path: Path, remedy: str) -> Arrays:
             found = _Unpickler(file, encoding="bytes").load()
     except UNREADABLE as error:
         _refuse(path, "a pickle of plain containers and arrays", f"reading it failed ({error})", remedy)
-    # Python 2 wrote them: its texts are bytes.
+    # Python 2 wrote them: its strings are bytes.
     named = {k.decode() if isinstance(k, bytes) else k: v for k, v in found.items()} if isinstance(found, dict) else {}
     data, labels = named.get("data"), named.get("labels")
     size = SIDE * SIDE * CHANNELS
@@ -111,7 +119,7 @@ def _arrays(path: Path, planes: np.ndarray, labels: np.ndarray, remedy: str) -> 
 
 
 def check_labels(path: Path, labels: np.ndarray, classes: int, remedy: str) -> None:
-    """Refuse labels that are no classes."""
+    """Check that labels are classes."""
     if labels.min() < 0 or labels.max() >= classes:
         _refuse(path, f"labels in 0..{classes - 1}", f"they are in {labels.min()}..{labels.max()}", remedy)
 
@@ -122,7 +130,7 @@ def _refuse(path: Path, rule: str, got: str, remedy: str) -> NoReturn:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes for Python 2 to read."""
+    """Encode bytes as Python 3 writes them for Python 2 to read."""
     if encoding != "latin1":
         msg = f"it asks for the encoding {encoding!r}"
         raise pickle.UnpicklingError(msg)
@@ -130,13 +138,13 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Lets through what plain arrays are pickled by, and refuses every other name before anything is called."""
+    """An unpickler of plain arrays, which refuses every other name before anything is called."""
 
     # NumPy's own function for it, whose module differs between versions.
     _reconstruct = np.empty(0).__reduce__()[0]
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name in a pickle stands for."""
+        """Return what a name in a pickle stands for."""
         known = {
             ("numpy", "ndarray"): np.ndarray,
             ("numpy", "dtype"): np.dtype,

@@ -30,13 +30,13 @@ CIFAR_REMEDY = (
 
 
 class Source(NamedTuple):
-    """A data set of images.
+    """A data set of images on disk or in a package.
 
     Attributes:
         read: Training and test images as bytes and labels, from a folder.
-        channels: Of an image.
+        channels: Channels of an image.
         top: The value of a white pixel.
-        mean, std: Of a channel's pixels as shares of white, which they are shifted and scaled by.
+        mean, std: Numbers by which the pixels of each channel are shifted and scaled, as shares of white.
     """
 
     read: Callable[[Path | None], tuple[Arrays, Arrays]]
@@ -54,7 +54,7 @@ def _read_fashion(folder: Path | None) -> tuple[Arrays, Arrays]:
         labels = read_idx(folder, f"{part}-labels-idx1-ubyte", 1, FASHION_REMEDY)
         path = folder / f"{part}-labels-idx1-ubyte"
         if len(images) != len(labels) or not len(images):
-            msg = f"{path} must hold a label an image, got {len(labels)} for {len(images)} images; {FASHION_REMEDY}"
+            msg = f"{path} must hold one label per image, got {len(labels)} for {len(images)} images; {FASHION_REMEDY}"
             raise ValueError(msg)
         if images.shape[1:] != (28, 28):
             msg = f"{folder} must hold images of 28 x 28 pixels, got {images.shape[1:]}; {FASHION_REMEDY}"
@@ -97,10 +97,10 @@ SOURCES = {
 
 
 def find_source(name: str) -> Source:
-    """A data set by its name.
+    """Return a data set by its name.
 
     Raises:
-        ValueError: no such data set; the message has the nearest name.
+        ValueError: there is no such data set; the message has the nearest name.
 
     Example:
         >>> find_source("cifar10").channels
@@ -122,10 +122,10 @@ def load_images(
     num_test: int | None = None,
     dtype: Any = None,
 ) -> DataSet:
-    r"""Images of 32 x 32 pixels with their classes, for `vgg11`, `resnet18` or a network of your own.
+    r"""Load images of 32 x 32 pixels with their classes, for `vgg11`, `resnet18` or a network of your own.
 
-    Each channel is shifted and scaled by two numbers, those of the paper's code for CIFAR-10 (close to the mean and
-    the standard deviation of all its pixels), and the like for the others.
+    Each channel is shifted and scaled by two numbers. For CIFAR-10 they are those of the paper's code, close to the
+    mean and the standard deviation of all its pixels; the others are treated alike.
 
     Args:
         name: "digits": scikit-learn's 1,797 digits of 8 x 8 pixels, each of which becomes 4 x 4 equal ones; 1,400 for
@@ -133,8 +133,8 @@ def load_images(
             "cifar10": 50,000 and 10,000 images in color.
         folder: Where the files are. Fashion-MNIST: the four IDX files; None for where Debian's package
             dataset-fashion-mnist has them. CIFAR-10: its binary or its Python version. Digits need none.
-        num_train: So many training images, the first ones (the files are in random order); None for all.
-        num_test: So many test images; None for all.
+        num_train: Number of training images, the first ones (the files are in random order); None for all.
+        num_test: Number of test images, the first ones; None for all.
         dtype: Floating dtype of the images; None for JAX's default.
 
     Returns:
@@ -168,12 +168,12 @@ def load_images(
 def noise_images(
     key: PRNGKeyArray, n: int, name: str = "digits", *, dtype: Any = None
 ) -> Float[Array, "n 32 32 channels"]:
-    r"""Images of independent uniform pixels, shifted and scaled as those of a data set.
+    r"""Draw images of independent uniform pixels, shifted and scaled as those of a data set.
 
     Args:
         key: Random key.
-        n: Images.
-        name: Of the data set whose channels, means and deviations they have.
+        n: Number of images.
+        name: Name of the data set whose channels, means and deviations they have.
         dtype: Floating dtype; None for JAX's default.
 
     Raises:

@@ -8,8 +8,8 @@ $$E[\max(b \cdot x, 0) \max(c \cdot x, 0)] =
 so the square of any difference of two such nets is a quadratic form of their output weights. `arccos_kernel` has the
 angles to their last digits, with gradients that are finite at 0 and $\pi$, where students meet teachers.
 
-The terms cancel: in a lazy net of size $\tau^2 m$ beside a risk r, rounding is amplified by $\tau^4 m / r$. Compute in
-float64, whatever the nets were trained in.
+The terms cancel: for a lazy net of size $\tau^2 m$ and a risk r, rounding is amplified by $\tau^4 m / r$. Compute in
+float64, in whatever precision the nets were trained.
 """
 
 import jax
@@ -19,11 +19,11 @@ from jaxtyping import Array, Float
 from lazyjax.kernels.infinite_width import arccos_kernel
 
 TwoLayerParams = dict[str, Array]
-"""{"a": (m,), "b": (m, d)}, as `TwoLayer.init` makes them."""
+"""Parameters {"a": (m,), "b": (m, d)}, as `two_layer().init` makes them."""
 
 
 def population_inner(w1: TwoLayerParams, w2: TwoLayerParams) -> Float[Array, ""]:
-    r"""$E_x[f(w_1, x) f(w_2, x)]$ of two-layer ReLU nets of any two widths, x uniform on the unit sphere.
+    r"""Return $E_x[f(w_1, x) f(w_2, x)]$ of two-layer ReLU nets of any two widths, x uniform on the unit sphere.
 
     Args:
         w1: {"a": (m,), "b": (m, d)}.
@@ -41,22 +41,27 @@ def population_inner(w1: TwoLayerParams, w2: TwoLayerParams) -> Float[Array, ""]
         1.0
     """
     _check_params(w1=w1, w2=w2)
+    return _inner(w1, w2)
+
+
+@jax.jit
+def _inner(w1: TwoLayerParams, w2: TwoLayerParams) -> Float[Array, ""]:
     # E||a||^2 = 1 of the kernel of the output layer: on the sphere each coordinate has variance 1/d.
     return w1["a"] @ arccos_kernel(w1["b"], w2["b"], layer="output", mean_sq_input=1.0) @ w2["a"]
 
 
 def population_risk(w: TwoLayerParams, teacher: TwoLayerParams) -> Float[Array, ""]:
-    r"""$\frac12 E_x (f(w, x) - f(w^*, x))^2$ of two-layer ReLU nets, x uniform on the unit sphere.
+    r"""Return $\frac12 E_x (f(w, x) - f(w^*, x))^2$ of two-layer ReLU nets, x uniform on the unit sphere.
 
     Args:
         w: Student, {"a": (m,), "b": (m, d)}.
         teacher: $w^*$, of any width. With its "a" zero the risk is half the mean square of the student.
 
     Returns:
-        The risk, with finite derivatives in w everywhere; 0 up to rounding where the two are one function.
+        The risk, with finite derivatives in w everywhere; 0 up to rounding if the two are one function.
 
     Raises:
-        ValueError: as `population_inner`.
+        ValueError: the inputs' dimensions differ, or an output layer does not fit its units.
 
     Example:
         >>> w = {"a": jnp.ones(1), "b": jnp.array([[2.0, 0.0]])}
@@ -64,20 +69,25 @@ def population_risk(w: TwoLayerParams, teacher: TwoLayerParams) -> Float[Array, 
         1.0
     """
     _check_params(w=w, teacher=teacher)
+    return _risk(w, teacher)
+
+
+@jax.jit
+def _risk(w: TwoLayerParams, teacher: TwoLayerParams) -> Float[Array, ""]:
     gap = {
         "a": jnp.concatenate([w["a"], -teacher["a"].astype(w["a"].dtype)]),
         "b": jnp.concatenate([w["b"], teacher["b"].astype(w["b"].dtype)]),
     }
-    return 0.5 * population_inner(gap, gap)
+    return 0.5 * _inner(gap, gap)
 
 
 def tangent_population_risk(
     w0: TwoLayerParams, displacement: TwoLayerParams, teacher: TwoLayerParams
 ) -> Float[Array, ""]:
-    r"""$\frac12 E_x (Df(w_0, x) v - f(w^*, x))^2$: the risk of a tangent model whose output is zero at $w_0$.
+    r"""Return $\frac12 E_x (Df(w_0, x) v - f(w^*, x))^2$, the risk of a tangent model whose output is zero at $w_0$.
 
     Args:
-        w0: Where the student is linearized; it must have no output there, as a mirrored one has none.
+        w0: Where the student is linearized; its output there must be zero, as that of a symmetrized one is.
         displacement: v, of w0's structure.
         teacher: $w^*$.
 
@@ -86,7 +96,7 @@ def tangent_population_risk(
         product with the teacher.
 
     Raises:
-        ValueError: as `population_inner`.
+        ValueError: the inputs' dimensions differ, or an output layer does not fit its units.
 
     Example:
         >>> w0 = {"a": jnp.array([1.0, -1.0]), "b": jnp.ones((2, 1))}
@@ -94,19 +104,24 @@ def tangent_population_risk(
         >>> print(tangent_population_risk(w0, v, {"a": jnp.ones(1), "b": jnp.ones((1, 1))}))
         0.0
     """
+    _check_params(w0=w0, displacement=displacement, teacher=teacher)
+    return _tangent_risk(w0, displacement, teacher)
 
+
+@jax.jit
+def _tangent_risk(w0: TwoLayerParams, displacement: TwoLayerParams, teacher: TwoLayerParams) -> Float[Array, ""]:
     def along(function, w):  # the derivative at w0 in the direction v
         return jax.jvp(function, (w,), (displacement,))[1]
 
-    square = along(lambda first: along(lambda second: population_inner(first, second), w0), w0)
-    product = along(lambda w: population_inner(w, teacher), w0)
-    return 0.5 * (square - 2 * product + population_inner(teacher, teacher))
+    square = along(lambda first: along(lambda second: _inner(first, second), w0), w0)
+    product = along(lambda w: _inner(w, teacher), w0)
+    return 0.5 * (square - 2 * product + _inner(teacher, teacher))
 
 
 def _check_params(**nets: TwoLayerParams) -> None:
     for name, w in nets.items():
         if w["a"].shape != w["b"].shape[:1]:
-            msg = f"{name} must hold one output weight a unit, got a {w['a'].shape} and b {w['b'].shape}."
+            msg = f"{name} must hold one output weight per unit, got a {w['a'].shape} and b {w['b'].shape}."
             raise ValueError(msg)
     if len({w["b"].shape[1] for w in nets.values()}) > 1:
         shapes = ", ".join(f"{name} {w['b'].shape}" for name, w in nets.items())

@@ -4,6 +4,7 @@ Augmentations are functions of (key, images) that leave the class of an image as
 `lazyjax.train`. The learning rate is a schedule for any optax optimizer.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -45,8 +46,12 @@ def pad_and_crop(key: PRNGKeyArray, x: ArrayLike, *, padding: int = 4) -> Images
     if not isinstance(padding, (int, np.integer)) or padding < 0:
         msg = f"padding must be a whole number of pixels, at least 0, got {padding!r}."
         raise ValueError(msg)
+    return _pad_and_crop(key, x, int(padding))
+
+
+@functools.partial(jax.jit, static_argnames="padding")
+def _pad_and_crop(key: PRNGKeyArray, x: Images, padding: int) -> Images:
     n, height, width, channels = x.shape
-    padding = int(padding)
     padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = jr.randint(key, (n, 2), 0, 2 * padding + 1)
 
@@ -77,7 +82,11 @@ def random_flip(key: PRNGKeyArray, x: ArrayLike) -> Images:
         >>> sorted({float(random_flip(jr.key(seed), x)[0, 0, 0, 0]) for seed in range(8)})
         [0.0, 1.0]
     """
-    x = _images(x)
+    return _random_flip(key, _images(x))
+
+
+@jax.jit
+def _random_flip(key: PRNGKeyArray, x: Images) -> Images:
     flipped = jr.bernoulli(key, 0.5, (x.shape[0], 1, 1, 1))
     return jnp.where(flipped, x[:, :, ::-1], x)
 
