@@ -25,8 +25,9 @@ from lazyjax.laziness.lipschitz import (
 )
 from lazyjax.models.maps import on_data
 from lazyjax.theory import bounds
+from measured_net import measured_net
 
-CENTERED = problems.centered(2)
+CENTERED = measured_net()
 N = CENTERED.target.size
 TIMES = jnp.array([0.0, 0.1, 0.5, 2.0, 5.0])
 

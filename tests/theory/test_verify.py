@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import problems
 from lazyjax.cli import command as cli
 from lazyjax.theory.random_problems import FAMILIES, CurvedLoss
 from lazyjax.theory.verify import verify
@@ -19,6 +20,7 @@ def found():
     return out, lines
 
 
+@pytest.mark.end_to_end
 def test_nothing_is_violated_and_everything_applies_somewhere(found):
     out, lines = found
     assert (out.violations, out.stopped, out.flows) == (0, 0, 28)
@@ -30,12 +32,14 @@ def test_nothing_is_violated_and_everything_applies_somewhere(found):
     assert lines[0].startswith("1/2: two-layer tanh")
 
 
+@pytest.mark.end_to_end
 def test_rates_are_those_of_theorem_2_2(found):
     for rates in found[0].rates:
         for name, (low, high) in rates.fitted.items():
             assert rates.expected[name] - 0.05 < low <= high < rates.expected[name] + 0.05
 
 
+@pytest.mark.end_to_end
 def test_printed_forms_fail_where_they_are_false_and_corrections_hold(found):
     errors = {c.source: c for c in found[0].counterexamples}
     assert all(c.holds for c in errors.values())
@@ -52,6 +56,7 @@ def test_printed_forms_fail_where_they_are_false_and_corrections_hold(found):
     assert float(finite.true[0] / finite.true[-1]) > 9
 
 
+@pytest.mark.end_to_end
 def test_it_prints_three_tables(found):
     text = str(found[0])
     assert "28 random flows" in text
@@ -60,6 +65,7 @@ def test_it_prints_three_tables(found):
         assert word in text
 
 
+@pytest.mark.end_to_end
 def test_the_command_prints_and_tells_by_its_code(monkeypatch, capsys, found):
     monkeypatch.setattr(cli, "verify", lambda **options: found[0])
     cli.main(["verify", "--instances", "2"])
