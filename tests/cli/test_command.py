@@ -1,4 +1,4 @@
-"""The command line at toy size: one small report, made once, and every bad input that must be refused."""
+"""The command line: what it writes of a report made by hand, one report end to end, and every refusal."""
 
 import contextlib
 import io
@@ -17,18 +17,20 @@ import numpy as np
 import pytest
 import xarray
 
+from lazyjax import LazinessReport
 from lazyjax.cli import command as cli
-from lazyjax.cli.output import encode_numbers
+from lazyjax.cli.output import encode_numbers, report_table
 from lazyjax.cli.quiet import without_cache_noise
 from lazyjax.cli.user_model import Network, default_model, load_model
 from lazyjax.data.datasets import DataSet, digits
 from lazyjax.report.html import render_html
+from reports import make_report
 
 FIGURES = ("scores", "gaps", "drift", "eigenvalues", "curves")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The Equinox example on ten images from a file: folder, arguments, output, and the report itself."""
     home = tmp_path_factory.mktemp("cli")
@@ -54,6 +56,7 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.end_to_end
 class TestReport:
     def test_writes_one_folder_and_nothing_else(self, made):
         names = {str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file()}
@@ -123,7 +126,7 @@ class TestReport:
     def test_json_and_html_have_the_certificate(self, made):
         certificate = made.report.certificate
         there = strict((made.folder / "report.json").read_text())["certificate"]
-        assert there["alpha"] == float(certificate.facts.alpha)
+        assert there["alpha"] == float(certificate.measurements.alpha)
         assert [row["theorem"] for row in there["claims"]] == [claim.theorem for claim in certificate.claims]
         assert {row["assumptions"] for row in there["claims"]} <= {"holds", "unknown", "fails"}
         first, claim = there["claims"][0], certificate.claim("2.2", "displacement_norm")
@@ -141,69 +144,124 @@ class TestReport:
         assert lazy["output_gap"] < 1e-3 * first["output_gap"]
         assert made.report.notes == ()
 
-    def test_without_arguments_it_is_a_small_network_on_digits(self, monkeypatch, tmp_path):
-        called = {}
 
-        def diagnose(f, w0, x, y, **options):
-            called.update(options, w0=w0, outputs=f(w0, x), x=x, y=y)
-            raise ValueError("enough")  # noqa: EM101
+def test_without_arguments_it_is_a_small_network_on_digits(monkeypatch, tmp_path):
+    called = {}
 
-        monkeypatch.setattr(cli, "diagnose", diagnose)
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit):
-            cli.main(["report", "--no-cache"])
-        assert [layer["weight"].shape for layer in called["w0"]] == [(64, 64), (64, 64), (10, 64)]
-        assert called["x"].shape == (256, 64)
-        assert called["outputs"].shape == (256, 10)
-        assert called["test"][0].shape == (1541, 64)
-        assert (called["alphas"][0], called["alphas"][-1], called["loss"]) == (1, math.inf, "square")
-        assert called["time"] is None
-        assert list(tmp_path.iterdir()) == []
+    def diagnose(f, w0, x, y, **options):
+        called.update(options, w0=w0, outputs=eqx.filter_eval_shape(f, w0, x), x=x, y=y)
+        raise ValueError("enough")  # noqa: EM101
+
+    monkeypatch.setattr(cli, "diagnose", diagnose)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--no-cache"])
+    assert [layer["weight"].shape for layer in called["w0"]] == [(64, 64), (64, 64), (10, 64)]
+    assert called["x"].shape == (256, 64)
+    assert called["outputs"].shape == (256, 10)
+    assert called["test"][0].shape == (1541, 64)
+    assert (called["alphas"][0], called["alphas"][-1], called["loss"]) == (1, math.inf, "square")
+    assert called["time"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """The command line with a report made by hand and no figures: folder and arguments of a first run."""
+    data = digits(10)
+    np.savez(tmp_path / "my.npz", x=data.x, y=data.y)
+    monkeypatch.setattr(cli, "diagnose", lambda *args, **kwargs: make_report())
+    monkeypatch.setattr(cli, "report_figures", lambda report: {})
+    folder = tmp_path / "deep" / "out"
+    argv = ["report", "--data", str(tmp_path / "my.npz"), "--alphas", "1", "1e4", "--time", "0.1"]
+    argv += ["--no-cache", "--out", str(folder)]
+    cli.main(argv)
+    return SimpleNamespace(folder=folder, argv=argv)
 
 
 class TestFolder:
-    @pytest.fixture
-    def saved(self, made, monkeypatch):
-        """A command line that does not train again."""
-        monkeypatch.setattr(cli, "diagnose", lambda *args, **kwargs: made.report)
+    def test_holds_the_report_as_page_json_and_netcdf(self, written, capsys):
+        assert {path.name for path in written.folder.rglob("*")} == {"report.html", "report.json", "sweep.nc"}
+        content = strict((written.folder / "report.json").read_text())
+        assert content["verdict"] == make_report().verdict
+        assert content["slopes"]["output_gap"] == {"value": -1, "first": 1, "last": 100, "points": 3, "theory": -1}
+        assert content["configuration"]["alphas"] == [1, 1e4, "inf"]
+        assert content["command"].startswith("lazyjax report --data")
+        assert set(content["versions"]) >= {"python", "lazyjax", "jax"}
+        with xarray.open_dataset(written.folder / "sweep.nc") as stored:
+            xarray.testing.assert_identical(stored.load(), make_report().dataset)
+        assert math.isinf(stored["alpha"][-1])
+        assert stored["failed"].dtype == bool
 
-    def test_the_same_configuration_again_is_accepted(self, made, saved):
-        before = (made.folder / "sweep.nc").stat().st_mtime_ns
-        figure = (made.folder / "figures" / "gaps.svg").read_bytes()
-        (made.folder / ".lazyjax-partial").mkdir()  # left behind by a run that was stopped
-        cli.main(made.argv)
-        assert (made.folder / "sweep.nc").stat().st_mtime_ns > before
-        assert (made.folder / "figures" / "gaps.svg").read_bytes() == figure
-        assert not (made.folder / ".lazyjax-partial").exists()
+    def test_of_the_same_configuration_is_accepted_again(self, written):
+        before = (written.folder / "sweep.nc").stat().st_mtime_ns
+        cli.main(written.argv)
+        assert (written.folder / "sweep.nc").stat().st_mtime_ns > before
 
-    @pytest.mark.parametrize(
-        ("options", "change"),
-        [
+    def test_of_a_run_that_was_killed_while_writing_is_accepted(self, written):
+        (written.folder / "report.json").unlink()
+        (written.folder / "report.html").unlink()
+        (written.folder / "sweep.nc").rename(written.folder / ".sweep.nc.partial")
+        cli.main(written.argv)
+        assert {path.name for path in written.folder.iterdir()} == {"report.html", "report.json", "sweep.nc"}
+
+    def test_is_left_as_it_was_if_a_file_cannot_be_written(self, written, monkeypatch):
+        def fail(*args, **kwargs):
+            raise OSError("no space left")  # noqa: EM101
+
+        before = {path.name: path.read_bytes() for path in written.folder.iterdir()}
+        monkeypatch.setattr(xarray.Dataset, "to_netcdf", fail)
+        with pytest.raises(SystemExit):
+            cli.main(written.argv)
+        assert {path.name: path.read_bytes() for path in written.folder.iterdir()} == before
+
+    def test_of_another_configuration_is_refused(self, written, fails):
+        before = (written.folder / "report.json").read_bytes()
+        for options, change in (
             (["--seed", "1"], r"seed 0 there and 1 here\)"),
             (["--alphas", "1"], r"alphas \[1.0, 10000.0, 'inf'\] there and \[1.0, 'inf'\] here"),
             (["--loss", "softmax"], "loss square there and softmax here"),
             (["--time", "2"], "time 0.1 there and 2.0 here"),
-        ],
-    )
-    def test_another_configuration_is_refused(self, made, fails, options, change):
-        before = (made.folder / "report.json").read_bytes()
-        fails([*made.argv, *options], f"results of another configuration .*{change}.*nothing was overwritten")
-        assert (made.folder / "report.json").read_bytes() == before
+        ):
+            fails([*written.argv, *options], f"holds another report .*{change}.*nothing was overwritten")
+        assert (written.folder / "report.json").read_bytes() == before
 
-    def test_other_data_are_another_configuration(self, made, fails, tmp_path):
+    def test_of_other_data_is_refused(self, written, fails, tmp_path):
         np.savez(tmp_path / "my.npz", x=np.ones((10, 64)), y=np.arange(10))
-        fails([*made.argv, "--data", str(tmp_path / "my.npz")], "data own arrays, sha256 .* here")
+        fails(written.argv, "data own arrays, digest .* here")
 
     @pytest.mark.parametrize("name", ["notes.txt", "report.json"])
-    def test_a_foreign_folder_is_refused(self, made, fails, tmp_path, name):
+    def test_with_files_of_somebody_else_is_refused(self, fails, tmp_path, name):
         (tmp_path / name).write_text("[1]")
-        fails([*made.argv, "--out", str(tmp_path)], "files that are not a lazyjax report, nothing was overwritten")
+        argv = ["report", "--out", str(tmp_path)]
+        fails(argv, "files that are not a lazyjax report, nothing was overwritten")
         assert [path.name for path in tmp_path.iterdir()] == [name]
 
-    def test_a_file_in_place_of_the_folder_is_refused(self, made, fails, tmp_path):
+    def test_that_is_a_file_is_refused(self, fails, tmp_path):
         (tmp_path / "out").write_text("mine")
-        fails([*made.argv, "--out", str(tmp_path / "out")], "must be a folder, but is a file")
-        fails([*made.argv, "--out", str(tmp_path / "out" / "deeper")], "cannot be written")
+        fails(["report", "--out", str(tmp_path / "out")], "must be a folder, but is a file")
+        fails(["report", "--out", str(tmp_path / "out" / "deeper")], "cannot be written")
+
+
+def test_the_table_of_the_json_has_a_row_per_scale_and_the_tangent_model():
+    report = make_report(failed=0)
+    table = report_table(report)
+    assert [row["alpha"] for row in table] == [*report.dataset["alpha"].values, "tangent"]
+    assert table[1]["output_gap"] == pytest.approx(0.05)
+    assert table[1]["test_loss"] == pytest.approx(float(report.dataset["test_loss"][1, -1]))
+    assert (table[0]["failed"], table[1]["failed"]) == (True, False)
+    assert table[-1]["train_loss"] == pytest.approx(float(report.dataset["tangent_train_loss"][-1]))
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    page = render_html(make_report(), {"gaps": "data:image/svg+xml;base64,AA=="}, {"command": "lazyjax report"})
+    assert "http" not in page
+    assert page.count("src=") == 1
+    assert "<script" not in page
+    assert "<link" not in page
+    for text in ("How lazily does this model train?", "Its tangent kernel changes", "lazyjax report", "a note"):
+        assert text in page
+    assert "$" not in page
 
 
 @pytest.fixture
@@ -305,7 +363,10 @@ class TestModelFile:
             ("return lambda w, x: (x @ w).real, jnp.zeros((64, 10), complex)", "params must have real floating leaves"),
             ("return lambda w, x: x @ w, jnp.full((64, 10), jnp.nan)", "params must be finite, but 640 of its 640"),
             ("return lambda w, x: x @ w, jnp.zeros((64, 4))", r"labels must lie in 0\.\.3 .* got 0\.\.9"),
-            ("return lambda w, x: (x @ w)[:5], jnp.zeros((64, 10))", "one row of outputs a sample, got 5 rows for 10"),
+            (
+                "return lambda w, x: (x @ w)[:5], jnp.zeros((64, 10))",
+                "one row of outputs per sample, got 5 rows for 10",
+            ),
             ("return lambda w, x: x @ jnp.sqrt(w), jnp.zeros((64, 10))", "(NaN|finite)"),
         ],
     )
@@ -327,25 +388,29 @@ class TestDefaultModel:
     @pytest.mark.parametrize(
         ("y", "y_test", "loss", "shape"),
         [
-            (jnp.array([0, 2, 1]), None, "square", (3, 3)),
-            (jnp.array([0, 2, 1]), jnp.array([2, 0, 0]), "softmax", (3, 3)),
-            (jnp.array([0, 1, 1]), None, "logistic", (3,)),
-            (jnp.array([-1, 1, 1]), None, "square", (3,)),
-            (jnp.array([0, 0, 0]), None, "square", (3,)),
-            (jnp.array([0.5, 1.0, 2.0]), None, "square", (3,)),
-            (jnp.ones((3, 2)), None, "square", (3, 2)),
+            (np.array([0, 2, 1]), None, "square", (3, 3)),
+            (np.array([0, 2, 1]), np.array([2, 0, 0]), "softmax", (3, 3)),
+            (np.array([0, 1, 1]), None, "logistic", (3,)),
+            (np.array([-1, 1, 1]), None, "square", (3,)),
+            (np.array([0, 0, 0]), None, "square", (3,)),
+            (np.array([0.5, 1.0, 2.0]), None, "square", (3,)),
+            (np.ones((3, 2)), None, "square", (3, 2)),
         ],
     )
     def test_has_an_output_a_class_or_target(self, y, y_test, loss, shape):
-        data = DataSet(jnp.ones((3, 2, 2)), y, None if y_test is None else jnp.ones((3, 2, 2)), y_test)
+        x = jnp.asarray(np.ones((3, 2, 2)))
+        data = DataSet(
+            x, jnp.asarray(y), None if y_test is None else x, None if y_test is None else jnp.asarray(y_test)
+        )
         f, w0 = default_model(jr.key(0), data, loss)
-        assert f(w0, data.x).shape == shape
+        assert eqx.filter_eval_shape(f, w0, data.x).shape == shape
         assert isinstance(f, Network)
-        assert [z.shape for z in f.preactivations(w0, data.x)] == [(3, 64), (3, 64)]
+        hidden = eqx.filter_eval_shape(f.preactivations, w0, data.x)
+        assert [z.shape for z in hidden] == [(3, 64), (3, 64)]
 
     def test_refuses_counts_as_classes(self):
         with pytest.raises(ValueError, match="go up to 900 for 3 samples; save them as floats"):
-            default_model(jr.key(0), DataSet(jnp.ones((3, 2)), jnp.array([1, 900, 3])), "square")
+            default_model(jr.key(0), DataSet(jnp.asarray(np.ones((3, 2))), jnp.asarray([1, 900, 3])), "square")
 
 
 class TestMachine:
@@ -407,8 +472,9 @@ def test_only_the_false_alarms_of_the_cache_are_dropped(monkeypatch, capfd):
         assert text in err
 
 
-def test_html_escapes_everything(made):
-    report = made.report.__class__(made.report.dataset, made.report.slopes, "<b>1 & 2</b>", ("<script>",))
+def test_html_escapes_everything():
+    hand = make_report()
+    report = LazinessReport(hand.dataset, hand.slopes, "<b>1 & 2</b>", ("<script>",))
     page = render_html(report, {"mine": 'x" onerror="y'}, {"command": ["a<b", 0.123456, {"k": "<i>"}, None]})
     assert "&lt;b&gt;1 &amp; 2&lt;/b&gt;" in page
     assert "<script>" not in page

@@ -1,16 +1,18 @@
-"""`lazyjax reproduce`: the files of a figure, going on after an interruption, and every bad request."""
+"""`lazyjax reproduce`: the files of a figure, continuing after an interruption, and every bad request."""
 
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 import xarray
 
 from lazyjax.cli import command as cli
+from lazyjax.cli import reproduce
 from lazyjax.cli.reproduce import describe_run
-from lazyjax.experiments.figure import FIGURES, settings_of
+from lazyjax.experiments.figure import FIGURES, Number, settings_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,9 +20,10 @@ TINY = ["n=10", "d=5", "width=4", "taus=0.2,2", "seeds=3", "steps=20", "frames=3
 ARGUMENTS = ["reproduce", "fig1c", "--size", "small", "--no-cache", "--set", *TINY]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.standard_promotion  # as the command line runs
 class TestFigure:
-    def test_an_interrupted_figure_goes_on_and_writes_its_files(self, tmp_path, monkeypatch, capsys):
+    def test_an_interrupted_figure_continues_and_writes_its_files(self, tmp_path, monkeypatch, capsys):
         folder, swept = tmp_path / "out", sys.modules["lazyjax.report.sweep"]
         program, calls = swept._call, []
 
@@ -34,12 +37,12 @@ class TestFigure:
         with pytest.raises(SystemExit) as stopped:
             cli.main([*ARGUMENTS, "--out", str(folder)])
         assert stopped.value.code == 130
-        assert "interrupted, the same command goes on where it stopped" in capsys.readouterr().err
+        assert "interrupted, the same command continues where it stopped" in capsys.readouterr().err
         assert not (folder / "fig1c.nc").exists()
         with pytest.raises(SystemExit):
             cli.main([*ARGUMENTS, "seeds=2", "--out", str(folder)])
         message = capsys.readouterr().err
-        assert ".fig1c-partial holds the parts of an interrupted run of another configuration" in message
+        assert ".fig1c-partial holds another interrupted run (seeds 3 there and 2 here); nothing was changed" in message
         calls.clear()
         monkeypatch.setattr(swept, "_call", lambda *arguments: calls.append(None) or program(*arguments))
         cli.main([*ARGUMENTS, "--out", str(folder)])
@@ -57,13 +60,17 @@ class TestFigure:
         before = (folder / "fig1c.nc").read_bytes()
         with pytest.raises(SystemExit):
             cli.main([*ARGUMENTS, "seeds=2", "--out", str(folder)])
-        assert "fig1c.nc is of another configuration, nothing was overwritten" in capsys.readouterr().err
+        assert (
+            "fig1c.nc holds another figure (seeds 3 there and 2 here); nothing was overwritten"
+            in capsys.readouterr().err
+        )
         assert (folder / "fig1c.nc").read_bytes() == before
 
-    def test_list_names_every_figure(self, capsys):
-        cli.main(["reproduce", "list"])
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines] == list(FIGURES)
+
+def test_list_names_every_figure(capsys):
+    cli.main(["reproduce", "list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -111,21 +118,39 @@ def test_a_file_that_is_no_dataset_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "fig1c.nc").write_text("mine")
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "fig1c", "--out", str(tmp_path)])
-    assert "of another configuration" in capsys.readouterr().err
+    assert "fig1c.nc holds another figure (figure None there and fig1c here" in capsys.readouterr().err
     assert jax.config.jax_enable_x64
 
 
-def test_an_attempt_that_left_nothing_does_not_bind_the_next_one(tmp_path, capsys):
-    out = str(tmp_path / "out")
-    too_long = ["reproduce", "fig1a", "--size", "small", "--no-cache", "--out", out, "--set", "steps=40"]
+@pytest.mark.end_to_end
+def test_an_attempt_that_fails_before_it_has_a_part_leaves_nothing(tmp_path, capsys):
+    too_long = ["reproduce", "fig1a", "--size", "small", "--no-cache", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
-        cli.main([*too_long, "step=50.0", "flow_steps=16"])
+        cli.main([*too_long, "--set", "steps=40", "step=50.0", "flow_steps=16"])
     assert "gradient descent diverged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_only_finished_parts_bind_the_next_run(tmp_path):
     options = cli.Reproduce("fig1a", size="small", out=tmp_path / "out", set=("steps=41",))
     options.kept.mkdir(parents=True)
-    (options.kept / "configuration.json").write_text("that of a run that was killed")
+    (options.kept / "configuration.json").write_text(describe_run(options, settings_of("fig1a", "small")))
     assert cli.choose_settings(options).steps == 41
+    (options.kept / "lanes-000000.npz").write_text("a part")
+    with pytest.raises(ValueError, match=r"holds another interrupted run \(steps .* there and 41 here\)"):
+        cli.choose_settings(options)
+
+
+def test_the_numbers_of_a_figure_stand_next_to_their_references(monkeypatch):
+    numbers = [Number("slope of the gap", -1.0, -1.0), Number("loss", 0.25, None, "no reference")]
+    figure = SimpleNamespace(title="a figure", numbers=lambda data: numbers)
+    monkeypatch.setattr(reproduce, "find", lambda name: figure)
+    assert reproduce.render_numbers(cli.Reproduce("fig1c"), xarray.Dataset()).splitlines() == [
+        "fig1c: a figure",
+        "                  here  reference",
+        "slope of the gap    -1         -1",
+        "loss              0.25             no reference",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/figures/*.nc")), ids=lambda path: path.stem)
