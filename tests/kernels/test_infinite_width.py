@@ -350,7 +350,7 @@ def test_init_mlp_has_the_covariance_that_the_docstring_says(getkey):
     assert (np.abs(samples.T @ samples / len(samples) - expected) / scale).max() < 0.06
 
 
-@pytest.mark.parametrize(("activation", "bias", "depth"), [(*net, 3) for net in NETS] + [("relu", 0.0, 1)])
+@pytest.mark.parametrize(("activation", "bias", "depth"), [("relu", 0.0, 1), ("relu", 0.4, 3), ("erf", 0.0, 3)])
 def test_gradients_of_deep_kernels(activation, bias, depth):
     f = lambda a, b: deep_kernel(a, b, depth=depth, activation=activation, bias_variance=bias).tangent
     gradients, differences = derivatives(f)

@@ -74,8 +74,12 @@ def test_the_curve_is_sorted_and_relative_and_knows_what_is_left_out():
 
 def test_twice_the_data_have_the_curve_of_once_the_data():
     """What the axis i/(nk) is for: copies of the inputs change the eigenvalues and their number, but not the curve."""
-    f, w = lj.models.two_layer(jnp.tanh), lj.models.two_layer().init(jr.key(0), d=3, width=20)
-    x = jr.normal(jr.key(1), (10, 3))
+    rng = np.random.default_rng(0)
+    f, w = (
+        lj.models.two_layer(jnp.tanh),
+        {"a": jnp.asarray(rng.normal(size=20)), "b": jnp.asarray(rng.normal(size=(20, 3)))},
+    )
+    x = jnp.asarray(rng.normal(size=(10, 3)))
     once, twice = (normalized_spectrum(lj.spectrum(f, w, inputs)) for inputs in (x, jnp.concatenate([x, x])))
     np.testing.assert_allclose(twice[1][:10], once[1], rtol=1e-6)
     np.testing.assert_allclose(twice[0][:10], once[0] / 2)

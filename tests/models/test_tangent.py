@@ -21,27 +21,26 @@ def mixed(w, x):
 
 @pytest.fixture(scope="module")
 def problem():
-    keys = jr.split(jr.key(0), 5)
-    w0 = {
-        "a": jr.normal(keys[0], (6,)),
-        "b": jr.normal(keys[1], (6, 3)),
-        "c": jr.normal(keys[2], (4, 2)),
-        "row": jnp.array(1),
-        "scale": 1.5,
-    }
-    x = jr.normal(keys[3], (5, 3))
+    w0 = {"a": normal(0, 6), "b": normal(1, 6, 3), "c": normal(2, 4, 2), "row": jnp.array(1), "scale": 1.5}
+    x = normal(3, 5, 3)
     h = lambda w: mixed(w, x)
-    return h, w0, lj.linearize(h, w0), keys[4]
+    return h, w0, lj.linearize(h, w0), 4
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 def flat(tree):
-    return np.asarray(jax.flatten_util.ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0])
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return np.concatenate([np.ravel(np.asarray(leaf)) for leaf in leaves])
 
 
-def random_like(key, w):
-    coordinates, rest = eqx.partition(w, eqx.is_inexact_array)
-    vector, unravel = jax.flatten_util.ravel_pytree(coordinates)
-    return eqx.combine(unravel(jr.normal(key, vector.shape, vector.dtype)), rest)
+def random_like(seed, w):
+    """Other coordinates of the same shapes and dtypes."""
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype))
+    return jax.tree.map(lambda leaf: draw(leaf) if eqx.is_inexact_array(leaf) else leaf, w)
 
 
 def jacobian_of(h, w):
@@ -51,18 +50,18 @@ def jacobian_of(h, w):
 
 
 def test_a_model_linear_in_its_parameters_is_its_own_tangent_model_anywhere():
-    x = jr.normal(jr.key(0), (4, 6))
+    x = normal(0, 4, 6)
     h = lambda w: x @ w["w"] + w["b"]
-    tangent = lj.linearize(h, {"w": jr.normal(jr.key(1), (6,)), "b": jnp.ones((1,))})
+    tangent = lj.linearize(h, {"w": normal(1, 6), "b": jnp.ones((1,))})
     for scale in (1e-6, 1.0, 1e6):
-        w = {"w": scale * jr.normal(jr.key(2), (6,)), "b": jnp.full((1,), scale)}
+        w = {"w": scale * normal(2, 6), "b": jnp.full((1,), scale)}
         np.testing.assert_allclose(tangent(w), h(w), rtol=1e-13, atol=1e-13 * max(1, scale))
 
 
 def test_products_are_those_of_the_jacobian_and_leave_other_leaves_alone(problem):
     h, w0, tangent, key = problem
     jacobian = jacobian_of(h, w0)
-    u, r = random_like(key, w0), jr.normal(key, (5, 2))
+    u, r = random_like(key, w0), normal(key, 5, 2)
     np.testing.assert_allclose(tangent.jvp(u).ravel(), jacobian @ flat(u), rtol=1e-12, atol=1e-13)
     back = tangent.vjp(r)
     np.testing.assert_allclose(flat(back), jacobian.T @ np.asarray(r).ravel(), rtol=1e-12, atol=1e-13)
@@ -78,7 +77,7 @@ def test_products_are_those_of_the_jacobian_and_leave_other_leaves_alone(problem
 
 def test_the_two_products_are_adjoint_in_both_metrics(problem):
     _, w0, tangent, key = problem
-    u, r = random_like(key, w0), jr.normal(jr.key(7), (5, 2))
+    u, r = random_like(key, w0), normal(7, 5, 2)
     for mean in (True, False):
         weight = lj.square_loss(r, mean=mean).weight
         in_f = weight * jnp.sum(tangent.jvp(u) * r)  # <Dh u, r>_F
@@ -136,7 +135,7 @@ def test_parameters_without_coordinates_are_refused():
 def test_a_declared_zero_is_an_exact_zero_of_the_tangent_model(problem):
     h, w0, _, _ = problem
     w32 = jax.tree.map(lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a, w0)
-    x = jr.normal(jr.key(2), (5, 3), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 3)).astype(np.float32))
     w32["scale"] = jnp.float32(1.5)
     tangent = lj.linearize(lj.center(lambda w: mixed(w, x), w32), w32)
     np.testing.assert_array_equal(tangent.outputs, np.zeros((5, 2)))
@@ -147,14 +146,14 @@ def test_a_declared_zero_is_an_exact_zero_of_the_tangent_model(problem):
 
 
 def test_equinox_and_flax_models_linearize():
-    x = jr.normal(jr.key(1), (4, 3))
+    x = normal(1, 4, 3)
     net = eqx.nn.MLP(3, 2, 5, 1, activation=jnp.tanh, key=jr.key(0), dtype=jnp.float64)
     dense = linen.Sequential(
         [linen.Dense(5, param_dtype=jnp.float64), jnp.tanh, linen.Dense(2, param_dtype=jnp.float64)]
     )
     for h, w0 in [(lambda w: jax.vmap(w)(x), net), (lambda w: dense.apply(w, x), dense.init(jr.key(2), x))]:
         tangent = lj.linearize(h, w0)
-        jacobian, u = jacobian_of(h, w0), random_like(jr.key(3), w0)
+        jacobian, u = jacobian_of(h, w0), random_like(3, w0)
         np.testing.assert_allclose(tangent.jvp(u).ravel(), jacobian @ flat(u), rtol=1e-12, atol=1e-13)
         expected = np.asarray(h(w0)).ravel() + jacobian @ (flat(u) - flat(w0))
         np.testing.assert_allclose(tangent(u).ravel(), expected, rtol=1e-12, atol=1e-12)

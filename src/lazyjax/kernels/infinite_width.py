@@ -29,7 +29,9 @@ def arccos_kernel(
 ) -> Float[Array, "..."]:
     r"""Return the limit tangent kernel of two-layer ReLU nets of infinite width.
 
-    The nets are $f = m^{-1/2} \sum_j b_j \max(a_j \cdot x, 0)$, and $m \to \infty$. With $\varphi$ the angle of x and x', the input layer's part and the output layer's part are
+    The nets are $f = m^{-1/2} \sum_j b_j \max(a_j \cdot x, 0)$, and $m \to \infty$.
+
+    With $\varphi$ the angle of x and x', the input layer's part and the output layer's part are
 
     $$K^{(a)} = (x \cdot x') \frac{E(b^2)}{2\pi} (\pi - \varphi), \qquad
       K^{(b)} = |x| |x'| \frac{E\|a\|^2}{2\pi d} \bigl((\pi - \varphi) \cos\varphi + \sin\varphi\bigr),$$
@@ -224,7 +226,7 @@ def _inner(x1: Array, x2: Array) -> Array:
 
 @jax.custom_jvp
 def _angles(u1: Array, u2: Array) -> tuple[Array, Array]:
-    r"""Return $\pi - \varphi$ (at a zero row $\pi/2$) and $\sin\varphi$ of pairs of unit vectors, each to its last digits."""
+    r"""Return $\pi - \varphi$ (at a zero row $\pi/2$) and $\sin\varphi$ of unit vectors, each to its last digits."""
 
     def add(sums: tuple[Array, Array], coordinate: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         a, b = coordinate
