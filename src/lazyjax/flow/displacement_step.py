@@ -125,7 +125,7 @@ def _is_proportional(optimizer: optax.GradientTransformation, coordinates: Param
         return good & ~moved & (count < PROBES)
 
     def probe(carry: tuple[Array, Array, Array, Any]) -> tuple[Array, Array, Array, Any]:
-        """One more update for each of the gradients 0, 1, 1/REACH and REACH."""
+        """Return one more update for each of the gradients 0, 1, 1/REACH and REACH."""
         updates, states = jax.vmap(update)(jnp.asarray([0.0, 1.0, 1 / REACH, REACH]), carry[3])
         still, once, small, large = (jtu.tree_map(lambda leaf, i=i: leaf[i], updates) for i in range(4))
 

@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Weight:
-    """What a slot holds: a parameter leaf, its numbers scaled, reordered, and repeated along axes.
+    """The content of a slot: a parameter leaf, its numbers scaled, reordered, and repeated along axes.
 
     Attributes:
         leaf: Which leaf.
@@ -86,7 +86,7 @@ class ParameterUse:
 
 
 class LayerRule(abc.ABC):
-    """How the Jacobian of a parameter factors where one kind of equation uses it.
+    """A rule for how the Jacobian of a parameter factors if one kind of equation uses it.
 
     Attributes:
         name: In the table of `gram_plan`.
@@ -316,7 +316,7 @@ def find_uses(program: Program, num_leaves: int) -> dict[int, list[ParameterUse]
 
 
 class _Search:
-    """What is known of each slot while going through the lines."""
+    """The state of a walk through the lines: what is known of each slot."""
 
     def __init__(self, program: Program):
         self.program = program

@@ -29,7 +29,7 @@ SPATIAL_PRICE = 3.0
 
 @dataclass(frozen=True)
 class PlanPart:
-    """What is done with some leaves together.
+    """The part of a plan that treats some leaves together.
 
     Attributes:
         leaves: Their names.
@@ -48,7 +48,7 @@ class PlanPart:
 
 @dataclass(frozen=True, repr=False)
 class GramPlan:
-    """What `gram` will do; made by `gram_plan`. Printing it gives a table.
+    """The plan of what `gram` will do; made by `gram_plan`. Printing it gives a table.
 
     Attributes:
         parts: The leaves, those with shared cotangents together.

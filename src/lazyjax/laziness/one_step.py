@@ -27,7 +27,7 @@ from lazyjax.models.tangent import linearize, singular_values
 
 
 class StepCriterion(eqx.Module):
-    r"""What one gradient step does; made by `step_criterion`.
+    r"""The effect of one gradient step; made by `step_criterion`.
 
     Attributes:
         step_size: $\eta$, flow time.

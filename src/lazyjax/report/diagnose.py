@@ -67,7 +67,7 @@ UNITS = {
 
 
 class LazinessReport(eqx.Module):
-    r"""How lazily a model trains; made by `diagnose`. Printing it gives one screen of text.
+    r"""A report on how lazily a model trains; made by `diagnose`. Printing it gives one screen of text.
 
     Attributes:
         dataset: Everything measured, an `xarray.Dataset` over alpha, time, kernel mode and stop. Per alpha and time:
@@ -110,7 +110,7 @@ class LazinessReport(eqx.Module):
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        """The same screen, so that a notebook shows it."""
+        """Return the screen of `str`, so that a notebook shows it."""
         return str(self)
 
 

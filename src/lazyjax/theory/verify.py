@@ -97,7 +97,7 @@ class Verification(eqx.Module):
 
     @property
     def violations(self) -> int:
-        """How many corrected statements were violated, in all."""
+        """The number of corrected statements that were violated, in all."""
         return sum(score.violations for score in self.scores) + sum(not c.holds for c in self.counterexamples)
 
     def __str__(self) -> str:
@@ -188,7 +188,7 @@ def verify(
 
 
 class Trials(eqx.Module):
-    """All flows of a family; the axes are instance, alpha (and time).
+    """The flows of a family; the axes are instance, alpha (and time).
 
     Attributes:
         claims: The claims, each with these axes.

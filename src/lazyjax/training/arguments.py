@@ -32,7 +32,7 @@ LossOf = str | Callable[[Array], Loss]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    r"""What few trainings need; the `options` of `train`.
+    r"""Options that few trainings need; the `options` of `train`.
 
     Attributes:
         augment: (key, x) to changed inputs of a batch, such as `pad_and_crop`.

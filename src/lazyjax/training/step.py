@@ -40,21 +40,21 @@ class Lane(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a lane is: u (or w itself, for the plain difference), and the state of the optimizer."""
+    """The state of a lane: u (or w itself, for the plain difference), and the state of the optimizer."""
 
     position: Params
     optimizer: Any
 
 
 class TestSet(NamedTuple):
-    """What is evaluated after every epoch."""
+    """The data and measures that are evaluated after every epoch."""
 
     task: Task
     x: Array
 
 
 class TrainingSetup(eqx.Module):
-    """What all lanes of a training share.
+    """The setup that all lanes of a training share.
 
     Attributes:
         f: The model, without a constant of its own.

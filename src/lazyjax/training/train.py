@@ -195,7 +195,7 @@ class _Run:
 
     @property
     def saved(self) -> tuple:
-        """What a checkpoint keeps."""
+        """The content of a checkpoint."""
         return self.states, self.history, self.failed
 
     def restore(self, checkpoints: Checkpoints, epochs: int) -> None:
