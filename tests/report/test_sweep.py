@@ -153,7 +153,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
         lj.sweep(counted([]), over=AXIS, chunk=2, folder=folder)
     monkeypatch.undo()
     # Half-written, as by a full disk: it does not count.
-    (folder / "lanes-000004.npz.partial").write_bytes(b"PK")
+    (folder / ".lanes-000004.npz.partial").write_bytes(b"PK")
     lanes = []
     again = lj.sweep(counted(lanes), over=AXIS, chunk=2, folder=folder)
     jax.effects_barrier()

@@ -24,7 +24,7 @@ HIDDEN = (64, 64)
 """Hidden layers of the network that is trained if the user gives none."""
 
 GAIN = 0.5
-"""Its initial weights are this times those of Xavier: small enough that at alpha = 1 it learns features of digits."""
+"""The factor on the Xavier weights of that network: at alpha = 1 it is small enough to learn features of the digits."""
 
 
 def parse_alphas(texts: Sequence[str]) -> list[float]:

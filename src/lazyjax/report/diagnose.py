@@ -92,7 +92,7 @@ class LazinessReport(eqx.Module):
     certificate: Certificate | None = None
 
     def __str__(self) -> str:
-        """One screen: verdict, table, slopes, kernel."""
+        """Return one screen: verdict, table, slopes, kernel."""
         a = self.dataset.attrs
         head = (
             f"lazyjax report: {a['num_params']} parameters, {a['num_train']} training samples, {a['outputs']} outputs "

@@ -33,7 +33,7 @@ class Slope(eqx.Module):
         return Slope(self.value + by, self.first, self.last, self.points, self.theory + by)
 
     def __str__(self) -> str:
-        """The law in one line."""
+        """Return the law in one line."""
         if not np.isfinite(self.value):
             return f"no slope, only {self.points} point(s) between the numerical floor and saturation"
         return (
