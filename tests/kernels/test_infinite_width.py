@@ -370,7 +370,9 @@ def test_deep_kernels_under_vmap_and_of_traced_variances(getkey):
     mapped = jax.vmap(
         lambda a: jax.vmap(lambda b: deep_kernel(a, b, depth=2, weight_variance=1.5, bias_variance=0.1))(x)
     )
-    np.testing.assert_allclose(mapped(x).tangent, whole.tangent, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(mapped)(x).tangent, whole.tangent, rtol=1e-12)
+    assert str(whole).startswith("tangent kernel (4, 4), from ")
+    assert "covariance (4, 4)" in repr(whole)
     f = lambda weight, bias: deep_kernel(x[0], x[1], depth=2, weight_variance=weight, bias_variance=bias).tangent
     slopes = jax.jit(jax.grad(f, (0, 1)))(1.5, 0.1)
     for i, step in enumerate(((1e-6, 0.0), (0.0, 1e-6))):

@@ -122,7 +122,7 @@ class TestConvolution:
         assert "conv_general_dilated" not in there
 
     def test_pools_two_by_two(self):
-        x = jnp.asarray(np.random.default_rng(0).permutation(96.0).reshape(2, 4, 6, 2))
+        x = jnp.asarray(np.random.default_rng(0).permutation(np.arange(96.0)).reshape(2, 4, 6, 2))
         expected = np.asarray(x).reshape(2, 2, 2, 3, 2, 2).max((2, 4))
         np.testing.assert_array_equal(pool(x), expected)
 
@@ -189,7 +189,9 @@ def test_outputs_and_preactivations_are_the_textbooks(name, patches):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "patches"), [("vgg11", True), ("resnet18", False)])
+@pytest.mark.parametrize(
+    ("name", "patches"), [("vgg11", True), pytest.param("resnet18", False, marks=pytest.mark.end_to_end)]
+)
 def test_finite_jvp_and_linearize(name, patches):
     """Against the two evaluations in float64, and the derivative; in float32 at the paper's largest alpha."""
     f, w, x = net_of(name, patches=patches)

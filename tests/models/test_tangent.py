@@ -236,6 +236,7 @@ def test_the_metric_is_that_of_the_loss():
 def test_singular_values_of_one_number_and_of_several_outputs_a_sample():
     one = values_of(jnp.full((1, 1), 3.0), 100)
     np.testing.assert_allclose([one.largest, one.smallest], [3.0, 3.0], rtol=1e-15)
+    assert repr(one).startswith("singular values of Dh(w0): 3 down to 3\n")
     matrix = matrices(10, 12)["random"]
     tangent = lj.linearize(lambda w: (jnp.asarray(matrix) @ w).reshape(5, 2), jnp.zeros(12))
     got = singular_values(tangent, key=jr.key(5))
