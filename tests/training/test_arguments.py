@@ -119,6 +119,18 @@ def test_what_goes_wrong_at_the_start_is_refused():
         attempt(f=lambda w, x: jnp.inf * MLP(w, x))
 
 
+def test_an_optimizer_without_a_limit_is_refused_at_infinity(monkeypatch):
+    """By the check that descents have too."""
+
+    def refuse(optimizer, coordinates):
+        msg = f"{optimizer is SGD} {[leaf.shape for leaf in jax.tree.leaves(coordinates)]}"
+        raise ValueError(msg)
+
+    monkeypatch.setattr("lazyjax.training.arguments.check_proportional", refuse)
+    with pytest.raises(ValueError, match=r"True \[\(6,\), \(6, 3\), \(4,\), \(4, 6\)\]"):
+        attempt(alpha=np.array([1.0, np.inf]), w0=STACKED, stacked=True)
+
+
 def test_a_misplaced_keyword_is_an_error_of_python():
     with pytest.raises(TypeError, match="unexpected keyword argument 'chunk'"):
         lj.train(MLP, W0, X, LABELS, SGD, epochs=1, key=key(), chunk=2)

