@@ -1,5 +1,6 @@
 """The report: what it measures is what NumPy and SciPy find, and bad input stops it at once."""
 
+import doctest
 import itertools
 import math
 
@@ -311,6 +312,17 @@ def test_a_regression_without_test_data_and_without_preactivations_is_reported(s
     assert names >= {"kernel_time", "kernel_train_loss"}
     assert not names & {"kernel_test_loss", "kernel_train_accuracy"}
     assert "stopped when best" not in str(report)
+
+
+@pytest.mark.end_to_end
+def test_the_example_of_the_docstring_runs():
+    """It is skipped among the doctests: it takes half a minute."""
+    examples = doctest.DocTestParser().get_examples(lj.diagnose.__doc__)
+    for example in examples:
+        example.options.clear()
+    runner = doctest.DocTestRunner()
+    runner.run(doctest.DocTest(examples, {"diagnose": lj.diagnose, "jnp": jnp}, "diagnose", None, 0, None))
+    assert (runner.tries, runner.failures) == (6, 0)
 
 
 @pytest.mark.end_to_end
