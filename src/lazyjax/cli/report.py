@@ -31,17 +31,17 @@ class Report:
 
     Attributes:
         model: Your network: a file and a function in it, build(key) -> (f, params), with f(params, x) -> outputs
-            for a batch x. Default: a small tanh network of the size of the data.
+            for a batch x. If not given: a small tanh network of the size of the data.
         data: Your data: a .npz file with arrays x and y, and optionally x_test and y_test. Integer y are classes.
-            Default: the handwritten digits of scikit-learn.
+            If not given: the handwritten digits of scikit-learn.
         alphas: Output scales in (0, inf]; inf, the numerical floor, is added.
         loss: Square (classes become one-hot rows), softmax (cross-entropy), or logistic (two classes).
-        time: Flow time to train for, learning rate times steps. Default: until the tangent model has learned.
+        time: Flow time to train for, learning rate times steps. If not given: until the tangent model has learned.
         seed: Random seed of the initial weights of the network, and of the split of the digits.
-        train: Number of digits to train on, the others are for testing. Default: 256.
+        train: Number of digits to train on, the others are for testing. If not given: 256.
         x64: Compute in float64.
         out: Folder for the results; a folder with the results of another configuration is refused.
-        cache: Folder for compiled programs, which make the next run start sooner. Default: a folder of lazyjax in
+        cache: Folder for compiled programs, which make the next run start sooner. If not given: a folder of lazyjax in
             the user's cache folder, see `lazyjax info`.
         no_cache: Compile everything anew and keep nothing.
     """

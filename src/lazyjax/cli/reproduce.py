@@ -34,14 +34,14 @@ class Reproduce:
         figure: Name of the figure, for example fig1c; `lazyjax reproduce list` prints all names.
         size: Small takes between a few seconds and two minutes, default a few minutes on two cores; paper has the
             numbers of the paper, and gpu has them for deep networks, which take an accelerator.
-        data: Data set for the figures of deep networks: digits, fashion-mnist or cifar10. Default: digits at small
+        data: Data set for the figures of deep networks: digits, fashion-mnist or cifar10. If not given: digits at small
             size, fashion-mnist at default size, cifar10 at gpu size.
-        data_dir: Folder with the files of the data set. Default: where the Debian package dataset-fashion-mnist has
-            them.
+        data_dir: Folder with the files of the data set. If not given: where the Debian package dataset-fashion-mnist
+            has them.
         set: Settings to change, for example --set taus=0.1,1,10 seeds=2.
         seed: The first of the random seeds.
         out: Folder for the files; those of another configuration are not overwritten.
-        cache: Folder for compiled programs. Default: a folder of lazyjax in the user's cache folder.
+        cache: Folder for compiled programs. If not given: a folder of lazyjax in the user's cache folder.
         no_cache: Compile everything anew and keep nothing.
     """
 
