@@ -7,6 +7,7 @@ import pytest
 import xarray
 
 from figures import lines, numpy_descent, sample, scaled, texts
+from lazyjax.experiments import fig1ab_fig6_trajectories
 from lazyjax.experiments.fig1ab_fig6_trajectories import FIGURE_1A, FIGURE_6B, Settings, draw, numbers, run
 from lazyjax.experiments.figure import record
 
@@ -83,7 +84,8 @@ def test_trajectories_are_those_of_numpy():
     assert draw(data).axes
 
 
-@pytest.mark.end_to_end
-def test_too_long_a_step_is_refused():
+def test_too_long_a_step_is_refused(monkeypatch):
+    diverged = {"risk": np.array([1.0, np.nan]), "result": None}
+    monkeypatch.setattr(fig1ab_fig6_trajectories, "follow", lambda *_: diverged)
     with pytest.raises(ValueError, match=r"gradient descent diverged: step=5\.0 is too long at tau=2\.0"):
         run(dataclasses.replace(SETTINGS, step=5.0), seed=1)

@@ -1,5 +1,6 @@
 """Figure 4: random tangent kernels, their limit, the rate between them, and the drawing."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -22,8 +23,8 @@ def data():
 # ---- the experiment ----
 
 
-@pytest.mark.parametrize(("num", "together"), [(6, 4), (5, 0)])
-def test_realizations_are_the_random_feature_kernels_of_the_first_units(num, together, monkeypatch):
+def test_realizations_are_the_random_feature_kernels_of_the_first_units(monkeypatch):
+    num, together = 6, 4  # nets in two batches of three
     monkeypatch.setattr(limit_kernel, "JACOBIAN_BYTES", together * 3 * 5 * 10 * 8)
     x = np.random.default_rng(0).normal(size=(3, 4))
     kernels = sample_kernels(jr.key(1), jnp.asarray(7), x[:1], x, units=10, num=num)
@@ -34,6 +35,13 @@ def test_realizations_are_the_random_feature_kernels_of_the_first_units(num, tog
         on, features = z > 0, np.maximum(z, 0)
         expected = (x[0] @ x.T) * ((on[0] * on) @ w["a"] ** 2) / 7 + features @ features[0] / 7
         np.testing.assert_allclose(k, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_nets_larger_than_the_memory_are_computed_one_by_one(monkeypatch):
+    monkeypatch.setattr(limit_kernel, "JACOBIAN_BYTES", 0)
+    x = np.zeros((3, 4))
+    shape = eqx.filter_eval_shape(sample_kernels, jr.key(1), jnp.asarray(7), x[:1], x, units=10, num=5)
+    assert shape.shape == (5, 3)
 
 
 def test_the_limit_is_equation_8_on_the_unit_circle(data):
