@@ -1,7 +1,7 @@
 """`lazyjax reproduce`: the files of a figure, continuing after an interruption, and every bad request."""
 
+import importlib
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ ARGUMENTS = ["reproduce", "fig1c", "--size", "small", "--no-cache", "--set", *TI
 @pytest.mark.standard_promotion  # as the command line runs
 class TestFigure:
     def test_an_interrupted_figure_continues_and_writes_its_files(self, tmp_path, monkeypatch, capsys):
-        folder, swept = tmp_path / "out", sys.modules["lazyjax.report.sweep"]
+        folder, swept = tmp_path / "out", importlib.import_module("lazyjax.report.sweep")
         program, calls = swept._call, []
 
         def killed(*arguments):
