@@ -1,6 +1,6 @@
 r"""One function per theorem: numbers in, numbers out.
 
-Where each is: theorems 2.2 and 2.3 in `finite_horizon_2_2_2_3.py`, theorem 2.4 with lemmas B.1 and B.2 in
+Where each is: theorems 2.2 and 2.3 in `finite_horizon_2_2_and_2_3.py`, theorem 2.4 with lemmas B.1 and B.2 in
 `overparameterized_2_4.py`, theorem 2.5 in `underparameterized_2_5.py`, the lecture notes in `lecture_notes.py`,
 proposition A.1, wide nets and homogeneous models in `wide_and_homogeneous.py`.
 
@@ -27,7 +27,7 @@ Sources: Chizat, Oyallon, Bach, On lazy training in differentiable programming (
 on lazy training; Smith's report. Full references are in `docs/sources.md`.
 """
 
-from lazyjax.theory.bounds.finite_horizon_2_2_2_3 import (
+from lazyjax.theory.bounds.finite_horizon_2_2_and_2_3 import (
     HorizonBounds,
     lip_sigma,
     theorem_2_2,
