@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -11,12 +13,19 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import jax
 import jax.random as jr
+import jaxtyping
 import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+DEFAULT_SELECTION = "not end_to_end"
+
+QUICK_FLAGS = "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+QUICK_SETTINGS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+"""What more than halves the time of compilation, at the price of slower programs."""
 
 CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 
@@ -26,12 +35,31 @@ and XLA crashes without any left."""
 
 
 def pytest_configure(config):
-    """Let all workers of a run, and the commands that they start, share what they compile."""
-    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """Let all workers of a run share what they compile, and compile quickly in the default run.
+
+    Any other selection of tests (`-m end_to_end`, `-m optimized`, `-m ""`) compiles as a user's programs are compiled.
+    """
+    if hasattr(config, "workerinput"):
+        return  # a worker has the environment of the process that started it
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.stash[CACHE] = tempfile.TemporaryDirectory(prefix="lazyjax-tests-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[CACHE].name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    if config.option.markexpr == DEFAULT_SELECTION and "XLA_FLAGS" not in os.environ:
+        os.environ.update(QUICK_SETTINGS)
+        jax.config.update("jax_disable_most_optimizations", True)
+        if _knows(QUICK_FLAGS):
+            os.environ["XLA_FLAGS"] = QUICK_FLAGS
+
+
+def _knows(flags):
+    """Return whether this XLA knows flags: one that it does not know ends the process."""
+    env = {**os.environ, "XLA_FLAGS": flags}
+    return (
+        subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=env, capture_output=True).returncode
+        == 0
+    )
 
 
 def pytest_unconfigure(config):
@@ -57,6 +85,14 @@ def _dtype_promotion(request):
     else:
         with jax.numpy_dtype_promotion("standard"):
             yield
+
+
+@pytest.fixture
+def untyped():
+    """As for users: without the types that are checked in tests, which refuse an argument before the library does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -21,6 +21,9 @@ import problems
 from lazyjax.flow.closed_form import solve_tangent
 from problems import conv_net, normal, normal_like
 
+# Of the programs as a user gets them, whatever the default run compiles.
+pytestmark = pytest.mark.optimized
+
 EPS = 1e-3
 
 

@@ -232,6 +232,7 @@ def test_unfit_arguments_are_refused(call, match):
 # ---- center, symmetrize, rescale ----
 
 
+@pytest.mark.optimized
 @by_name
 def test_a_centered_model_is_exactly_zero_at_w0_in_float32_eager_and_compiled(name):
     f, w0, x = case(name)
@@ -259,6 +260,7 @@ def twice(h, c):
     return h(c), jax.linearize(h, c)[0]
 
 
+@pytest.mark.optimized
 @by_name
 def test_a_symmetrized_model_is_exactly_zero_at_its_start_in_float32_eager_and_compiled(name):
     f, w0, x = case(name)
