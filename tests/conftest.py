@@ -56,10 +56,8 @@ def pytest_configure(config):
 def _knows(flags):
     """Return whether this XLA knows flags: one that it does not know ends the process."""
     env = {**os.environ, "XLA_FLAGS": flags}
-    return (
-        subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=env, capture_output=True).returncode
-        == 0
-    )
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0
 
 
 def pytest_unconfigure(config):
