@@ -5,7 +5,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -182,14 +181,6 @@ def test_progress_is_shown_on_demand(capfd):
     descend(progress=True)
     jax.effects_barrier()
     assert "100.00%" in capfd.readouterr().err
-
-
-@pytest.fixture
-def untyped():
-    """As for users: without the types that are checked in tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 2.5, "ten"])

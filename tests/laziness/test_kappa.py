@@ -501,7 +501,7 @@ def test_many_outputs_have_an_upper_bound_of_dh():
 # ---- refusals ----
 
 
-def test_bad_arguments_are_refused(monkeypatch):
+def test_bad_arguments_are_refused(monkeypatch, untyped):
     h, loss, w0 = CENTERED.h, CENTERED.loss, CENTERED.w0
     ones = lj.square_loss(jnp.ones(2))
     with pytest.raises(ValueError, match="alpha must be a scale"):
