@@ -30,6 +30,7 @@ def plot_spectrum(spectra: Mapping[str, tuple[Any, Any]]) -> "matplotlib.figure.
         Chizat, Oyallon, Bach (2019), supplement C.3, Figure 7(b).
 
     Example:
+        >>> from lazyjax.kernels import normalized_spectrum
         >>> figure = plot_spectrum({"two modes": normalized_spectrum(np.array([4.0, 1.0]))})
         >>> print(figure.axes[0].get_xscale())
         log

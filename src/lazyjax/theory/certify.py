@@ -125,6 +125,7 @@ def certify(
         training. See `lazyjax.bounds` for each statement.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from lazyjax import square_loss
         >>> h, ts = lambda w: w + w**2 / 4, jnp.array([0.0, 0.1, 1.0, 4.0])
         >>> certificate = certify(h, square_loss(jnp.ones(1)), jnp.zeros(1), ts, alpha=50.0)
