@@ -284,7 +284,8 @@ def vgg11(*, patches: bool | None = None) -> VGG:
 
     Example:
         >>> net = vgg11()
-        >>> net(net.init(jax.random.key(0), width=1 / 32), jnp.ones((2, 32, 32, 3))).shape
+        >>> x, w = jnp.ones((2, 32, 32, 3)), jax.eval_shape(net.init, jax.random.key(0))
+        >>> jax.eval_shape(net, w, x).shape  # of the outputs net(w, x), without computing them
         (2, 10)
     """
     return VGG(patches)
@@ -308,7 +309,8 @@ def resnet18(*, patches: bool | None = None) -> ResNet:
 
     Example:
         >>> net = resnet18()
-        >>> net(net.init(jax.random.key(0), width=1 / 32), jnp.ones((2, 32, 32, 3))).shape
+        >>> x, w = jnp.ones((2, 32, 32, 3)), jax.eval_shape(net.init, jax.random.key(0))
+        >>> jax.eval_shape(net, w, x).shape  # of the outputs net(w, x), without computing them
         (2, 10)
     """
     return ResNet(patches)
