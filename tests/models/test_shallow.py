@@ -59,6 +59,10 @@ def normal(seed, *shape, dtype=float):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
+def linear(w, x):
+    return x @ w
+
+
 def over_root(w, x):
     """A product at the end of f is what a compiler likes to contract with the subtraction."""
     return lj.models.two_layer(jnp.tanh)(w, x) / np.float32(np.sqrt(12))
@@ -373,6 +377,17 @@ def test_rescaling_multiplies_the_outputs_in_their_dtype():
 
 
 # ---- declared zeros ----
+
+
+@pytest.mark.parametrize("wrap", [lj.center, lj.linearize, lambda h, w0: lj.rescale(h, 2.0), lambda h, w0: h])
+def test_jax_takes_models_that_hold_arrays_where_it_takes_functions(wrap):
+    w0 = normal(0, 3)
+    h = wrap(on_data(linear, normal(1, 4, 3)), w0)
+    w, outputs = w0 + 1, h(w0 + 1)
+    for found in (jax.jit(h)(w), jax.checkpoint(h)(w), jax.lax.cond(True, h, h, w)):
+        np.testing.assert_allclose(found, outputs, rtol=1e-14)
+    assert h == h
+    assert h != jax.tree.map(lambda leaf: leaf, h)
 
 
 def test_zero_is_declared_at_w0_through_every_wrapper_and_nowhere_else():

@@ -21,7 +21,22 @@ from lazyjax._core.checks import is_concrete, split_params
 from lazyjax._core.types import Model, Params, RealScalar
 
 
-class Centered(eqx.Module):
+class IdentityHashed(eqx.Module):
+    """A model that holds arrays, hashed and compared by identity, as functions are.
+
+    The hash of a module's arrays would fail, and with it `jax.jit(h)`, `jax.checkpoint(h)` and `jax.lax.cond(..., h)`.
+    """
+
+    def __hash__(self) -> int:
+        """Return a hash of the object, not of its arrays."""
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other one is the very same object; `equinox.tree_equal` compares what they hold."""
+        return self is other
+
+
+class Centered(IdentityHashed):
     """The model $w, x... -> f(w, x...) - f(w_0, x...)$; made by `center`."""
 
     f: Model
@@ -110,7 +125,7 @@ def symmetrize(f: Model, w0: Params) -> tuple[Symmetrized, tuple[Params, Params]
     return Symmetrized(f), (w0, w0)
 
 
-class Rescaled(eqx.Module):
+class Rescaled(IdentityHashed):
     """The model $w, x... -> c f(w, x...)$; made by `rescale`."""
 
     f: Model
@@ -158,7 +173,7 @@ def rescale(h: Model, factor: RealScalar) -> Rescaled:
     return Rescaled(h, value)
 
 
-class OnData(eqx.Module):
+class OnData(IdentityHashed):
     """The model $w -> f(w, x)$, which holds its inputs; made by `on_data`."""
 
     f: Model

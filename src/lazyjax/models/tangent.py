@@ -19,10 +19,10 @@ from lazyjax._core.lanczos import lanczos
 from lazyjax._core.show import show
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.losses.loss import Loss
-from lazyjax.models.maps import declares_zero, same_params
+from lazyjax.models.maps import IdentityHashed, declares_zero, same_params
 
 
-class Tangent(eqx.Module):
+class Tangent(IdentityHashed):
     """A model linearized at w0; made by `linearize`.
 
     Attributes:
