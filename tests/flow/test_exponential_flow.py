@@ -16,6 +16,7 @@ import lazyjax as lj
 from helpers import relative_error
 from lazyjax.flow.choose_solver import name_of
 from lazyjax.flow.result import as_result, is_result
+from lazyjax.flow.step_collapse import WINDOW
 from problems import normal
 
 EXPONENTIAL = lj.TangentExponential("dense")
@@ -144,20 +145,20 @@ def test_infinite_time_takes_a_bounded_number_of_steps_and_says_whether_it_arriv
     x = np.array(h.x)
     x[1] = x[0] + 1e-5  # two inputs almost the same: the smallest eigenvalue is 5e-10
     near = lj.on_data(h.f, jnp.asarray(x))
-    ts, options = np.array([0.0, 1.0, np.inf]), {"max_steps": 150, "throw": False}
+    ts, options = np.array([0.0, 1.0, np.inf]), {"max_steps": 60, "throw": False}
     for model, alpha in [(h, 1e4), (h, np.inf), (near, 1e8), (near, np.inf)]:
         run = flow((model, loss, w0), ts, alpha=alpha, **options)
         assert bool(run.result == lj.RESULTS.successful)
         # A new Gram costs four steps here, so that fewer steps and more Grams would take longer.
-        assert steps(run) < 100
+        assert steps(run) <= 30
         first, last = (
             float(gradient_norm(model, loss, w0, at(run.displacement, i), jnp.asarray(alpha), at(run.outputs, i)))
             for i in (0, -1)
         )
         assert last < 2e-6 * first
-    run = flow(LAZY, ts, alpha=1.0, **options)
+    run = flow(LAZY, ts, alpha=1.0, **options)  # it needs 120
     assert bool(run.result == lj.RESULTS.max_steps_reached)
-    assert steps(run) == 150
+    assert steps(run) == options["max_steps"]
     assert str(run.result).startswith("max_steps_reached: The maximum number of solver steps was reached")
 
 
@@ -197,20 +198,21 @@ def test_gradients_of_a_flow_are_finite_differences():
 
 # ---- kinks ----
 
-SLIDING = problem(0.1, n=15, d=2, width=20, activation=jax.nn.relu, seed=1)
+SLIDING = problem(0.1, n=15, d=2, width=20, activation=jax.nn.relu, seed=7)
 SLIDING_TIMES = np.array([0.0, 1.0, 20.0])
 
 
 @pytest.mark.parametrize("solver", [EXPONENTIAL, diffrax.Tsit5()], ids=["exponential", "explicit"])
 def test_a_flow_that_slides_along_a_kink_is_stopped_and_named(solver):
-    run = flow(SLIDING, SLIDING_TIMES, solver=solver, throw=False, max_steps=4096)
+    max_steps = 4096
+    run = flow(SLIDING, SLIDING_TIMES, solver=solver, throw=False, max_steps=max_steps)
     assert bool(run.result == lj.RESULTS.steps_collapsed)
     assert bool(run.result != diffrax.RESULTS.successful)
-    assert 256 < steps(run) < 1500
+    assert WINDOW < steps(run) < max_steps / 4
     # What came before is kept.
     np.testing.assert_array_equal(np.isfinite(run.loss), [True, True, False])
     with pytest.raises(eqx.EquinoxRuntimeError, match=r"slides along a kink.*lazyjax.gradient_descent"):
-        flow(SLIDING, SLIDING_TIMES, solver=solver, max_steps=4096)
+        flow(SLIDING, SLIDING_TIMES, solver=solver, max_steps=max_steps)
 
 
 def test_the_remedies_go_through():

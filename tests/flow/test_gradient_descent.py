@@ -194,3 +194,9 @@ def test_what_is_no_optimizer_is_refused(untyped):
         descend(optimizer=0.1)
     with pytest.raises(ValueError, match="alpha must be a scale"):
         descend(alpha=-1.0)
+
+
+def test_a_start_that_is_not_finite_at_one_sample_is_refused():
+    w0 = jnp.asarray(np.array([1.0, 1.0, 0.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"h\(w0\) must be finite, but 1 of its 5"):
+        descend(CENTERED._replace(h=lambda w: 1 / w, w0=w0))

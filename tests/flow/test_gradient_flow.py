@@ -442,6 +442,7 @@ def test_a_rounding_residue_that_alpha_makes_large_is_warned_of():
     [
         (lambda w: jnp.sqrt(w), np.zeros(5), ValueError, "h must be differentiable at w0, but 5 of 5"),
         (lambda w: jnp.log(w), -np.ones(5), ValueError, r"h\(w0\) must be finite, but 5 of its 5"),
+        (lambda w: 1 / w, np.array([1.0, 1, 0, 1, 1]), ValueError, r"h\(w0\) must be finite, but 1 of its 5"),
         (lambda w: w, np.array([1.0, np.nan, 1, 1, 1]), ValueError, r"w0 must be finite, but 1 of its 5.*\(1,\)"),
         (lambda w: 1.0 * w, np.arange(5), TypeError, "at least one real floating array"),
         (lambda w: w.real, np.ones(5, complex), TypeError, "complex"),

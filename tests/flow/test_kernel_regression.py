@@ -466,7 +466,7 @@ SPOILT = np.where(np.arange(20).reshape(5, 4) == 6, np.nan, X_TEST)
             ValueError,
             r"x_test must be finite, .* index \(1, 2\)",
         ),
-        ({"f": lambda w, x: jnp.sqrt(x[:, 0] + f1(w, x) ** 2)}, ValueError, r"h\(w0\) must be finite"),
+        ({"f": lambda w, x: jnp.sqrt(x[:, 0] + 2) + f1(w, x)}, ValueError, r"h\(w0\) must be finite, but 1 of its 7"),
         ({"f": lambda w, x: f1(w, x) - jnp.mean(f1(w, x))}, ValueError, "f must treat every sample by itself"),
         ({"w0": {}}, TypeError, "w0 must hold at least one real floating array"),
     ],

@@ -63,7 +63,9 @@ def biased(seed, activation, *, n=5, d=3, width=8):
 SOFTPLUS, RELU = biased(4, jax.nn.softplus), biased(6, jax.nn.relu)
 MODULE = Net(normal(7, 3, 2), jnp.asarray(np.array([1, -1])), "net")
 CASES = {
-    "square, relu": (RELU[0], CENTERED.loss, RELU[1], TIMES),
+    # By t = 8 the outputs' correction has fallen to 2e-4, and the tolerance of the flows, times alpha = 1e5, is a tenth
+    # of how far the gap is from its limit: the order of what is left is seen at earlier times only.
+    "square, relu": (RELU[0], CENTERED.loss, RELU[1], TIMES / 2),
     "logistic, softplus": (SOFTPLUS[0], LOGISTIC, SOFTPLUS[1], FINE),
     "softmax, an Equinox module": (
         lj.on_data(lj.center(call, MODULE), normal(8, 4, 3)),
@@ -342,6 +344,7 @@ def test_a_start_on_a_kink_is_refused_in_either_precision():
     [
         (lambda w: jnp.abs(w) ** 1.5 + w, np.zeros(5), ValueError, r"twice differentiable at w0, but 5 of 5 entries"),
         (lambda w: jnp.sqrt(w), np.zeros(5), ValueError, "h must be differentiable at w0, but 5 of 5"),
+        (lambda w: w / (w - 2), np.array([0.0, 0, 2, 0, 0]), ValueError, r"h\(w0\) must be finite, but 1 of its 5"),
         (lambda w: w, np.array([1.0, np.nan, 1, 1, 1]), ValueError, r"w0 must be finite, but 1 of its 5.*\(1,\)"),
         (lambda w: 1.0 * w, np.arange(5), TypeError, "at least one real floating array"),
         (lambda w: w, np.zeros(4), ValueError, r"outputs \(4,\) and target \(5,\)"),

@@ -191,3 +191,9 @@ def test_stability_under_jit_and_vmap_loses_no_sign():
 def test_a_model_without_preactivations_has_no_stability():
     with pytest.raises(TypeError, match=r"f.preactivations\(w, x\)"):
         activation_stability(lambda w, x: x @ w, jnp.ones(2), jnp.ones(2), jnp.ones((3, 2)))
+
+
+def test_a_start_that_is_not_finite_at_one_sample_is_refused():
+    w0, ts = jnp.asarray(np.array([1.0, 0.0, 1.0])), jnp.asarray(np.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"h\(w0\) must be finite, but 1 of its 3"):
+        lj.compare(lambda w: 1 / w, lj.square_loss(jnp.asarray(np.ones(3))), w0, ts, alpha=1.0)
