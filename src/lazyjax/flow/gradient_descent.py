@@ -16,10 +16,9 @@ from jaxtyping import Array, Float
 from lazyjax._core.checks import check_alpha, is_concrete
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.flow.displacement_step import check_optimizer, check_proportional, displacement_step
-from lazyjax.flow.field import make_field
+from lazyjax.flow.field import ScaledObjective
 from lazyjax.flow.start import check_start
 from lazyjax.losses.loss import Loss, as_loss
-from lazyjax.models.tangent import Tangent, linearize
 
 
 class Descent(eqx.Module):
@@ -113,35 +112,21 @@ def gradient_descent(
     zero_start = check_start(h, loss, w0, alpha, rtol=1e-6)
     if is_concrete((alpha, w0)) and bool(np.isinf(alpha)):
         check_proportional(optimizer, eqx.filter(w0, eqx.is_inexact_array))
-    model = (h.h, h.w0) if isinstance(h, Tangent) else (h, None)
-    scale = jnp.asarray(alpha, float)
-    descent = _gradient_descent(
-        model, loss, w0, optimizer, int(steps), scale, zero_start=zero_start, progress=progress, throw=throw
-    )
+    objective = ScaledObjective.of(h, loss, w0, alpha, zero_start)
+    descent = _gradient_descent(objective, optimizer, int(steps), progress=progress, throw=throw)
     return descent.result.error_if(descent, descent.result != RESULTS.successful) if throw else descent
 
 
 @eqx.filter_jit
 def _gradient_descent(
-    model: tuple[Model, Params | None],
-    loss: Loss,
-    w0: Params,
-    optimizer: optax.GradientTransformation,
-    steps: int,
-    alpha: RealScalar,
-    *,
-    zero_start: bool,
-    progress: bool,
-    throw: bool,
+    objective: ScaledObjective, optimizer: optax.GradientTransformation, steps: int, *, progress: bool, throw: bool
 ) -> Descent:
-    h, anchor = model
-    h = h if anchor is None else linearize(h, anchor)
-    field = make_field(h, loss, w0, alpha, zero_start=zero_start, throw=throw)
-    alpha = jnp.asarray(alpha, field.start.dtype)
+    field = objective.field(throw=throw)
+    alpha = objective.alpha.astype(field.start.dtype)
     meter: Any = diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
 
     def value_of(u: Params) -> Array:
-        return loss(field.outputs(u))
+        return field.loss(field.outputs(u))
 
     def step(carry: tuple[Params, Any, Any], i: Array) -> tuple[tuple[Params, Any, Any], Array]:
         u, state, meter_state = carry
