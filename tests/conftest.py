@@ -23,7 +23,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 DEFAULT_SELECTION = "not end_to_end"
 
-QUICK_FLAGS = "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+WHOLE_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
+"""Compiles a program as one piece: the workers keep all cores busy already."""
+QUICK_FLAGS = f"{WHOLE_FLAGS} --xla_cpu_use_fusion_emitters=false"
 QUICK_SETTINGS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 """What more than halves the time of compilation, at the price of slower programs."""
 
@@ -46,11 +48,13 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[CACHE].name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    if config.option.markexpr == DEFAULT_SELECTION and "XLA_FLAGS" not in os.environ:
+    quick = config.option.markexpr == DEFAULT_SELECTION
+    if quick:
         os.environ.update(QUICK_SETTINGS)
         jax.config.update("jax_disable_most_optimizations", True)
-        if _knows(QUICK_FLAGS):
-            os.environ["XLA_FLAGS"] = QUICK_FLAGS
+    flags = QUICK_FLAGS if quick else WHOLE_FLAGS
+    if "XLA_FLAGS" not in os.environ and _knows(flags):
+        os.environ["XLA_FLAGS"] = flags
 
 
 def _knows(flags):
