@@ -48,6 +48,8 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[CACHE].name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    # XLA says of each program that it loads from a cache on a CPU that it "could lead to SIGILL", on the same machine too.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     quick = config.option.markexpr == DEFAULT_SELECTION
     if quick:
         os.environ.update(QUICK_SETTINGS)

@@ -455,7 +455,8 @@ def test_derivatives_of_a_model_may_be_differenced():
     for name, doubles, right, singles in each(ours, differences, single_precision(h, w0, u, eps)):
         # At alpha = 1 the attention scores move by 80 and saturate the softmax: the new end of the step, old plus
         # delta, is rounded in proportion to that move, where the plain difference would have exact zeros and ones.
-        bound = 3e-5 if name == "attention" else 5e-6
+        # Elsewhere 64 roundings: in which order sums are rounded depends on how the program was compiled.
+        bound = 3e-5 if name == "attention" else 64 * np.finfo(np.float32).eps
         for i, e in enumerate(eps):
             assert relative_error(singles[i], doubles[i]) < bound, name
             if i < 3:
