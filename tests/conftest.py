@@ -48,7 +48,7 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[CACHE].name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    # XLA says of each program that it loads from a cache on a CPU that it "could lead to SIGILL", on the same machine too.
+    # On a CPU XLA says of each program from a cache that it "could lead to SIGILL", also on the machine that made it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     quick = config.option.markexpr == DEFAULT_SELECTION
     if quick:
