@@ -1,6 +1,5 @@
 # The public names: the main ones flat, the rest in the namespaces of their packages.
 
-# Losses on outputs, and finite differences without cancellation.
 # The namespaces.
 from . import data as data
 from . import difference as difference
@@ -14,6 +13,8 @@ from . import plot as plot
 from . import report as report
 from . import theory as theory
 from . import training as training
+
+# Finite differences without cancellation.
 from .difference import finite_jvp as finite_jvp
 
 # The flow, the descent, and what is known of the tangent flow in closed form.
@@ -43,13 +44,15 @@ from .laziness import compare as compare
 from .laziness import kappa as kappa
 from .laziness import lipschitz as lipschitz
 from .laziness import track as track
+
+# Losses on outputs.
 from .losses import Loss as Loss
 from .losses import logistic_loss as logistic_loss
 from .losses import softmax_cross_entropy as softmax_cross_entropy
 from .losses import square_loss as square_loss
-from .models import Tangent as Tangent
 
 # Maps between models, and the tangent model.
+from .models import Tangent as Tangent
 from .models import center as center
 from .models import linearize as linearize
 from .models import on_data as on_data

@@ -105,7 +105,7 @@ def gradient_flow(
 ) -> Flow:
     r"""Follow $w'(t) = -\nabla F_\alpha(w(t))$, $F_\alpha(w) = R(\alpha h(w))/\alpha^2$, from $w(t_0) = w_0$.
 
-    Give it `h` for the model and `linearize(h, w0)` for its linear twin: the same call. Everything runs in
+    Give it `h` for the model and `linearize(h, w0)` for its tangent model: the same call. Everything runs in
     $u = \alpha(w - w_0)$ with cancellation-free differences, so float32 is right at any alpha.
 
     Args:

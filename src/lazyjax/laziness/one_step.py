@@ -73,7 +73,7 @@ def step_criterion(
         loss: R on outputs.
         w0: Start.
         alpha: Output scale in (0, inf].
-        step_size: $\eta$; None: $1/(M \|Dh(w_0)\|^2)$ with the loss's smoothness M (1 for a loss of your own).
+        step_size: $\eta$; None: $1/(M \|Dh(w_0)\|^2)$ with the loss's smoothness M (1 if it declares none).
         key: For the Lanczos start; None for a fixed one.
 
     Returns:
