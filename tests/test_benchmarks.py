@@ -251,13 +251,13 @@ class TwoLayers:
     def preactivations(self, w, x):
         return [x.reshape(x.shape[0], -1) @ w["b"]]
 
+    def init(self, key, *, width, shape, gain, dtype):
+        return {"a": jr.normal(key, (4, 10), dtype), "b": 0.01 * jr.normal(key, (np.prod(shape), 4), dtype)}
+
 
 @pytest.mark.end_to_end
 def test_gpu_training_with_a_toy_network(monkeypatch):
-    def init(key, *, width, shape, gain, dtype):
-        return {"a": jr.normal(key, (4, 10), dtype), "b": 0.01 * jr.normal(key, (np.prod(shape), 4), dtype)}
-
-    monkeypatch.setitem(NETWORKS, "two_layers", (TwoLayers, init))
+    monkeypatch.setitem(NETWORKS, "two_layers", TwoLayers)
     settings = dataclasses.replace(gpu_train.SIZES["smoke"], network="two_layers")
     found, data = gpu_train.question(settings, None, 64)
     # Two products, and one comparison a hidden unit.

@@ -172,6 +172,8 @@ FAST = optax.sgd(1e3)
 def test_a_diverging_descent_says_so():
     run = descend(optimizer=FAST, steps=200, throw=False)
     assert bool(run.result == diffrax.RESULTS.nonfinite)
+    assert bool(run.result == lj.RESULTS.nonfinite)
+    assert str(run.result).startswith("nonfinite: ")
     assert "became NaN or infinite" in str(run)
     with pytest.raises(eqx.EquinoxRuntimeError, match="Nonfinite"):
         descend(optimizer=FAST, steps=200)

@@ -13,16 +13,12 @@ from lazyjax.theory.verify import verify
 SMALL = (FAMILIES[0], FAMILIES[3])
 
 
-@pytest.fixture(scope="module")
-def found():
+def run():
     lines = []
-    out = verify(instances=2, families=SMALL, report=lines.append)
-    return out, lines
+    return verify(instances=2, families=SMALL, report=lines.append), lines
 
 
-@pytest.mark.end_to_end
-def test_nothing_is_violated_and_everything_applies_somewhere(found):
-    out, lines = found
+def check_nothing_is_violated_and_everything_applies_somewhere(out, lines):
     assert (out.violations, out.stopped, out.flows) == (0, 0, 28)
     assert [score.violations for score in out.scores] == [0] * len(out.scores)
     assert all(score.instances > 0 for score in out.scores)
@@ -32,16 +28,14 @@ def test_nothing_is_violated_and_everything_applies_somewhere(found):
     assert lines[0].startswith("1/2: two-layer tanh")
 
 
-@pytest.mark.end_to_end
-def test_rates_are_those_of_theorem_2_2(found):
-    for rates in found[0].rates:
+def check_rates_are_those_of_theorem_2_2(out):
+    for rates in out.rates:
         for name, (low, high) in rates.fitted.items():
             assert rates.expected[name] - 0.05 < low <= high < rates.expected[name] + 0.05
 
 
-@pytest.mark.end_to_end
-def test_printed_forms_fail_where_they_are_false_and_corrections_hold(found):
-    errors = {c.source: c for c in found[0].counterexamples}
+def check_printed_forms_fail_where_they_are_false_and_corrections_hold(out):
+    errors = {c.source: c for c in out.counterexamples}
     assert all(c.holds for c in errors.values())
     refuted = {name: c.refuted for name, c in errors.items()}
     assert refuted["poster, infinite horizon"] == pytest.approx(2 / 3)
@@ -56,20 +50,29 @@ def test_printed_forms_fail_where_they_are_false_and_corrections_hold(found):
     assert float(finite.true[0] / finite.true[-1]) > 9
 
 
-@pytest.mark.end_to_end
-def test_it_prints_three_tables(found):
-    text = str(found[0])
+def check_it_prints_three_tables(out):
+    text = str(out)
     assert "28 random flows" in text
     assert "0 violation(s)" in text
     for word in ("LN 5", "exponents of alpha", "as printed"):
         assert word in text
 
 
-@pytest.mark.end_to_end
-def test_the_command_prints_and_tells_by_its_code(monkeypatch, capsys, found):
-    monkeypatch.setattr(cli, "verify", lambda **options: found[0])
+def check_the_command_prints_and_tells_by_its_code(out, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "verify", lambda **options: out)
     cli.main(["verify", "--instances", "2"])
     assert "0 violation(s)" in capsys.readouterr().out
+
+
+@pytest.mark.end_to_end
+def test_the_whole_theory_on_two_families(monkeypatch, capsys):
+    """One test, since the runs that all checks look at take a minute."""
+    out, lines = run()
+    check_nothing_is_violated_and_everything_applies_somewhere(out, lines)
+    check_rates_are_those_of_theorem_2_2(out)
+    check_printed_forms_fail_where_they_are_false_and_corrections_hold(out)
+    check_it_prints_three_tables(out)
+    check_the_command_prints_and_tells_by_its_code(out, monkeypatch, capsys)
 
 
 def test_the_curved_loss_is_what_it_says():

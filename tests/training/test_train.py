@@ -204,11 +204,12 @@ def linear(w, x):
     return x @ w
 
 
-def test_a_loss_of_ones_own_is_taken_on_every_batch():
-    """Summed squares of a linear model: gradient descent by NumPy on the whole data."""
+def test_a_loss_and_an_optimizer_of_ones_own_are_taken_on_every_batch():
+    """Summed squares of a linear model: gradient descent by NumPy on the whole data; the state is a Python number."""
     y, w = np.asarray(X)[:, 0] + 1.0, np.zeros(3)
     sums = functools.partial(lj.square_loss, mean=False)
-    run = train(linear, jnp.zeros(3), X, y, optax.sgd(0.01), loss=sums, alpha=1.0, batch_size=N)
+    own = optax.GradientTransformation(lambda w: 0, lambda g, count, w=None: (-0.01 * g, count + 1))
+    run = train(linear, jnp.zeros(3), X, y, own, loss=sums, alpha=1.0, batch_size=N)
     losses = []
     for _ in range(EPOCHS):
         residual = np.asarray(X) @ w - y

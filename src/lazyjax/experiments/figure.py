@@ -9,10 +9,11 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from lazyjax._core.records import versions
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -41,9 +42,6 @@ FIGURES: dict[str, str] = {
 
 `find` gives the object; a file is imported when its figure is asked for.
 """
-
-PACKAGES = ("lazyjax", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy", "scipy")
-"""The packages whose versions are recorded in a dataset."""
 
 
 class Number(NamedTuple):
@@ -155,8 +153,8 @@ def _convert(name: str, value: Any, present: Any) -> Any:
 def record(dataset: "xarray.Dataset", settings: Any, seed: int, **more: Any) -> "xarray.Dataset":
     """Return the dataset with every setting, the seed and all versions in its attributes."""
     chosen = {f"setting_{name}": plain(value) for name, value in dataclasses.asdict(settings).items()}
-    versions = {f"version_{name}": version(name) for name in PACKAGES}
-    return dataset.assign_attrs({**chosen, "seed": seed, **{k: plain(v) for k, v in more.items()}, **versions})
+    installed = {f"version_{name}": number for name, number in versions().items()}
+    return dataset.assign_attrs({**chosen, "seed": seed, **{k: plain(v) for k, v in more.items()}, **installed})
 
 
 def plain(value: Any) -> Any:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from diffrax import RESULTS
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_alpha, is_concrete
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.flow.displacement_step import check_optimizer, check_proportional, displacement_step
 from lazyjax.flow.field import ScaledObjective
+from lazyjax.flow.result import RESULTS, Result, as_result, check_successful
 from lazyjax.flow.start import check_start
 from lazyjax.losses.loss import Loss, as_loss
 
@@ -38,7 +38,7 @@ class Descent(eqx.Module):
     outputs: Outputs
     loss: Float[Array, " steps"]
     alpha: Float[Array, ""]
-    result: RESULTS
+    result: Result
 
     def __str__(self) -> str:
         """Return the loss at the first and the last step, in a line per lane if there are lanes."""
@@ -114,7 +114,7 @@ def gradient_descent(
         check_proportional(optimizer, eqx.filter(w0, eqx.is_inexact_array))
     objective = ScaledObjective.of(h, loss, w0, alpha, zero_start)
     descent = _gradient_descent(objective, optimizer, int(steps), progress=progress, throw=throw)
-    return descent.result.error_if(descent, descent.result != RESULTS.successful) if throw else descent
+    return check_successful(descent.result, descent) if throw else descent
 
 
 @eqx.filter_jit
@@ -143,5 +143,6 @@ def _gradient_descent(
     meter.close(meter_state)
     outputs = field.outputs(u)
     finite = jnp.all(jnp.isfinite(values)) & jnp.all(jnp.isfinite(outputs))
-    result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)  # pyright: ignore[reportArgumentType]
+    where = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)  # pyright: ignore[reportArgumentType]
+    result = as_result(where)
     return Descent(eqx.combine(field.moved(u), field.rest), u, outputs, values, alpha, result)

@@ -224,5 +224,5 @@ def _stability(f: Any, w0: Params, w: Params, x: Array) -> Array:
     # Counted in whole numbers: jax 0.10.1 on a CPU loses terms of a mean of comparisons under jit and vmap.
     same = [jnp.sum((a > 0) == (b > 0), dtype=jnp.int32) / a.size for a, b in zip(first, last, strict=True)]
     # No comparison with NaN is true: a diverged network would keep the activations that were off.
-    spoilt = jnp.any(jnp.stack([jnp.any(jnp.isnan(a)) for a in [*first, *last]]))
-    return jnp.where(spoilt, jnp.nan, jnp.mean(jnp.stack(same)))
+    broken = jnp.any(jnp.stack([jnp.any(jnp.isnan(a)) for a in [*first, *last]]))
+    return jnp.where(broken, jnp.nan, jnp.mean(jnp.stack(same)))

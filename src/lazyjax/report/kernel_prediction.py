@@ -55,8 +55,8 @@ class Spectrum(eqx.Module):
 def diagonalize(problem: Problem) -> Spectrum:
     """Compute the spectrum of the kernel, all of it up to 4096 outputs, and choose what to follow the flows with.
 
-    The exponential solver if one eigendecomposition serves all lanes; Tsit5 above that size, and for other losses,
-    whose Hessian fades as they are fitted, and the stiffness with it.
+    The exponential solver if one eigendecomposition serves all lanes; Tsit5 above that size, and for other losses:
+    the Hessian of a cross-entropy fades as it is fitted, and the stiffness with it.
 
     Raises:
         ValueError: the kernel is zero: no first-order change of the outputs, nothing for a tangent model to learn.

@@ -97,7 +97,8 @@ class TrainingSetup(eqx.Module):
         """Return the state before the first step."""
         position = lane.w0 if self.plain else jtu.tree_map(jnp.zeros_like, lane.w0)
         # Of the types that a step returns, so that the first epoch is the program of the others.
-        memory = jtu.tree_map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), self.optimizer.init(lane.w0))
+        arrays = jtu.tree_map(jnp.asarray, self.optimizer.init(lane.w0))
+        memory = jtu.tree_map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), arrays)
         return State(position, memory)
 
     def coordinates(self, lane: Lane, position: Params) -> Params:
