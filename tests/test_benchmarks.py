@@ -261,7 +261,7 @@ def test_gpu_training_with_a_toy_network(monkeypatch):
     settings = dataclasses.replace(gpu_train.SIZES["smoke"], network="two_layers")
     found, data = gpu_train.question(settings, None, 64)
     # Two products, and one comparison a hidden unit.
-    assert gpu_train.forward_flops(settings, gpu_train._deep.load(settings, None)) == 2 * (1024 * 4 + 4 * 10) + 4
+    assert gpu_train.forward_flops(settings, gpu_train.deep.load(settings, None)) == 2 * (1024 * 4 + 4 * 10) + 4
     assert found["accuracy"]["test_accuracy"]["inf"] == data["test_accuracy"].sel(alpha=np.inf).item()
     assert found["images"] == {"train": 32, "test": 8}
     assert found["wall_s"] > 0
