@@ -119,9 +119,10 @@ def test_outputs_are_stored_alike_every_time_and_then_left_alone(notebook, nbfor
     run_notebooks.run(path, write=True)
     stored = path.read_bytes()
     nb = read(path)
+    cells = json.loads(stored)["cells"]
     nbformat.validate(json.loads(stored))
-    assert [cell["id"] for cell in nb["cells"]] == ["cell-00", "cell-01"]
-    assert [cell["metadata"] for cell in nb["cells"]] == [{"tags": ["first"]}, {}]
+    assert [cell["id"] for cell in cells] == ["cell-00", "cell-01"]
+    assert [cell["metadata"] for cell in cells] == [{"tags": ["first"]}, {}]
     assert nb["metadata"]["kernelspec"]["name"] == "python3"
     assert [text for text in texts(nb) if ABSOLUTE_PATH.search(text)] == []
     assert nb["cells"][0]["outputs"][0]["text"] == "1\n"

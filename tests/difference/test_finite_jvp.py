@@ -443,6 +443,7 @@ DERIVATIVES: Cases = {
 }
 
 
+@pytest.mark.optimized
 def test_derivatives_of_a_model_may_be_differenced():
     h, w0, u = merge(DERIVATIVES)
     eps = EPS[[0, 1, 3, 9, 12, 13]]
@@ -455,8 +456,9 @@ def test_derivatives_of_a_model_may_be_differenced():
     for name, doubles, right, singles in each(ours, differences, single_precision(h, w0, u, eps)):
         # At alpha = 1 the attention scores move by 80 and saturate the softmax: the new end of the step, old plus
         # delta, is rounded in proportion to that move, where the plain difference would have exact zeros and ones.
-        # Elsewhere 64 roundings: in which order sums are rounded depends on how the program was compiled.
-        bound = 3e-5 if name == "attention" else 64 * np.finfo(np.float32).eps
+        # Elsewhere the order in which sums are rounded matters; a program compiled quickly does that a little worse.
+        elsewhere = 7e-6 if jax.config.jax_disable_most_optimizations else 5e-6
+        bound = 3e-5 if name == "attention" else elsewhere
         for i, e in enumerate(eps):
             assert relative_error(singles[i], doubles[i]) < bound, name
             if i < 3:

@@ -46,9 +46,9 @@ def test_every_figure_has_settings_of_each_size():
         assert list(one.presets) == ["small", "default", "gpu" if one.images else "paper"]
         for size, preset in one.presets.items():
             assert settings_of(name, size) == preset
-        if one.twin is not None:
-            assert find(one.twin).twin == name
-            assert find(one.twin).run is one.run
+        if one.same_run_as is not None:
+            assert find(one.same_run_as).same_run_as == name
+            assert find(one.same_run_as).run is one.run
 
 
 def test_gpu_sizes_are_the_papers():

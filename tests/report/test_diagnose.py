@@ -337,6 +337,20 @@ def test_softmax_runs_without_a_closed_form(start):
     assert "kernel regression" not in str(report)
 
 
+def test_the_loss_says_whether_stiffness_lasts(start):
+    """No explicit solver reaches this time, which a loss whose Hessian stays needs one for."""
+    for fades, solver in ((False, lj.TangentExponential), (True, diffrax.Tsit5)):
+        loss = lambda y, fades=fades: lj.losses.function_loss(lambda z: jnp.mean((z - y) ** 4), hessian_fades=fades)
+        problem, _ = make_problem(F, *start[:2], TARGET, loss, None)
+        spectrum = kernel_prediction.diagonalize(problem)
+        assert type(kernel_prediction.choose_solver(spectrum, 1e9)) is solver
+        if fades:
+            with pytest.raises(ValueError, match="time must be at most"):
+                kernel_prediction.check_horizon(1e9, spectrum, problem.loss)
+        else:
+            kernel_prediction.check_horizon(1e9, spectrum, problem.loss)
+
+
 @pytest.mark.end_to_end
 def test_a_failed_lane_is_told_of_not_hidden(start):
     """A target so far off that the model at alpha = 1 gets ever stiffer: the report still comes, and says so."""

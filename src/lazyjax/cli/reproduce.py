@@ -161,7 +161,7 @@ def _compare(options: Reproduce, settings: Any, there: Any, **words: str) -> Non
 def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
     """Run the experiment, continuing from what an interrupted run has kept."""
     figure = find(options.figure)
-    data = _of_twin(options, settings, figure.twin)
+    data = _shared_run(options, settings, figure.same_run_as)
     if data is None:
         more = {"data_dir": options.data_dir} if figure.images else {}
         data = figure.run(settings, seed=options.seed, folder=options.kept, progress=True, **more)
@@ -170,18 +170,18 @@ def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
     )
 
 
-def _of_twin(options: Reproduce, settings: Any, twin: str | None) -> "xarray.Dataset | None":
+def _shared_run(options: Reproduce, settings: Any, other: str | None) -> "xarray.Dataset | None":
     """Return what another figure of the same run and with equal settings has left in the folder."""
     import xarray
 
-    path = options.out / f"{twin}.nc"
-    if twin is None or not path.exists():
+    path = options.out / f"{other}.nc"
+    if other is None or not path.exists():
         return None
     try:
         data = xarray.load_dataset(path, engine="netcdf4")
     except (OSError, ValueError):
         return None
-    return data if data.attrs.get("configuration") == describe_run(options, settings, twin) else None
+    return data if data.attrs.get("configuration") == describe_run(options, settings, other) else None
 
 
 def draw_files(options: Reproduce, data: "xarray.Dataset") -> dict[str, bytes]:

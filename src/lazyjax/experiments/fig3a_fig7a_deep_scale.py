@@ -260,7 +260,7 @@ FIGURE_3A = Figure(
     numbers=accuracy_numbers,
     draw=draw_accuracies,
     images=True,
-    twin="fig7a",
+    same_run_as="fig7a",
 )
 FIGURE_7A = Figure(
     title="training and test loss of a deep network against alpha",
@@ -269,5 +269,5 @@ FIGURE_7A = Figure(
     numbers=loss_numbers,
     draw=draw_losses,
     images=True,
-    twin="fig3a",
+    same_run_as="fig3a",
 )

@@ -74,7 +74,7 @@ class Figure:
         draw: `draw(data)` returns the drawing, one column (3.5 inches) wide; the dataset may have been read back from
             NetCDF.
         images: Whether `run` takes `data_dir`, the folder of a data set, and the settings have `data`, its name.
-        twin: The name of a figure that shows the same run, if there is one.
+        same_run_as: The name of another figure that shows the same run, if there is one.
     """
 
     title: str
@@ -83,7 +83,7 @@ class Figure:
     numbers: "Callable[[xarray.Dataset], list[Number]]"
     draw: "Callable[[xarray.Dataset], matplotlib.figure.Figure]"
     images: bool = False
-    twin: str | None = None
+    same_run_as: str | None = None
 
 
 def find(name: str) -> Figure:

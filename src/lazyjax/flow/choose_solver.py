@@ -20,8 +20,8 @@ DENSE_OUTPUTS = 4096
 """Up to this many outputs n*k, a tangent flow of the square loss is solved in closed form by default."""
 
 EXPLICIT_MARGIN = 3.0
-"""By how much the exponential solver must promise to win: a kernel that moves much costs it more steps than planned,
-and an explicit method loses little if the two are close."""
+"""The exponential solver must promise to be cheaper by this factor: a kernel that moves much costs it more steps than
+planned, and an explicit method loses little if the two are close."""
 
 FADING_STIFFNESS = 12.0
 """Stiffness over its logarithm, for a loss whose Hessian fades as it is fitted (cross-entropy)."""
@@ -30,7 +30,7 @@ DENSITY_STEPS = 32
 """Lanczos steps by which the density of the eigenvalues is estimated."""
 
 LOW_RANK_MARGIN = 1.5
-"""By how much a linear part of low rank must promise to win over a whole one: what it leaves out may grow."""
+"""A linear part of low rank must promise to be cheaper than a whole one by this factor: what it leaves out may grow."""
 
 
 def choose_solver(objective: ScaledObjective, ts: Array) -> diffrax.AbstractSolver:
@@ -54,7 +54,7 @@ def choose_solver(objective: ScaledObjective, ts: Array) -> diffrax.AbstractSolv
         stiffness, leading = FADING_STIFFNESS * math.log1p(stiffness), FADING_STIFFNESS * np.log1p(leading)
     method, planned = method_cost(flops, size, TangentExponential().num_lanczos, stiffness)
     exponential = TangentExponential(method, relinearize=True)
-    if np.isfinite(horizon):  # what a low rank leaves out would hold the steps for ever
+    if np.isfinite(horizon):  # what a low rank leaves out would limit the steps without end
         rank, ranked = cheapest_rank(flops, size, lambda r: float(leading[np.searchsorted(counts, r)]))
         if LOW_RANK_MARGIN * ranked < planned:
             exponential, planned = TangentExponential("dense", relinearize=True, rank=rank), ranked

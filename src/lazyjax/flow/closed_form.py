@@ -94,7 +94,7 @@ class TangentSolution(eqx.Module):
         return self._positive(jnp.sqrt(self.weight / self._safe()))
 
     def _exponent(self, t: Array) -> Array:
-        """Return t times the eigenvalues; inf * 0 must be 0: a zero eigenvalue keeps its residual for ever."""
+        """Return t times the eigenvalues; inf * 0 must be 0: a zero eigenvalue keeps its residual at every time."""
         # The derivative by an eigenvalue at t = inf must be 0, not inf * 0.
         finite = jnp.isfinite(t)
         return self._positive(jnp.where(finite, jnp.where(finite, t, 0) * self._safe(), jnp.inf))

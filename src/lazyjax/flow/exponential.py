@@ -114,7 +114,7 @@ class PhiInterpolation(diffrax.AbstractLocalInterpolation):
 def stiff_error_term(
     linear: LinearPart, b: Products, h: Array, d2: Expansion, d3: Expansion, d4: Expansion
 ) -> list[Piece]:
-    r"""Return an estimate of what the parabola misses if N bends inside the step, which D_4 and D_5 cannot see.
+    r"""Return an estimate of what the parabola misses if N curves inside the step, which D_4 and D_5 cannot see.
 
     Stiff modes that decay inside it: for N = -\delta r in a mode of eigenvalue $\lambda$ the scheme leaves
     $\delta r/(\lambda^2 h)$ of what should vanish, though D_2 = ... = D_5. Kinks: N is a broken line.
@@ -123,7 +123,7 @@ def stiff_error_term(
     order 2 where N is smooth and nothing is stiff. There its weights $\varphi_2 - 2\varphi_3$ give way to
     $2\varphi_2 - \varphi_1/2 - 3\varphi_3$, which vanish like $h\lambda$ and have the same limit at infinity, as far as
     e is small compared with what D_4 alone makes, which is O(h). So the estimate keeps its order, and e counts in full
-    where N does nothing but bend.
+    where N is all curvature.
     """
     weights = {2: 1.0, 3: -2.0}
     # Only B times the sums is used: no product is taken for them.
@@ -202,7 +202,7 @@ class RelinearizationCost(eqx.Module):
     def is_due(self, steps_left: Array) -> Array:
         """Return whether a new linear part is worth it: its price is lost already, and that many steps are left.
 
-        Like renting skis until the rent has paid for a pair: at most about twice the cost of knowing the flow ahead.
+        Renewing when the loss has reached the price costs at most about twice what knowing the flow ahead would.
         """
         return (self.steps_lost > self.price) & (steps_left > self.price)
 
@@ -354,7 +354,7 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
     def _refresh(self, state: State, cost: RelinearizationCost, u: Params, rate: Array, steps_left: Array) -> State:
         """Linearize anew at u if that is due.
 
-        A step that is rejected afterwards has paid for it in vain: the solver is not told.
+        If the step is rejected afterwards, the new linear part goes unused: the solver is not told.
         """
 
         def move() -> State:

@@ -115,7 +115,7 @@ def lazy_correction(
         w0: Start; any pytree, its floating arrays are the coordinates.
         ts: Times to save at, strictly increasing; the first is the start, the last may be inf: run until the tangent
             flow and the correction both stand still. (If Dh(w0) does not reach the target, the correction may grow
-            for ever.) A vector-field evaluation costs a small multiple of a gradient.
+            without bound.) A vector-field evaluation costs a small multiple of a gradient.
         solver: Any diffrax solver. None: as `gradient_flow` at alpha = inf, `TangentExponential` or Tsit5 by predicted
             cost (`tangent_flow.stats["solver"]` says which).
         rtol: Relative tolerance of the tangent displacement and of the correction, as in `gradient_flow`.
@@ -177,8 +177,8 @@ class PairField(TangentField):
         """
         displacement, v = u
         model, w0 = self._anchor()
-        slope, bend = jax.jvp(lambda w: jax.jvp(model, (w,), (displacement,))[1], (w0,), (displacement,))
-        return self.start + jnp.concatenate([slope, self.tangent.jvp(v) + 0.5 * bend])
+        slope, curvature = jax.jvp(lambda w: jax.jvp(model, (w,), (displacement,))[1], (w0,), (displacement,))
+        return self.start + jnp.concatenate([slope, self.tangent.jvp(v) + 0.5 * curvature])
 
     def linearization_point(self, u: Params | None = None) -> LinearizationPoint:
         """Return the model at w0, twice; the loss where u has taken the outputs of the tangent model."""
@@ -266,12 +266,12 @@ def _check_smooth(h: Model, loss: Loss, w0: Params) -> None:
     """Check that w0 is not on a kink and has a second derivative, as far as the first step can tell."""
     if not is_concrete((eqx.filter((h, loss), eqx.is_array), w0)):
         return
-    bend, forward, backward = values_of(_probe, h, loss, w0)
-    bad = int(np.sum(~np.isfinite(bend)))
+    curvature, forward, backward = values_of(_probe, h, loss, w0)
+    bad = int(np.sum(~np.isfinite(curvature)))
     if bad:
         msg = (
-            f"h must be twice differentiable at w0, but {bad} of {bend.size} entries of D^2h(w0)(d, d), d the first "
-            "step of the flow, are NaN or infinite; move w0 off the singular point."
+            f"h must be twice differentiable at w0, but {bad} of {curvature.size} entries of D^2h(w0)(d, d), d the "
+            "first step of the flow, are NaN or infinite; move w0 off the singular point."
         )
         raise ValueError(msg)
     size, gap = np.max(np.abs(forward)), np.max(np.abs(forward - backward))
@@ -294,7 +294,7 @@ def _probe(h: Model, loss: Loss, w0: Params) -> tuple[Outputs, Outputs, Outputs]
 
     initial, vjp = jax.vjp(model, coordinates)
     (d,) = vjp(loss.cotangent(jnp.zeros_like(initial)))
-    bend = jax.jvp(lambda w: jax.jvp(model, (w,), (d,))[1], (coordinates,), (d,))[1]
+    curvature = jax.jvp(lambda w: jax.jvp(model, (w,), (d,))[1], (coordinates,), (d,))[1]
 
     def largest(tree: Params) -> Array:
         sizes = [jnp.max(jnp.abs(leaf), initial=0).astype(initial.dtype) for leaf in jtu.tree_leaves(tree)]
@@ -303,4 +303,4 @@ def _probe(h: Model, loss: Loss, w0: Params) -> tuple[Outputs, Outputs, Outputs]
 
     # What is a kink up to rounding is one: no alpha of use is on this side of it.
     eps = jnp.finfo(initial.dtype).eps * largest(coordinates) / largest(d)
-    return bend, finite_jvp(model, coordinates, d, eps), finite_jvp(model, coordinates, d, -eps)
+    return curvature, finite_jvp(model, coordinates, d, eps), finite_jvp(model, coordinates, d, -eps)

@@ -1,4 +1,4 @@
-r"""The criterion $\kappa$: how strongly the differential of a model bends, against how far its outputs have to go.
+r"""The criterion $\kappa$: how fast the differential of a model changes, relative to how far its outputs have to go.
 
 Norms in F are in the metric of the square loss (see `lazyjax.losses`), norms of parameters are Euclidean. $\kappa$
 itself does not depend on a factor in F's metric.
@@ -40,7 +40,7 @@ KINK_STEP = 0.3
 """Length of a step that looks for kinks, relative to that of w0: many units cross a kink."""
 
 KINK_PANELS = 12
-"""Panels of the integral over a step, each with four nodes: enough for activations that bend over a fiftieth of it."""
+"""Panels of the integral over a step, each with four nodes: enough for kinks rounded over a fiftieth of it."""
 
 KINK_PROBES = 2
 """Random steps that look for kinks."""

@@ -24,7 +24,7 @@ from lazyjax.report.lane import SOLVE
 from lazyjax.report.problem import Problem
 
 LEADING = 20
-"""So many eigenvalues of the kernel are computed if it is too large to diagonalize."""
+"""The number of eigenvalues of the kernel that are computed if it is too large to diagonalize."""
 
 GRID = np.concatenate([np.zeros(1), np.geomspace(1, 1000, 400)])
 """Flow times from which `choose_horizon` chooses, times the largest eigenvalue; the first is the start."""
@@ -55,8 +55,9 @@ class Spectrum(eqx.Module):
 def diagonalize(problem: Problem) -> Spectrum:
     """Compute the spectrum of the kernel, all of it up to 4096 outputs, and choose what to follow the flows with.
 
-    The exponential solver if one eigendecomposition serves all lanes; Tsit5 above that size, and for other losses:
-    the Hessian of a cross-entropy fades as it is fitted, and the stiffness with it.
+    For the square loss the exponential solver, whose eigendecomposition serves all lanes; for other losses too, but
+    each flow linearizes for itself. Tsit5 above that size, and if the Hessian of the loss fades as the outputs fit
+    better, as that of a cross-entropy does: the stiffness fades with it.
 
     Raises:
         ValueError: the kernel is zero: no first-order change of the outputs, nothing for a tangent model to learn.
@@ -69,6 +70,8 @@ def diagonalize(problem: Problem) -> Spectrum:
         eigenvalues = solution.eigenvalues
     else:
         eigenvalues, found = _compute_all(problem)
+        if not problem.loss.hessian_fades:
+            solver = TangentExponential()
     summary = {name: value.item() for name, value in found.items()}
     spectrum = Spectrum(np.asarray(eigenvalues), solution, solver, summary, np.asarray(losses))
     if not spectrum.eigenvalues[0] > 0:
@@ -154,10 +157,9 @@ def check_horizon(horizon: float, spectrum: Spectrum, loss: Loss) -> None:
 def choose_solver(spectrum: Spectrum, horizon: float) -> diffrax.AbstractSolver:
     """Return the solver for flows of this length: the exponential one takes only what is stiff over it."""
     solver = spectrum.solver
-    if not isinstance(solver, TangentExponential):
-        return solver
-    assert isinstance(solver.linear, SpectralPart)
-    return TangentExponential(method="dense", linear=solver.linear.leading(horizon))
+    if isinstance(solver, TangentExponential) and isinstance(solver.linear, SpectralPart):
+        return TangentExponential(method="dense", linear=solver.linear.leading(horizon))
+    return solver
 
 
 def predict(problem: Problem, spectrum: Spectrum) -> dict[str, tuple[str, np.ndarray]]:

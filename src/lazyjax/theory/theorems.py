@@ -351,7 +351,7 @@ def _strong_convexity(loss: Loss) -> float:
 # ---- Claims. ----
 
 UNITS = {"residual_norm": "output", "output_gap": "output", "displacement_norm": "params", "param_gap": "params"}
-"""In what the quantities are measured that bounds and measurements have the same names for."""
+"""The units of the quantities for which bounds and measurements have the same names."""
 
 
 def _claims(

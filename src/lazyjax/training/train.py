@@ -202,7 +202,7 @@ class _Run:
         """Go on from the checkpoint if there is one.
 
         Raises:
-            ValueError: it has more epochs than the training shall have.
+            ValueError: it has more epochs than the training is to have.
         """
         done = checkpoints.latest() or 0
         if done > epochs:

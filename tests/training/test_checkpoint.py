@@ -102,8 +102,8 @@ def test_another_process_goes_on_to_the_same_bits(folder, tmp_path):
     """What is compiled anew, from the same place on: here everything."""
     command = (
         "import jax; jax.config.update('jax_enable_x64', True)\n"
-        "import numpy as np, jax.tree_util as jtu, test_resume\n"
-        f"leaves = jtu.tree_leaves(test_resume.train(5, {str(folder)!r}))\n"
+        "import numpy as np, jax.tree_util as jtu, test_checkpoint\n"
+        f"leaves = jtu.tree_leaves(test_checkpoint.train(5, {str(folder)!r}))\n"
         f"np.savez({str(tmp_path / 'leaves.npz')!r}, *leaves)"
     )
     paths = [Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2] / "src"]
