@@ -227,14 +227,6 @@ def test_maps_have_preactivations_only_where_their_model_has_them():
         assert not hasattr(wrap(wrap(plain)), "preactivations")
 
 
-@pytest.mark.end_to_end
-def test_a_report_of_a_model_without_preactivations_has_no_stability():
-    plain, w0 = lambda w, x: x @ w["b"].T @ w["a"], net_start(6)
-    x = normal(1, 5, 3)
-    report = lj.diagnose(*lj.symmetrize(plain, w0), x, jnp.sin(x[:, 0]), alphas=(1.0, 10.0))
-    assert "stability" not in report.dataset
-
-
 def test_rescaling_multiplies_the_outputs_in_their_dtype():
     f, w0, x = case("two_layer")
     out = lj.rescale(f, 2.5)(w0, x)
