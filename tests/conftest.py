@@ -1,5 +1,6 @@
 """Settings of all tests: float64, no silent promotion, one key per test, one compilation cache per run."""
 
+import functools
 import gc
 import os
 import subprocess
@@ -59,6 +60,12 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = flags
 
 
+def pytest_collection_modifyitems(items):
+    """Start the longest tests first: as the last ones, they would keep one worker busy while the others wait."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@functools.cache
 def _knows(flags):
     """Return whether this XLA knows flags: one that it does not know ends the process."""
     env = {**os.environ, "XLA_FLAGS": flags}
@@ -89,6 +96,15 @@ def _dtype_promotion(request):
     else:
         with jax.numpy_dtype_promotion("standard"):
             yield
+
+
+@pytest.fixture
+def quick_kernels(monkeypatch):
+    """Let processes that a test starts compile quickly, whatever this one does."""
+    for name, value in QUICK_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    if os.environ.get("XLA_FLAGS", WHOLE_FLAGS) == WHOLE_FLAGS and _knows(QUICK_FLAGS):  # no flags of the user's
+        monkeypatch.setenv("XLA_FLAGS", QUICK_FLAGS)
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def check_the_command_prints_and_tells_by_its_code(out, monkeypatch, capsys):
 
 
 @pytest.mark.end_to_end
+@pytest.mark.long
 def test_the_whole_theory_on_two_families(monkeypatch, capsys):
     """One test, since the runs that all checks look at take a minute."""
     out, lines = run()
