@@ -79,7 +79,7 @@ class Settings:
 
 
 PRESETS = {
-    "small": Settings(data="digits", train=0, test=0, alphas=(1.0, 10.0, 1e3, 1e7, float("inf")), seeds=1, epochs=10),
+    "small": Settings(data="digits", train=600, test=0, alphas=(1.0, 10.0, 1e3, 1e7, float("inf")), seeds=1, epochs=10),
     "default": Settings(),
     "gpu": Settings(data="cifar10", width=1.0, train=0, test=0, seeds=1, epochs=70, batch=128, step=0.2, augment=True),
 }
