@@ -27,7 +27,7 @@ Walk = Callable[[Step, core.Jaxpr, Sequence[Any], Sequence[Value]], list[Value]]
 ControlRule = Callable[[Walk, Step, core.JaxprEqn, list[Value]], list[Value]]
 
 
-def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
+def body_of(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
     """Return the program that a call runs and its constants, under whichever name it is kept."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:
@@ -41,7 +41,7 @@ def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
 
 
 def _call(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    jaxpr, consts = _body(eqn)
+    jaxpr, consts = body_of(eqn)
     return walk(step, jaxpr, consts, values)
 
 
@@ -77,7 +77,7 @@ def _identity(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -
     return [v._replace(old=out) if is_pair(v) else out for v, out in zip(values, outs, strict=True)]
 
 
-def _reached(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> list[bool]:
+def reached(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> list[bool]:
     """Return which outputs of a program may depend on the flagged inputs."""
     touched = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
     for eqn in jaxpr.eqns:
@@ -86,10 +86,10 @@ def _reached(jaxpr: core.Jaxpr, flags: Sequence[bool]) -> list[bool]:
     return [isinstance(v, core.Var) and v in touched for v in jaxpr.outvars]
 
 
-def _reached_carries(jaxpr: core.Jaxpr, flags: list[bool], carries: slice) -> list[bool]:
+def reached_carries(jaxpr: core.Jaxpr, flags: list[bool], carries: slice) -> list[bool]:
     """Return `flags` with the loop-carried ones grown until the body adds no more."""
     while True:
-        outs = _reached(jaxpr, flags)[: carries.stop - carries.start]
+        outs = reached(jaxpr, flags)[: carries.stop - carries.start]
         grown = [a or b for a, b in zip(flags[carries], outs, strict=True)]
         if grown == flags[carries]:
             return flags
@@ -108,7 +108,7 @@ def _lift_all(values: Sequence[Value], avals: Sequence[Any], flags: Sequence[boo
     return [_lifted(v, a, f) for v, a, f in zip(values, avals, flags, strict=True)]
 
 
-def _scan_carries(params: dict[str, Any]) -> tuple[int, int]:
+def scan_carries(params: dict[str, Any]) -> tuple[int, int]:
     """Return where the carries lie among a scan's operands: constants, carries, scanned arrays."""
     if "num_consts" in params:
         return params["num_consts"], params["num_consts"] + params["num_carry"]
@@ -120,8 +120,8 @@ def _scan_carries(params: dict[str, Any]) -> tuple[int, int]:
 def _scan(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     params = eqn.params
     jaxpr, consts = params["jaxpr"].jaxpr, params["jaxpr"].consts
-    start, stop = _scan_carries(params)
-    flags = _reached_carries(jaxpr, [is_pair(v) for v in values], slice(start, stop))
+    start, stop = scan_carries(params)
+    flags = reached_carries(jaxpr, [is_pair(v) for v in values], slice(start, stop))
     avals = [v.aval for v in jaxpr.invars[start:stop]]
     carry_flags = flags[start:stop]
 
@@ -148,8 +148,8 @@ def _while(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> l
     tests, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     inputs = [is_pair(v) for v in values]
     carries = slice(start - tests, len(values) - tests)
-    flags = _reached_carries(body.jaxpr, inputs[tests:], carries)[carries]
-    if any(_reached(condition.jaxpr, [*inputs[:tests], *flags])):
+    flags = reached_carries(body.jaxpr, inputs[tests:], carries)[carries]
+    if any(reached(condition.jaxpr, [*inputs[:tests], *flags])):
         msg = (
             "h runs a while loop whose number of turns depends on the parameters, and finite_jvp "
             "has no exact rule for it; use a loop of fixed length (jax.lax.scan), or "
@@ -175,7 +175,7 @@ def _cond(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> li
     index, operands = values[0], values[1:]
     branches = eqn.params["branches"]
     inputs = [is_pair(v) for v in operands]
-    reached = zip(*(_reached(b.jaxpr, inputs) for b in branches), strict=True)
+    reached = zip(*(reached(b.jaxpr, inputs) for b in branches), strict=True)
     flags = [any(column) for column in reached]
     avals = [v.aval for v in eqn.outvars]
 
@@ -202,22 +202,22 @@ def _switched(step: Step, before: Any, after: Value, aval: Any) -> Value:
     return Moved(before, jump if delta is None else delta + jump)
 
 
+CALLS = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "core_closed_call",
+    "remat",
+    "remat2",
+    "checkpoint",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+)
+"""Primitives that run one program."""
+
 CONTROL_RULES: dict[str, ControlRule] = {
-    **dict.fromkeys(
-        (
-            "jit",
-            "pjit",
-            "closed_call",
-            "core_call",
-            "core_closed_call",
-            "remat",
-            "remat2",
-            "checkpoint",
-            "custom_vjp_call",
-            "custom_vjp_call_jaxpr",
-        ),
-        _call,
-    ),
+    **dict.fromkeys(CALLS, _call),
     "custom_jvp_call": _custom_jvp,
     "stop_gradient": _stop_gradient,
     "optimization_barrier": _identity,

@@ -127,7 +127,7 @@ def finite_value_and_jvp(
     if difference not in ("exact", "plain"):
         msg = f"difference must be 'exact' or 'plain', got {difference!r}."
         raise ValueError(msg)
-    leaves, rebuild = _coordinates(w0)
+    leaves, rebuild = coordinates_of(w0)
     directions = _directions(w0, u, leaves)
     # A step is measured in the widest dtype; values of narrower ones round it.
     dtype = max((leaf.dtype for leaf in leaves), key=lambda d: jnp.finfo(d).bits)
@@ -152,7 +152,7 @@ def finite_value_and_jvp(
     return jax.tree.unflatten(structure, old), jax.tree.unflatten(structure, delta)
 
 
-def _coordinates(w0: Params) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+def coordinates_of(w0: Params) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """Return the floating leaves of a pytree, and the function that puts them back."""
     params, rest = split_params(w0)
     leaves, structure = jax.tree.flatten(params)

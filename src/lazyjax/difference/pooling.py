@@ -20,7 +20,7 @@ from lazyjax.difference.pair import Moved, Rule, Step, Value, delta_of, old_of, 
 
 
 @dataclass(frozen=True)
-class _Windows:
+class Windows:
     """The geometry of a windowed primitive: where each offset of each window lies."""
 
     dimensions: tuple[int, ...]
@@ -30,7 +30,8 @@ class _Windows:
     window_dilation: tuple[int, ...]
 
     @classmethod
-    def of(cls, eqn: core.JaxprEqn) -> "_Windows":
+    def of(cls, eqn: core.JaxprEqn) -> "Windows":
+        """Return the windows of an equation."""
         ones = (1,) * len(eqn.params["window_dimensions"])
 
         def ints(name: str) -> tuple[int, ...]:
@@ -94,7 +95,7 @@ class _Winners:
     new_index: Any
 
 
-def _winners(step: Step, windows: _Windows, operand: Value, sign: int) -> _Winners:
+def _winners(step: Step, windows: Windows, operand: Value, sign: int) -> _Winners:
     """Find the winners of windows that keep the largest entry (sign 1) or the smallest (-1)."""
     z, delta = old_of(operand), delta_of(operand)
     olds = list(windows.slices(sign * z, -np.inf))
@@ -113,16 +114,16 @@ def _winners(step: Step, windows: _Windows, operand: Value, sign: int) -> _Winne
 def _reduce_window(sign: int) -> Rule:
     def rule(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
         del outs
-        won = _winners(step, _Windows.of(eqn), values[0], sign)
+        won = _winners(step, Windows.of(eqn), values[0], sign)
         return [sign * (won.new.delta + step.quotient(snapped_gap(won.new.old, won.old)))]
 
     return rule
 
 
-def _selected(step: Step, eqn: core.JaxprEqn, operand: Value) -> tuple[_Windows, list[Any]]:
+def _selected(step: Step, eqn: core.JaxprEqn, operand: Value) -> tuple[Windows, list[Any]]:
     """Return for each offset whether it wins at the old and at the new end, as a pair of masks."""
     sign = {"ge": 1, "le": -1}[eqn.params["select_prim"].name]
-    windows = _Windows.of(eqn)
+    windows = Windows.of(eqn)
     won = _winners(step, windows, operand, sign)
     count = int(np.prod(windows.dimensions))
     return windows, [(won.old_index == k, won.new_index == k) for k in range(count)]

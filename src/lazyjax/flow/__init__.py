@@ -13,3 +13,4 @@ from lazyjax.flow.lazy_correction import lazy_correction as lazy_correction
 from lazyjax.flow.result import RESULTS as RESULTS
 from lazyjax.flow.result import SOLVERS as SOLVERS
 from lazyjax.flow.result import Result as Result
+from lazyjax.flow.through_kinks import ThroughKinks as ThroughKinks

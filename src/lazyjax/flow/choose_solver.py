@@ -49,7 +49,7 @@ def choose_solver(objective: ScaledObjective, ts: Array) -> diffrax.AbstractSolv
     times = np.asarray(ts, np.float64)
     horizon = times[-1] - times[0]
     stiffness = float(values[0]) * horizon
-    leading = np.maximum(values, 0) * horizon
+    leading = np.where(values > 0, np.maximum(values, np.finfo(values.dtype).tiny) * horizon, 0)
     if fading:
         stiffness, leading = FADING_STIFFNESS * math.log1p(stiffness), FADING_STIFFNESS * np.log1p(leading)
     method, planned = method_cost(flops, size, TangentExponential().num_lanczos, stiffness)

@@ -313,6 +313,13 @@ class TangentExponential(diffrax.AbstractAdaptiveSolver[State]):
             return State(f)
         return State(f, linear, RelinearizationCost.at_start(t0, self.refresh_price, linear.top))
 
+    def restart(self, terms: Any, t0: Any, y0: Params, args: Any, solver_state: State) -> State:
+        """Return the state with f(u) taken anew, after a change of the field."""
+        linear = solver_state.linear if self.relinearize else self.linear
+        assert linear is not None
+        f = linear.expand(linear.point.products(), terms.vf(t0, y0, args), linear.origin())
+        return State(f, solver_state.linear, solver_state.cost)
+
     def step(
         self, terms: Any, t0: Any, t1: Any, y0: Params, args: Any, solver_state: State, made_jump: Any
     ) -> tuple[Params, Params, dict[str, Any], State, RESULTS]:

@@ -46,7 +46,7 @@ class ModelField(eqx.Module):
     def __call__(self, u: Params) -> Params:
         r"""Return $u' = -Dh(w_0 + \varepsilon u)^T \nabla R(y(u))$."""
         outputs, vjp = jax.vjp(lambda w: self.h(eqx.combine(w, self.rest)), self.moved(u))
-        (gradient,) = vjp(self.loss.cotangent(self._scaled(outputs, u)))
+        (gradient,) = vjp(self.loss.cotangent(self.scaled(outputs, u)))
         return jtu.tree_map(jnp.negative, gradient)
 
     def moved(self, u: Params) -> Params:
@@ -58,7 +58,7 @@ class ModelField(eqx.Module):
         w0 = eqx.combine(self.coordinates, self.rest)
         return self.start + finite_jvp(self.h, w0, u, self.eps)
 
-    def _scaled(self, outputs: Outputs, u: Params) -> Outputs:
+    def scaled(self, outputs: Outputs, u: Params) -> Outputs:
         """Return y(u) by the plain difference of the outputs at hand where that loses no digit: it halves the price."""
         plain = self.eps * PLAIN_ALPHA.get(outputs.dtype.name, 1.0) >= 1
         return jax.lax.cond(plain, lambda: self.start + (outputs - self.initial) / self.eps, lambda: self.outputs(u))

@@ -19,9 +19,11 @@ from lazyjax.flow.choose_solver import DENSE_OUTPUTS, choose_solver, name_of
 from lazyjax.flow.closed_form import solve_tangent, tangent_gram
 from lazyjax.flow.exponential import TangentExponential, Velocity
 from lazyjax.flow.field import ModelField, ScaledObjective, TangentField
+from lazyjax.flow.gated_field import GatedField
 from lazyjax.flow.result import RESULTS, SOLVERS, Result, as_result, check_successful, in_words, is_array, solver_words
 from lazyjax.flow.start import as_scalar, check_start
 from lazyjax.flow.step_collapse import COLLAPSED, WatchedController
+from lazyjax.flow.through_kinks import ThroughKinks, follow_through_kinks, no_kinks
 from lazyjax.losses.loss import Loss, as_loss
 from lazyjax.losses.square import SquareLoss
 from lazyjax.models.tangent import Tangent
@@ -50,11 +52,12 @@ class Flow(eqx.Module):
         alpha: The scale.
         result: An item of `RESULTS` (diffrax's items compare with it): `successful`, or why it stopped early (then
             later values are infinite): `max_steps_reached` (with ts ending in inf: not stationary by then),
-            `steps_collapsed` (sliding along a kink), `nonfinite`, ...
+            `steps_collapsed` (sliding along a kink), `kinks_unresolved`, `nonfinite`, ...
         stats: "num_steps", "num_accepted_steps", "num_rejected_steps", and "num_vector_field", the gradients
             taken by the Runge-Kutta stages (-1 for an implicit solver, whose iterations are not counted; the choice
             of the first step and the search for a stationary point take a few more). All 0 in closed form.
-            "solver": an item of `SOLVERS`, what the flow was followed with.
+            "solver": an item of `SOLVERS`, what the flow was followed with. "num_crossings" and "num_slides": how often
+            gates have switched, and how often the flow has begun to slide along a kink, with `ThroughKinks`.
     """
 
     ts: Float[Array, " time"]
@@ -93,7 +96,7 @@ def gradient_flow(
     ts: Float[Array, " time"],
     *,
     alpha: RealScalar = 1.0,
-    solver: diffrax.AbstractSolver | None = None,
+    solver: diffrax.AbstractSolver | ThroughKinks | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController | None = None,
     dt0: RealScalar | None = None,
     rtol: float = 1e-6,
@@ -116,10 +119,11 @@ def gradient_flow(
             $\|u'(t)\| \le$ rtol $\|u'(t_0)\|$. Flow time, not steps: a gradient-descent step of size eta on
             $F_\alpha$ advances it by eta.
         alpha: Output scale in (0, inf]; inf is the tangent flow and needs h(w0) = 0.
-        solver: Any diffrax solver. None: for a `Tangent` with the square loss and at most 4096 outputs, the closed
-            form at all times at once; else `TangentExponential` (re-linearizing where that pays) or Tsit5, by
-            predicted cost; under a trace, where no value can be looked at, the former (Tsit5 for cross-entropies,
-            whose stiffness fades). `Flow.stats["solver"]` says which.
+        solver: Any diffrax solver, or `lazyjax.flow.ThroughKinks` of one for models with kinks. None: for a `Tangent`
+            with the square loss and at most 4096 outputs, the closed form at all times at once; else
+            `TangentExponential` (re-linearizing where that pays) or Tsit5, by predicted cost; under a trace, where no
+            value can be looked at, the former (Tsit5 for cross-entropies, whose stiffness fades).
+            `Flow.stats["solver"]` says which.
         stepsize_controller: Any diffrax controller. None: `PIDController(rtol, atol, pcoeff=0.4, icoeff=0.3)`, for
             `TangentExponential` 0.3 and 0.7, watched for the collapse of its steps; other solvers than
             `TangentExponential`, whose interpolation is exact enough, step exactly onto ts.
@@ -177,7 +181,7 @@ def gradient_flow(
 class Options(eqx.Module):
     """The numerical options of `gradient_flow`; the tolerances as arrays: another one is no other program."""
 
-    solver: diffrax.AbstractSolver | None
+    solver: diffrax.AbstractSolver | ThroughKinks | None
     stepsize_controller: diffrax.AbstractStepSizeController | None
     dt0: RealScalar | None
     rtol: Array
@@ -224,7 +228,7 @@ def _follow(objective: ScaledObjective, ts: Array, options: Options, to_infinity
         assert isinstance(field, TangentField)
         saved, result, stats = _closed_form(field, ts)
     else:
-        saved, result, stats = integrate(field, options.solver, ts, options, to_infinity=to_infinity)
+        saved, result, stats = _solve(field, options.solver, ts, options, to_infinity)
     values = jax.vmap(field.loss)(saved["outputs"])
     displacement = saved["displacement"]
     return Flow(
@@ -256,7 +260,43 @@ def _closed_form(field: TangentField, ts: Array) -> tuple[dict[str, Any], Result
     }
     names = ("num_steps", "num_accepted_steps", "num_rejected_steps", "num_vector_field")
     stats: dict[str, Any] = {name: jnp.asarray(0) for name in names}
-    return saved, as_result(RESULTS.successful), stats | {"solver": SOLVERS.closed_form}
+    return saved, as_result(RESULTS.successful), stats | no_kinks() | {"solver": SOLVERS.closed_form}
+
+
+def _solve(
+    field: ModelField | TangentField,
+    solver: diffrax.AbstractSolver | ThroughKinks,
+    ts: Array,
+    options: Options,
+    to_infinity: bool,
+) -> tuple[dict[str, Any], Result, dict[str, Any]]:
+    """Return what is saved along the flow at ts, how it ended, and what it took: through the kinks, if asked for."""
+    if not isinstance(solver, ThroughKinks):
+        saved, result, stats = integrate(field, solver, ts, options, to_infinity=to_infinity)
+        return saved, result, stats | no_kinks()
+    inner = solver.solver
+    if not isinstance(field, ModelField) or not GatedField(field).shapes():
+        return _solve(field, inner, ts, options, to_infinity)
+    finite = ts[:-1] if to_infinity else ts
+    inner, dt0 = _prepare(field, inner, ts, finite, options)
+    rtol = _tolerance(options, ts)
+    controller = options.stepsize_controller
+    if controller is None:
+        controller = _pid(inner, finite, rtol, options)
+    saved, result, stats = follow_through_kinks(
+        field,
+        inner,
+        controller,
+        ts,
+        _observer(field, options),
+        rtol=rtol,
+        atol=options.atol,
+        dt0=dt0,
+        max_steps=options.max_steps,
+        to_infinity=to_infinity,
+        progress=_progress(options),
+    )
+    return saved, result, stats | {"solver": name_of(inner)}
 
 
 def integrate(
@@ -264,28 +304,15 @@ def integrate(
 ) -> tuple[dict[str, Any], Result, dict[str, Any]]:
     """Return what is saved along u' = field(u) at ts, how the solve ended, and what it took."""
     finite = ts[:-1] if to_infinity else ts
-    dt0 = options.dt0
-    if isinstance(solver, TangentExponential):
-        solver = solver if solver.linear is not None else solver.attach(field, ts[-1] - ts[0])
-        assert solver.linear is not None
-        # A kernel that is zero sets no time; neither does a flow without an end.
-        top = solver.linear.top
-        scale = jnp.where(top > 0, 1 / jnp.where(top > 0, top, 1), 1).astype(ts.dtype)
-        first = jnp.minimum(scale, finite[-1] - finite[0]) if finite.size > 1 else scale
-        dt0 = first if dt0 is None else dt0
-    rtol = jnp.maximum(options.rtol.astype(ts.dtype), 32 * float(jnp.finfo(ts.dtype).eps))
+    solver, dt0 = _prepare(field, solver, ts, finite, options)
+    rtol = _tolerance(options, ts)
     controller = options.stepsize_controller
     if controller is None:
         controller = _controller(solver, finite, rtol, options)
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
-    keep_displacement = "displacement" in options.save or "params" in options.save
-
-    def observe(t: Any, u: Params, args: Any) -> dict[str, Any]:
-        del t, args
-        return {"outputs": field.outputs(u), "displacement": u if keep_displacement else None}
-
-    subs = [diffrax.SubSaveAt(ts=finite, fn=observe)]
-    subs += [diffrax.SubSaveAt(t1=True, fn=observe)] if to_infinity else []
+    observe = _observer(field, options)
+    subs = [diffrax.SubSaveAt(ts=finite, fn=lambda t, u, args: observe(u))]  # noqa: ARG005
+    subs += [diffrax.SubSaveAt(t1=True, fn=lambda t, u, args: observe(u))] if to_infinity else []  # noqa: ARG005
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(Velocity(field)),
         solver,
@@ -297,26 +324,65 @@ def integrate(
         stepsize_controller=controller,
         max_steps=options.max_steps,
         event=diffrax.Event(_stationary(field, field(u0), finite[-1], rtol)) if to_infinity else None,
-        progress_meter=diffrax.TqdmProgressMeter() if options.progress else diffrax.NoProgressMeter(),
+        progress_meter=_progress(options),
         throw=False,
     )
     saved = jtu.tree_map(lambda *parts: jnp.concatenate(parts), *cast("list[Any]", solution.ys))
     return saved, _result(solution.result), _count(solution.stats, solver)
 
 
+def _prepare(
+    field: ModelField | TangentField, solver: diffrax.AbstractSolver, ts: Array, finite: Array, options: Options
+) -> tuple[diffrax.AbstractSolver, RealScalar | None]:
+    """Return the solver, an exponential one with its linear part, and the length of the first step."""
+    if not isinstance(solver, TangentExponential):
+        return solver, options.dt0
+    solver = solver if solver.linear is not None else solver.attach(field, ts[-1] - ts[0])
+    assert solver.linear is not None
+    # A kernel that is zero sets no time; neither does a flow without an end.
+    top = solver.linear.top
+    scale = jnp.where(top > 0, 1 / jnp.where(top > 0, top, 1), 1).astype(ts.dtype)
+    first = jnp.minimum(scale, finite[-1] - finite[0]) if finite.size > 1 else scale
+    return solver, first if options.dt0 is None else options.dt0
+
+
+def _tolerance(options: Options, ts: Array) -> Array:
+    """Return the relative tolerance, at least that at which rounding is not all that is measured."""
+    return jnp.maximum(options.rtol.astype(ts.dtype), 32 * float(jnp.finfo(ts.dtype).eps))
+
+
+def _observer(field: ModelField | TangentField, options: Options) -> Callable[[Params], dict[str, Any]]:
+    """Return the function of a displacement that gives what is to be saved of it."""
+    keep_displacement = "displacement" in options.save or "params" in options.save
+
+    def observe(u: Params) -> dict[str, Any]:
+        return {"outputs": field.outputs(u), "displacement": u if keep_displacement else None}
+
+    return observe
+
+
+def _progress(options: Options) -> diffrax.AbstractProgressMeter:
+    return diffrax.TqdmProgressMeter() if options.progress else diffrax.NoProgressMeter()
+
+
 def _controller(solver: diffrax.AbstractSolver, finite: Array, rtol: Array, options: Options) -> WatchedController:
+    """Return the default controller of a flow that is not told of its kinks: it notices when its steps collapse."""
+    pid = _pid(solver, finite, rtol, options)
+    # Polynomial dense output is too rough for gaps at large alpha: step exactly onto the save times.
+    exact = isinstance(solver, TangentExponential)
+    return WatchedController(pid if exact else diffrax.ClipStepSizeController(pid, step_ts=finite), options.max_steps)
+
+
+def _pid(solver: diffrax.AbstractSolver, finite: Array, rtol: Array, options: Options) -> diffrax.PIDController:
     # A lane that turned NaN rejects every step: the smallest step ends it, far below any step of use.
     span = finite[-1] - finite[0] if finite.size > 1 else jnp.zeros((), finite.dtype)
     dtmin = 1e-6 * float(jnp.finfo(finite.dtype).eps) * span
     exponential = isinstance(solver, TangentExponential)
     growth = EXPONENTIAL_GROWTH if exponential else 10.0
     coefficients: dict[str, Any] = EXPONENTIAL_PI if exponential else EXPLICIT_PI
-    pid = diffrax.PIDController(
+    return diffrax.PIDController(
         rtol, options.atol.astype(rtol.dtype), dtmin=dtmin, force_dtmin=False, factormax=growth, **coefficients
     )
-    # Polynomial dense output is too rough for gaps at large alpha: step exactly onto the save times.
-    controller = pid if exponential else diffrax.ClipStepSizeController(pid, step_ts=finite)
-    return WatchedController(controller, options.max_steps)
 
 
 def _stationary(field: ModelField | TangentField, start: Params, after: Array, rtol: Array) -> Any:

@@ -22,6 +22,11 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore
         "(lazyjax.gradient_descent with optax.sgd, or stepsize_controller=diffrax.ConstantStepSize() with dt0), a "
         "looser rtol, more max_steps, or a smooth activation."
     )
+    kinks_unresolved = (
+        "Several kinks of the model met at one time, and the order in which the flow passes them was not found. "
+        "Take gradient descent with a small step instead (lazyjax.gradient_descent with optax.sgd), another rtol, or "
+        "parameters w0 that no symmetry holds together."
+    )
 
 
 class SOLVERS(eqx.Enumeration):

@@ -1,0 +1,304 @@
+r"""The right-hand side of a flow inside an activation pattern, and on the surfaces along which it slides.
+
+Inside a pattern every gate is off or on (see `lazyjax.difference.gated`), and the field f is smooth. Where it points
+to a surface g_s(w) = 0 from both sides, the flow slides along it (Filippov): the gate values $\lambda_s$ of the gates
+that slide lie in (0, 1), so that $\dot g_s = 0$. The objective is smooth along the surfaces, and its gradient there is
+the projection of f, taken with whatever gate values:
+
+    u' = f - J^T mu        J J^T mu = J f        J: the rows grad g_s of the gates that slide
+
+The $\mu$ tell how far the gate values are from those of f: $\mu_s = c_s (\lambda_s - \lambda_s^f)$, where the field
+jumps by $-c_s \nabla g_s$ across the surface. So the flow leaves a surface when $\lambda_s$ arrives at 0 or 1.
+
+Source: Filippov (1988), Differential equations with discontinuous right-hand sides; Dieci, Lopez (2012), A survey of
+numerical methods for IVPs of ODEs with discontinuous right-hand side, J. Comput. Appl. Math. 236.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int
+
+from lazyjax._core.trees import tree_norm
+from lazyjax._core.types import Outputs, Params
+from lazyjax.difference.gates import gated
+from lazyjax.flow.field import ModelField
+
+OFF, ON, SLIDING = 0, 1, 2
+"""The modes of a gate."""
+
+SLOTS = 64
+"""The number of gates that slide of which rows are kept to precondition with; others are solved for without."""
+
+MOST_NUMBERS = 2**25
+"""The most numbers that the rows may hold: fewer of them are kept of a large model."""
+
+NORM_PROBES = 4
+"""Random directions along which the norms of the gradients of switching values are estimated."""
+
+SOLVE_STEPS = 60
+"""Steps of conjugate gradients for the multipliers; preconditioned they take one to four."""
+
+
+class Pattern(eqx.Module):
+    """The mode of every gate of a model.
+
+    Attributes:
+        modes: OFF, ON or SLIDING.
+        gates: The gate values: 0 and 1 in the first two modes, but at a tie what JAX takes there.
+    """
+
+    modes: Int[Array, " s"]
+    gates: Float[Array, " s"]
+
+    @property
+    def sliding(self) -> Array:
+        """Return which gates slide, (s,) booleans."""
+        return self.modes == SLIDING
+
+    def with_modes(self, chosen: Array, modes: Array) -> "Pattern":
+        """Return the pattern with new modes for the chosen gates; one that begins to slide is taken half open."""
+        modes = jnp.where(chosen, modes.astype(self.modes.dtype), self.modes)
+        settled = jnp.where(modes == SLIDING, 0.5, modes.astype(self.gates.dtype))
+        return Pattern(modes, jnp.where(chosen, settled, self.gates))
+
+
+class Surfaces(eqx.Module):
+    """The rows grad g_s of gates that slide, to precondition JJ^T with; a row may be that of an earlier point.
+
+    Attributes:
+        slots: Which gate each row belongs to; s, the number of gates, if it is empty.
+        rows: The rows.
+        products: rows rows^T.
+        factor: The Cholesky factor of it, the identity in empty slots.
+    """
+
+    slots: Int[Array, " k"]
+    rows: Float[Array, "k p"]
+    products: Float[Array, "k k"]
+    factor: Float[Array, "k k"]
+
+    @classmethod
+    def empty(cls, num_gates: int, num_params: int, dtype: Any) -> "Surfaces":
+        """Return empty slots."""
+        k = max(1, min(SLOTS, num_gates, MOST_NUMBERS // num_params))
+        zeros = jnp.zeros((k, k), dtype)
+        return cls(jnp.full(k, num_gates, jnp.int32), jnp.zeros((k, num_params), dtype), zeros, jnp.eye(k, dtype=dtype))
+
+    def solve(self, r: Float[Array, " s"]) -> Float[Array, " s"]:
+        """Return about (JJ^T)^-1 r for an r that is zero off the gates that slide."""
+        mine = r.at[self.slots].get(mode="fill", fill_value=0)
+        return r.at[self.slots].set(jax.scipy.linalg.cho_solve((self.factor, True), mine), mode="drop")
+
+    def newton(self, g: Float[Array, " s"]) -> Float[Array, " s"]:
+        """Return about (JJ^T)^-1 g, for the gates with a slot only: it is a step back onto their surfaces."""
+        mine = g.at[self.slots].get(mode="fill", fill_value=0)
+        solved = jax.scipy.linalg.cho_solve((self.factor, True), mine)
+        return jnp.zeros_like(g).at[self.slots].set(solved, mode="drop")
+
+    def squares(self, num_gates: int) -> Float[Array, " s"]:
+        """Return |grad g_s|^2 of the gates with a slot, 1 for the others."""
+        return jnp.ones(num_gates, self.rows.dtype).at[self.slots].set(jnp.diag(self.products), mode="drop")
+
+    def with_row(self, index: Array, row: Float[Array, " p"], sliding: Array) -> "Surfaces":
+        """Return the surfaces of the gates that slide, with a new row for one of them; without the other gates."""
+        num_gates, k = sliding.size, self.slots.size
+        slots = jnp.where(sliding.at[self.slots].get(mode="fill", fill_value=False), self.slots, num_gates)
+        mine, free = slots == index, slots == num_gates
+        slot = jnp.where(jnp.any(mine), jnp.argmax(mine), jnp.where(jnp.any(free), jnp.argmax(free), k))
+        slot = jnp.where(sliding[index], slot, k)  # k is out of range: nothing is written
+        slots = slots.at[slot].set(index.astype(slots.dtype), mode="drop")
+        taken = slots < num_gates
+        rows = jnp.where(taken[:, None], self.rows, 0).at[slot].set(row, mode="drop")
+        products = jnp.where(taken[:, None] & taken[None, :], self.products, 0)
+        products = products.at[slot].set(rows @ row, mode="drop").at[:, slot].set(rows @ row, mode="drop")
+        # Rows may depend on each other: two samples on one line hold a unit at the same point.
+        diagonal = jnp.diag(products)
+        shift = jnp.where(diagonal > 0, 64 * jnp.finfo(rows.dtype).eps * jnp.max(diagonal), 1)
+        return Surfaces(slots, rows, products, jnp.linalg.cholesky(products + jnp.diag(shift)))
+
+
+class GatedField(eqx.Module):
+    """The field of a model with its gates given.
+
+    Attributes:
+        field: The field of the flow, with the gates as they are.
+    """
+
+    field: ModelField
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the model's gates; none if it is smooth.
+
+        Raises:
+            NoGatesError: it switches by a primitive of which no gates can be made.
+        """
+        w0 = eqx.combine(self.field.coordinates, self.field.rest)
+        return [kink.shape for kink in gated(self.field.h, w0).kinks]
+
+    def _run(self, w: Params, pattern: Pattern | None) -> tuple[Outputs, Float[Array, " s"]]:
+        """Return outputs and switching values at the coordinates w, with the gates as they are for None."""
+        full = eqx.combine(w, self.field.rest)
+        program = gated(self.field.h, full)
+        if pattern is None:
+            outputs, values = program.run(full)
+        else:
+            ends = np.cumsum([math.prod(kink.shape) for kink in program.kinks])[:-1]
+
+            def split(a: Array) -> list[Array]:
+                return [part.reshape(k.shape) for part, k in zip(jnp.split(a, ends), program.kinks, strict=True)]
+
+            mixed = pattern.sliding | ((pattern.gates > 0) & (pattern.gates < 1))
+            outputs, values = program.run(full, split(pattern.gates), split(mixed))
+        return outputs, jnp.concatenate([v.ravel().astype(self.field.start.dtype) for v in values])
+
+    def start(self, u: Params) -> tuple[Float[Array, " s"], Pattern]:
+        """Return switching values and pattern at the start; at a tie a gate has the value that JAX's derivative has."""
+        w = self.field.moved(u)
+        full = eqx.combine(w, self.field.rest)
+        program = gated(self.field.h, full)
+        _, values = program.run(full)
+        dtype = self.field.start.dtype
+        g = jnp.concatenate([v.ravel() for v in values]).astype(dtype)
+        ties = jnp.concatenate([jnp.full(v.size, k.tie, dtype) for v, k in zip(values, program.kinks, strict=True)])
+        modes = jnp.where(g > 0, ON, OFF).astype(jnp.int8)
+        return g, Pattern(modes, jnp.where(g == 0, ties, modes.astype(dtype)))
+
+    def velocity(self, u: Params, pattern: Pattern, surfaces: Surfaces) -> Params:
+        """Return u'."""
+        return _velocity(self, u, pattern, surfaces)
+
+    def motion(self, u: Params, pattern: Pattern, surfaces: Surfaces) -> "Motion":
+        """Return u' and what it took."""
+        w = self.field.moved(u)
+        (outputs, g), push, pull = _linearize(lambda w: self._run(w, pattern), w)
+        cotangent = self.field.loss.cotangent(self.field.scaled(outputs, u))
+        f = jtu.tree_map(jnp.negative, pull((cotangent, jnp.zeros_like(g))))
+        inside = pattern.sliding
+
+        def along(v: Params) -> Array:
+            return jnp.where(inside, push(v)[1], 0)
+
+        def normal(mu: Array) -> Params:
+            return pull((jnp.zeros_like(outputs), jnp.where(inside, mu, 0)))
+
+        def project() -> tuple[Params, Array]:
+            rounding = jnp.sqrt(jnp.max(jnp.diag(surfaces.products))) * tree_norm(f)
+            mu = conjugate_gradients(lambda mu: along(normal(mu)), along(f), surfaces.solve, rounding)
+            return jtu.tree_map(jnp.subtract, f, normal(mu)), mu
+
+        velocity, mu = jax.lax.cond(jnp.any(inside), project, lambda: (f, jnp.zeros_like(g)))
+        return Motion(velocity, mu, cotangent, g, lambda v: push(v)[1], normal)
+
+    def gate_values(
+        self, u: Params, pattern: Pattern, motion: "Motion"
+    ) -> tuple[Float[Array, " s"], Float[Array, " s"]]:
+        """Return the gate values that keep the gates on their surfaces, and the jumps c_s; of use where they slide.
+
+        What a gate lets through is lambda g, so that the derivative of the loss along any direction v, once more
+        by lambda, is c times that of g along v: at g = 0 the rest vanishes.
+        """
+        w = self.field.moved(u)
+        leaves, tree = jtu.tree_flatten(w)
+        keys = jr.split(jr.key(0), len(leaves))
+        v = tree.unflatten([jr.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)])
+
+        def slope(gates: Array) -> tuple[Array, Array]:
+            along = jax.jvp(lambda w: self._run(w, Pattern(pattern.modes, gates)), (w,), (v,))[1]
+            return jnp.sum(along[0] * motion.cotangent), along[1]
+
+        by_gate, speeds = jax.grad(slope, has_aux=True)(pattern.gates)
+        inside = pattern.sliding & (speeds != 0)
+        jumps = jnp.where(inside, by_gate / jnp.where(inside, speeds, 1), 0)
+        mu = motion.multipliers
+        bent = inside & (jumps != 0)
+        change = jnp.where(bent, mu / jnp.where(bent, jumps, 1), jnp.where(mu == 0, 0, jnp.sign(mu) * jnp.inf))
+        return jnp.where(pattern.sliding, pattern.gates + change, pattern.gates), jumps
+
+    def norms(self, u: Params, pattern: Pattern) -> Float[Array, " s"]:
+        """Return about |grad g_s| of every gate: the root mean square along a few random directions."""
+        w = self.field.moved(u)
+        leaves, tree = jtu.tree_flatten(w)
+        keys = jr.split(jr.key(1), len(leaves))
+        v = tree.unflatten(
+            [jr.normal(k, (NORM_PROBES, *leaf.shape), leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        )
+        along = jax.vmap(lambda v: jax.jvp(lambda w: self._run(w, pattern)[1], (w,), (v,))[1])(v)
+        return jnp.sqrt(jnp.mean(along**2, axis=0))
+
+    def row(self, u: Params, pattern: Pattern, index: Array) -> Float[Array, " p"]:
+        """Return grad g_s of one gate."""
+        g, pull = jax.vjp(lambda w: self._run(w, pattern)[1], self.field.moved(u))
+        return ravel_pytree(pull(jnp.zeros_like(g).at[index].set(1))[0])[0].astype(g.dtype)
+
+
+class Motion(NamedTuple):
+    """The field at a point, and what it took.
+
+    Attributes:
+        velocity: u'.
+        multipliers: The mu of the gates that slide, 0 for the others.
+        cotangent: The derivative of the loss by the outputs.
+        values: The switching values g.
+        along: v to the derivatives of the switching values along v, by w.
+        normal: mu to J^T mu.
+    """
+
+    velocity: Params
+    multipliers: Float[Array, " s"]
+    cotangent: Outputs
+    values: Float[Array, " s"]
+    along: Callable[[Params], Array]
+    normal: Callable[[Array], Params]
+
+
+def _linearize(
+    function: Callable[[Params], Any], w: Params
+) -> tuple[Any, Callable[[Params], Any], Callable[[Any], Params]]:
+    """Return a function's value, and the products with its Jacobian and its transpose."""
+    value, push = jax.linearize(function, w)
+    pull = jax.linear_transpose(push, w)
+    return value, push, lambda r: pull(r)[0]
+
+
+@eqx.filter_jit  # the stages of a step share one trace
+def _velocity(field: GatedField, u: Params, pattern: Pattern, surfaces: Surfaces) -> Params:
+    return field.motion(u, pattern, surfaces).velocity
+
+
+def conjugate_gradients(
+    matvec: Callable[[Array], Array], b: Array, precondition: Callable[[Array], Array], rounding: Array
+) -> Array:
+    """Return a solution x of Ax = b, for a semidefinite A whose range b lies in up to rounding.
+
+    A may be singular, where surfaces depend on each other: then x is one of its solutions.
+    """
+    eps = jnp.finfo(b.dtype).eps
+    goal = jnp.maximum(16 * eps * rounding, eps**0.75 * jnp.linalg.norm(b))
+
+    def go_on(state: Any) -> Array:
+        _, residual, _, product, step = state
+        return (step < SOLVE_STEPS) & (jnp.linalg.norm(residual) > goal) & (product > 0)
+
+    def turn(state: Any) -> Any:
+        x, residual, direction, product, step = state
+        image = matvec(direction)
+        curvature = jnp.sum(direction * image)
+        positive = curvature > 0
+        length = jnp.where(positive, product / jnp.where(positive, curvature, 1), 0)
+        x, residual = x + length * direction, residual - length * image
+        scaled = precondition(residual)
+        new = jnp.where(positive, jnp.sum(residual * scaled), 0)
+        return x, residual, scaled + new / product * direction, new, step + 1
+
+    first = precondition(b)
+    start = (jnp.zeros_like(b), b, first, jnp.sum(b * first), 0)
+    return jax.lax.while_loop(go_on, turn, start)[0]

@@ -1,0 +1,208 @@
+"""Flows through kinks: closed forms, a reference made by other means, what is conserved and what falls."""
+
+import math
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lazyjax as lj
+from flow.relu_reference import Reference, problem
+from lazyjax.flow import ThroughKinks
+from lazyjax.losses import function_loss
+
+SOLVER = ThroughKinks(diffrax.Tsit5())
+TS = np.concatenate([[0.0], np.geomspace(0.05, 4, 12)])
+
+
+def follow(h, loss, w0, ts=TS, **options):
+    options = {"solver": SOLVER, "rtol": 1e-8, "atol": 1e-11, "save": ("outputs", "params")} | options
+    return lj.gradient_flow(h, loss, jnp.asarray(w0), jnp.asarray(ts), **options)
+
+
+# ---- closed forms ----
+
+
+def test_a_flow_slides_to_rest():
+    # F = (|w| + 1)^2/2: w' = -(w + 1) until w = 0, where both sides point to 0.
+    flow = follow(jnp.abs, lj.square_loss(-jnp.ones(1)), jnp.ones(1))
+    np.testing.assert_allclose(flow.params[:, 0], np.maximum(2 * np.exp(-TS) - 1, 0), atol=1e-8)
+    assert (int(flow.stats["num_slides"]), int(flow.stats["num_crossings"])) == (1, 0)
+
+
+def test_a_flow_without_an_end_stops_on_a_kink():
+    """There the gradient is not zero, but zero is between those of the two sides."""
+    flow = follow(jnp.abs, lj.square_loss(-jnp.ones(1)), jnp.ones(1), [0.0, np.inf])
+    assert flow.result == lj.RESULTS.successful
+    np.testing.assert_allclose(flow.params[-1], 0, atol=1e-10)
+
+
+def released(w):
+    return jnp.stack([jax.nn.relu(w[0]), w[1], w[0]])
+
+
+def test_a_flow_leaves_a_kink_when_its_gate_opens():
+    # R = y1 y2 + y2 - y3: x' = 1 - H(x) z, z' = -max(x, 0) - 1, from x = 1, z = 4. With s = x + 1: s'' = s.
+    ts = np.linspace(0, 4, 17)
+    flow = follow(released, function_loss(lambda y: y[0] * y[1] + y[1] - y[2]), [1.0, 4.0], ts)
+    first = math.log(math.sqrt(6) - 1)
+    z_first = 1 - (2 * math.sinh(first) - 3 * math.cosh(first))
+    last = first + z_first - 1  # the gate value is 1/z
+    x = np.where(ts < first, 2 * np.cosh(ts) - 3 * np.sinh(ts) - 1, np.where(ts < last, 0, np.cosh(ts - last) - 1))
+    z = np.where(
+        ts < first,
+        1 - 2 * np.sinh(ts) + 3 * np.cosh(ts),
+        np.where(ts < last, z_first + first - ts, 1 - np.sinh(ts - last)),
+    )
+    assert first < last < 3.5
+    np.testing.assert_allclose(flow.params, np.stack([x, z], axis=1), rtol=1e-6, atol=1e-7)
+    assert int(flow.stats["num_slides"]) == 1
+
+
+def test_a_unit_dies():
+    # R = (y1 + 1)^2/2 + y2/2 with y1 = max(w, 0), y2 = w: w' = -(w + 3/2) for w > 0, then -1/2.
+    loss = function_loss(lambda y: 0.5 * (y[0] + 1) ** 2 + 0.5 * y[1])
+    flow = follow(lambda w: jnp.concatenate([jax.nn.relu(w), w]), loss, [1.0])
+    death = math.log(5 / 3)
+    right = np.where(death > TS, 2.5 * np.exp(-TS) - 1.5, -0.5 * (TS - death))
+    np.testing.assert_allclose(flow.params[:, 0], right, rtol=1e-7, atol=1e-8)
+    assert (int(flow.stats["num_slides"]), int(flow.stats["num_crossings"])) == (0, 1)
+
+
+def test_a_flow_slides_along_two_surfaces():
+    # F = (|v| + 2|w| + 1)^2/2 from (1, 0.5): r = |v| + 2|w| + 1, v' = -r, w' = -2r; w arrives first, then v.
+    flow = follow(lambda w: jnp.abs(w[:1]) + 2 * jnp.abs(w[1:]), lj.square_loss(-jnp.ones(1)), [1.0, 0.5])
+    both = math.log(3 / 1.75) / 5  # r = 3 exp(-5 t) until w = (r - r0) 2/5 + 1/2 = 0
+    v = np.where(both > TS, 0.4 + 0.6 * np.exp(-5 * TS), np.maximum(1.75 * np.exp(-(TS - both)) - 1, 0))
+    w = np.maximum(1.2 * np.exp(-5 * TS) - 0.7, 0)
+    np.testing.assert_allclose(flow.params, np.stack([v, w], axis=1), atol=1e-8)
+    assert int(flow.stats["num_slides"]) == 2
+
+
+def test_a_kink_that_both_sides_leave_is_crossed():
+    # F = (|w| - 2)^2/2 with a push that leads across 0, where the kink repels: R = (y1 - 2)^2/2 + 3 y2.
+    loss = function_loss(lambda y: 0.5 * (y[0] - 2) ** 2 + 3 * y[1])
+    flow = follow(lambda w: jnp.concatenate([jnp.abs(w), w]), loss, [1.0])
+    crossing = math.log(2)  # w' = -(w + 1) for w > 0, then -(w + 5)
+    right = np.where(crossing > TS, 2 * np.exp(-TS) - 1, 5 * np.exp(-(TS - crossing)) - 5)
+    np.testing.assert_allclose(flow.params[:, 0], right, rtol=1e-7, atol=1e-7)
+    assert int(flow.stats["num_crossings"]) == 1
+
+
+# ---- the two-layer ReLU net ----
+
+NET = lj.models.two_layer(jax.nn.relu)
+TIMES = np.concatenate([[0.0], np.geomspace(1e-2, 100, 25)])
+
+
+def net_flow(seed, rtol, dtype=np.float64, alpha=1.0, **options):
+    x, y, b, a = (v.astype(dtype) for v in problem(seed))
+    w0 = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+    loss = lj.square_loss(jnp.asarray(y))
+    options = {"solver": SOLVER, "rtol": rtol, "atol": 1e-3 * rtol, "save": ("params",)} | options
+    return lj.gradient_flow(
+        lj.on_data(NET, jnp.asarray(x)), loss, w0, jnp.asarray(TIMES, dtype), alpha=alpha, **options
+    )
+
+
+def flat(params):
+    return np.concatenate([np.asarray(params["b"]).reshape(len(params["b"]), -1), np.asarray(params["a"])], axis=1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_relu_flows_are_those_of_the_reference(seed):
+    x, y, b, a = problem(seed)
+    right, slides = Reference(x, y, len(a)).run(b, a, TIMES)
+    assert slides >= 3
+    for rtol in (1e-4, 1e-6, 1e-8):
+        flow = net_flow(seed, rtol)
+        assert flow.result == lj.RESULTS.successful
+        error = np.max(np.abs(flat(flow.params) - right)) / np.max(np.abs(right))
+        assert error < 10 * rtol
+        assert int(flow.stats["num_slides"]) >= slides
+    # The balance of every unit, also while it slides; and a loss that falls.
+    balance = np.asarray(flow.params["a"]) ** 2 - np.sum(np.asarray(flow.params["b"]) ** 2, axis=-1)
+    np.testing.assert_allclose(balance, np.broadcast_to(balance[0], balance.shape), atol=1e-7)
+    assert np.all(np.diff(flow.loss) < 0)
+
+
+def test_adaptive_steps_alone_collapse_there():
+    """What it is for: the same flow without being told of kinks does not arrive."""
+    flow = net_flow(1, 1e-8, solver=diffrax.Tsit5(), throw=False)
+    assert flow.result == lj.RESULTS.steps_collapsed or flow.result == lj.RESULTS.max_steps_reached
+
+
+def test_single_precision_follows_double_precision():
+    double, single = (net_flow(0, 1e-5, dtype) for dtype in (np.float64, np.float32))
+    right = flat(double.params)
+    assert np.max(np.abs(flat(single.params) - right)) < 1e-4 * np.max(np.abs(right))
+
+
+def test_lanes_are_flows_of_their_own_and_at_infinite_scale_that_of_the_tangent_model():
+    x, y, b, a = problem(0)
+    w0, loss = {"a": jnp.asarray(a), "b": jnp.asarray(b)}, lj.square_loss(jnp.asarray(y))
+    h = lj.center(lj.on_data(NET, jnp.asarray(x)), w0)
+    alphas = jnp.array([1.0, 30.0, jnp.inf])
+
+    def run(alpha):
+        flow = lj.gradient_flow(
+            h, loss, w0, jnp.asarray(TIMES), alpha=alpha, solver=SOLVER, save=("outputs",), throw=False
+        )
+        return flow.outputs, flow.result, flow.stats["num_crossings"]
+
+    outputs, results, crossings = eqx.filter_jit(jax.vmap(run))(alphas)
+    assert bool(jnp.all(results == lj.RESULTS.successful))
+    assert crossings[0] > crossings[1] >= crossings[2] == 0
+    tangent = lj.gradient_flow(lj.linearize(h, w0), loss, w0, jnp.asarray(TIMES), alpha=jnp.inf)
+    np.testing.assert_allclose(outputs[2], tangent.outputs, rtol=1e-5, atol=1e-6)
+    alone = run(30.0)[0]
+    np.testing.assert_allclose(outputs[1], alone, rtol=1e-6, atol=1e-8)
+
+
+# ---- deeper, and beyond ----
+
+
+def test_gradient_descent_converges_to_the_flow_of_a_deep_net():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (10, 2))
+    y = jnp.sin(2 * x[:, 0]) * x[:, 1]
+    w0 = {
+        "first": 0.5 * jax.random.normal(keys[1], (2, 6)),
+        "second": 0.5 * jax.random.normal(keys[2], (6, 6)),
+        "last": 0.5 * jax.random.normal(keys[3], (6,)),
+    }
+    h = lambda w: jax.nn.relu(jax.nn.relu(x @ w["first"]) @ w["second"]) @ w["last"]
+    flow = lj.gradient_flow(h, lj.square_loss(y), w0, jnp.array([0.0, 20.0]), solver=SOLVER, save=("params",))
+    assert int(flow.stats["num_crossings"]) > 10
+    assert int(flow.stats["num_slides"]) > 0
+    slope = jax.grad(lambda w: jnp.mean((h(w) - y) ** 2) / 2)
+
+    @jax.jit
+    def descend(eta):
+        steps = jnp.round(20 / eta).astype(int)
+        step = lambda _, w: jax.tree.map(lambda w, g: w - eta * g, w, slope(w))
+        return jax.lax.fori_loop(0, steps, step, w0)
+
+    end = jax.tree.map(lambda leaf: leaf[-1], flow.params)
+    distances = [
+        max(float(jnp.max(jnp.abs(p - q))) for p, q in zip(jax.tree.leaves(end), jax.tree.leaves(w), strict=True))
+        for w in map(descend, (4e-3, 1e-3))
+    ]
+    assert distances[1] < 1e-3
+    assert 2.5 < distances[0] / distances[1] < 6.5  # 4, if they fall like the step
+
+
+def test_a_smooth_model_takes_the_solver_inside():
+    options = {"save": ("outputs",), "rtol": 1e-6}
+    w0, loss = jnp.ones(2), lj.square_loss(jnp.zeros(2))
+    plain, told = (follow(jnp.tanh, loss, w0, solver=s, **options) for s in (diffrax.Tsit5(), SOLVER))
+    np.testing.assert_array_equal(plain.outputs, told.outputs)
+    assert int(told.stats["num_crossings"]) == 0
+
+
+def test_a_sort_cannot_be_followed_through_its_kinks():
+    with pytest.raises(ValueError, match="the primitive 'sort', of which no gates can be made"):
+        follow(jnp.sort, lj.square_loss(jnp.zeros(2)), jnp.array([1.0, 2.0]))
