@@ -57,6 +57,7 @@ def strict(text):
 
 
 @pytest.mark.end_to_end
+@pytest.mark.long  # and at the start no worker takes some of them from another, to make the report once more
 class TestReport:
     def test_writes_one_folder_and_nothing_else(self, made):
         names = {str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file()}
