@@ -1,6 +1,5 @@
 """Settings of all tests: float64, no silent promotion, one key per test, one compilation cache per run."""
 
-import functools
 import gc
 import os
 import subprocess
@@ -22,7 +21,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-DEFAULT_SELECTION = "not end_to_end"
+QUICK_SELECTIONS = ("not end_to_end", "end_to_end")
+"""What compiles quickly: the default run, as in `pyproject.toml`, and the long runs that only the gate makes."""
 
 WHOLE_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
 """Compiles a program as one piece: the workers keep all cores busy already."""
@@ -38,9 +38,9 @@ and XLA crashes without any left."""
 
 
 def pytest_configure(config):
-    """Let all workers of a run share what they compile, and compile quickly in the default run.
+    """Let all workers of a run share what they compile, and compile quickly in the default run and in the long ones.
 
-    Any other selection of tests (`-m end_to_end`, `-m optimized`, `-m ""`) compiles as a user's programs are compiled.
+    Any other selection of tests (`-m optimized`, `-m ""`) compiles as a user's programs are compiled.
     """
     if hasattr(config, "workerinput"):
         return  # a worker has the environment of the process that started it
@@ -51,7 +51,7 @@ def pytest_configure(config):
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     # On a CPU XLA says of each program from a cache that it "could lead to SIGILL", also on the machine that made it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    quick = config.option.markexpr == DEFAULT_SELECTION
+    quick = config.option.markexpr in QUICK_SELECTIONS
     if quick:
         os.environ.update(QUICK_SETTINGS)
         jax.config.update("jax_disable_most_optimizations", True)
@@ -65,7 +65,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
-@functools.cache
 def _knows(flags):
     """Return whether this XLA knows flags: one that it does not know ends the process."""
     env = {**os.environ, "XLA_FLAGS": flags}
@@ -96,15 +95,6 @@ def _dtype_promotion(request):
     else:
         with jax.numpy_dtype_promotion("standard"):
             yield
-
-
-@pytest.fixture
-def quick_kernels(monkeypatch):
-    """Let processes that a test starts compile quickly, whatever this one does."""
-    for name, value in QUICK_SETTINGS.items():
-        monkeypatch.setenv(name, value)
-    if os.environ.get("XLA_FLAGS", WHOLE_FLAGS) == WHOLE_FLAGS and _knows(QUICK_FLAGS):  # no flags of the user's
-        monkeypatch.setenv("XLA_FLAGS", QUICK_FLAGS)
 
 
 @pytest.fixture

@@ -95,7 +95,6 @@ def test_notebook_is_valid(path, nbformat):
 
 @pytest.mark.end_to_end
 @pytest.mark.long
-@pytest.mark.usefixtures("quick_kernels")  # most of a notebook's time is compilation
 @each_notebook
 def test_notebook_holds_the_outputs_of_a_run_and_runs_from_top_to_bottom(path, run_notebooks):
     run_notebooks.run(path)

@@ -175,8 +175,8 @@ def _cond(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> li
     index, operands = values[0], values[1:]
     branches = eqn.params["branches"]
     inputs = [is_pair(v) for v in operands]
-    reached = zip(*(reached(b.jaxpr, inputs) for b in branches), strict=True)
-    flags = [any(column) for column in reached]
+    columns = zip(*(reached(b.jaxpr, inputs) for b in branches), strict=True)
+    flags = [any(column) for column in columns]
     avals = [v.aval for v in eqn.outvars]
 
     def entered(branch: core.ClosedJaxpr) -> Callable[[list[Value]], list[Value]]:

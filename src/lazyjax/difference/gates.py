@@ -26,7 +26,7 @@ from jax import lax
 from jax.extend import core
 from jaxtyping import Array
 
-from lazyjax._core.program import as_function, literal_value
+from lazyjax._core.program import as_function, aval_of, literal_value
 from lazyjax._core.types import Params
 from lazyjax.difference.control_flow import CALLS, body_of, reached, reached_carries, scan_carries
 from lazyjax.difference.finite_jvp import coordinates_of
@@ -189,7 +189,7 @@ def _is_kinked(eqn: core.JaxprEqn) -> bool:
     """
     if not _switches(body_of(eqn)[0]):
         return False
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in map(aval_of, eqn.invars)]
     moving = [i for i, a in enumerate(avals) if is_floating(a)]
     function = as_function(eqn)
 
@@ -406,7 +406,8 @@ def _select(run: Evaluation, eqn: core.JaxprEqn, values: list[Value]) -> Any:
         off, on = (_plain(v) for v in cases)
         gate, mixed = which.array.gate, which.array.mixed
         if is_floating(jax.typeof(on)):
-            return mix(*(jnp.broadcast_to(a, jnp.shape(on)) for a in (gate, mixed)), on, off)
+            shape = jnp.shape(on)
+            return mix(jnp.broadcast_to(gate, shape), jnp.broadcast_to(mixed, shape), on, off)
     return as_function(eqn)(*[_plain(v) for v in values])[0]
 
 

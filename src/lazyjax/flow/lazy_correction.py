@@ -252,7 +252,7 @@ def _lazy_correction(
     ts, solver = ts.astype(start.dtype), options.solver
     if isinstance(solver, TangentExponential):
         solver = _attach(solver, single, pair, ts[-1] - ts[0])
-    assert solver is not None
+    assert isinstance(solver, diffrax.AbstractSolver)
     saved, result, stats = integrate(pair, solver, ts, options, to_infinity=to_infinity)
     outputs, limit = jnp.split(saved["outputs"], 2, axis=1)
     displacement, v = saved["displacement"]

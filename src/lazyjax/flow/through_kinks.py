@@ -9,6 +9,7 @@ Source: Filippov (1988), Differential equations with discontinuous right-hand si
 numerical methods for IVPs of ODEs with discontinuous right-hand side, J. Comput. Appl. Math. 236.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -189,6 +190,11 @@ class Follower(eqx.Module):
         return diffrax.ODETerm(GatedVelocity(self.field))
 
     @property
+    def order(self) -> Any:
+        """The order of the solver's error estimate."""
+        return self.solver.error_order(self.term)
+
+    @property
     def sharpness(self) -> Array:
         """The share of a step to which a change of the pattern is located."""
         return jnp.maximum(LOCATION * self.rtol, 16 * jnp.finfo(self.zero.dtype).eps)
@@ -198,7 +204,6 @@ class Follower(eqx.Module):
         dtype, size = self.zero.dtype, sum(leaf.size for leaf in jtu.tree_leaves(u))
         surfaces = Surfaces.empty(pattern.modes.size, size, dtype)
         args = (pattern, surfaces)
-        order = self.solver.error_order(self.term)
         t0 = self.ts[0]
 
         def smooth(terms: Any, t: Any, y: Params, args: Any) -> Params:
@@ -206,7 +211,7 @@ class Follower(eqx.Module):
             del terms, t, args
             return self.field.field(y)
 
-        t1, controller = self.controller.init(self.term, t0, self.ts[1], u, dt0, args, smooth, order)
+        t1, controller = self.controller.init(self.term, t0, self.ts[1], u, dt0, args, smooth, self.order)
         inner = self.solver.init(self.term, t0, t1, u, args)
         gates = pattern.gates
         nothing = jtu.tree_map(jnp.zeros_like, u)
@@ -220,7 +225,7 @@ class Follower(eqx.Module):
             surfaces=surfaces,
             solver=inner,
             controller=controller,
-            length=t1 - t0,
+            length=jnp.asarray(t1 - t0),
             jumped=jnp.asarray(False),
             index=jnp.asarray(1),
             saved=saved,
@@ -241,10 +246,10 @@ class Follower(eqx.Module):
         clipped = state.t + state.length >= target
         t1 = jnp.where(clipped, target, state.t + state.length)
         u1, error, dense, inner = self._advance(state, t1)
-        order = self.solver.error_order(self.term)
-        keep, begin, end, _, controller, verdict = self.controller.adapt_step_size(
-            state.t, t1, state.u, u1, args, error, order, state.controller
+        accepted, begin, end, _, controller, verdict = self.controller.adapt_step_size(
+            state.t, t1, state.u, u1, args, error, self.order, state.controller
         )
+        keep = jnp.asarray(accepted)
         # A step that was cut short by a time to save at says nothing against a longer one.
         length = jnp.where(keep & clipped, jnp.maximum(end - begin, state.length), end - begin)
         piece = self.solver.interpolation_cls(t0=state.t, t1=t1, **dense)
@@ -295,7 +300,7 @@ class Follower(eqx.Module):
             changes=jnp.where((found.share <= 4 * self.sharpness) | (t <= state.t), state.changes + 1, 0),
             progress=state.progress,
         )
-        left = eqx.tree_at(lambda s: (s.controller, s.length, s.counts), state, (controller, length, counts))
+        left = dataclasses.replace(state, controller=controller, length=length, counts=counts)
         after = jtu.tree_map(lambda a, b: jnp.where(keep, a, b), taken, left)
         saved = jax.lax.cond(
             arrived,
@@ -303,8 +308,8 @@ class Follower(eqx.Module):
             lambda: state.saved,
         )
         progress = self.meter.step(state.progress, (after.t - self.ts[0]) / (self.ts[-1] - self.ts[0]))
-        after = eqx.tree_at(lambda s: (s.saved, s.progress), after, (saved, progress))
-        return eqx.tree_at(lambda s: s.result, after, self._judge(after, verdict), is_leaf=lambda x: x is after.result)
+        after = dataclasses.replace(after, saved=saved, progress=progress)
+        return dataclasses.replace(after, result=self._judge(after, verdict))
 
     def _advance(self, state: State, t1: Array) -> tuple[Params, Any, Any, Any]:
         """Return the solver's step, its error, dense output and state."""
@@ -379,7 +384,8 @@ class Follower(eqx.Module):
             (lost, RESULTS.kinks_unresolved),
             (over, RESULTS.max_steps_reached),
         ):
-            result = RESULTS.where((result == RESULTS.successful) & happened, meant, result)
+            ended: Any = meant
+            result = RESULTS.where((result == RESULTS.successful) & happened, ended, result)
         return as_result(result)
 
 
