@@ -1,6 +1,7 @@
 """Settings of all tests: float64, no silent promotion, one key per test, one compilation cache per run."""
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -60,9 +61,32 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = flags
 
 
+@pytest.hookimpl(trylast=True)  # after the selection by marks
 def pytest_collection_modifyitems(items):
-    """Start the longest tests first: as the last ones, they would keep one worker busy while the others wait."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """Start the longest tests first, on all workers: as the last ones, they would keep one worker busy alone.
+
+    Each worker begins with an equal part of the list. Tests of one class stay together: they share what they made.
+    """
+    marked = [item for item in items if item.get_closest_marker("long")]
+    rest = [item for item in items if not item.get_closest_marker("long")]
+    groups = _grouped(marked)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    left = len(items)
+    items.clear()
+    for i in range(workers):
+        first = [item for group in groups[i::workers] for item in group]
+        size = max(left // (workers - i) - len(first), 0)
+        items += first + rest[:size]
+        left -= len(first) + len(rest[:size])
+        rest = rest[size:]
+    items += rest
+
+
+def _grouped(items):
+    """Return the tests in groups: of one class, or one alone."""
+    return [
+        list(group) for _, group in itertools.groupby(items, key=lambda item: getattr(item, "cls", None) or item.nodeid)
+    ]
 
 
 def _knows(flags):
