@@ -92,3 +92,14 @@ def test_a_kernel_with_one_eigenvalue_is_measured(scale):
     _, _, values, counts = _measure_stiffness(ScaledObjective.of(h, loss, one, 1.0, False))
     np.testing.assert_allclose(values, scale, rtol=1e-5)
     np.testing.assert_allclose(counts[-1], 4, rtol=1e-5)
+
+
+def test_an_eigenvalue_of_zero_has_no_stiffness_even_without_an_end():
+    """A warning of 0 inf would be an error here."""
+    flow = lj.gradient_flow(
+        lambda w: jnp.tanh(w) * jnp.array([1.0, 0.0]),
+        lj.square_loss(jnp.zeros(2)),
+        jnp.ones(2),
+        jnp.array([0.0, jnp.inf]),
+    )
+    np.testing.assert_allclose(flow.outputs[-1], 0, atol=1e-5)

@@ -203,6 +203,23 @@ def test_a_smooth_model_takes_the_solver_inside():
     assert int(told.stats["num_crossings"]) == 0
 
 
+@pytest.mark.parametrize(("others", "meet"), [((2.0, 3.0), True), ((), False)])
+def test_surfaces_that_meet_are_counted(others, meet):
+    """Several kinks at w = 0, which change the field, and one at -0.5: only where they meet is the order open."""
+    sum_of_units = lambda w: sum((jax.nn.relu(c * w) for c in others), jax.nn.relu(w))
+    h = lambda w: jnp.concatenate([sum_of_units(w), jax.nn.relu(w + 0.5), w])
+    flow = follow(h, function_loss(lambda y: 0.5 * (y[0] + 1) ** 2 + y[1] + y[2]), [1.0])
+    assert int(flow.stats["num_crossings"]) == 2 + len(others)
+    assert (int(flow.stats["num_meetings"]) > 0) is meet
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("solver", [diffrax.Kvaerno5(), SOLVER, "Tsit5"])
+def test_what_takes_no_explicit_steps_is_refused(solver):
+    with pytest.raises(TypeError, match=r"solver must be an explicit diffrax solver, .* got"):
+        ThroughKinks(solver)
+
+
 def test_a_sort_cannot_be_followed_through_its_kinks():
     with pytest.raises(ValueError, match="the primitive 'sort', of which no gates can be made"):
         follow(jnp.sort, lj.square_loss(jnp.zeros(2)), jnp.array([1.0, 2.0]))

@@ -116,14 +116,6 @@ class Order:
     gate: Array
     mixed: Array
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the comparison."""
-        return self.gate.shape
-
     def truth(self) -> Array:
         """Return the comparison as booleans."""
         return self.gate >= 0.5
@@ -161,10 +153,11 @@ def _inner(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     return [getattr(v, "jaxpr", v) for v in values if hasattr(getattr(v, "jaxpr", v), "eqns")]
 
 
-def _switches(jaxpr: core.Jaxpr) -> bool:
-    """Return whether anything in a program may be a kink."""
+def _switches(jaxpr: core.Jaxpr, *, beyond: str = "") -> bool:
+    """Return whether anything in a program may be a kink, apart from what the primitive `beyond` runs."""
     names = {*SWITCHING, *ORDERS, *UNKNOWN, "cond"}
-    return any(eqn.primitive.name in names or any(map(_switches, _inner(eqn))) for eqn in jaxpr.eqns)
+    eqns = [eqn for eqn in jaxpr.eqns if eqn.primitive.name != beyond]
+    return any(e.primitive.name in names or any(_switches(j, beyond=beyond) for j in _inner(e)) for e in eqns)
 
 
 def _live(jaxpr: core.Jaxpr, outs: Sequence[bool]) -> tuple[set[Any], list[bool]]:
@@ -203,17 +196,7 @@ def _is_kinked(eqn: core.JaxprEqn) -> bool:
         return jax.jvp(of_moving, [args[i] for i in moving], directions)[1]
 
     closed = jax.make_jaxpr(tangents)(avals, [avals[i] for i in moving])
-    return _rule_switches(closed.jaxpr)
-
-
-def _rule_switches(jaxpr: core.Jaxpr) -> bool:
-    names = {*SWITCHING, *ORDERS, *UNKNOWN, "cond"}
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "custom_jvp_call":
-            continue  # the function itself, which the rule may evaluate
-        if eqn.primitive.name in names or any(map(_rule_switches, _inner(eqn))):
-            return True
-    return False
+    return _switches(closed.jaxpr, beyond="custom_jvp_call")  # the function itself, which the rule may evaluate
 
 
 # ---- the walk ----
@@ -500,17 +483,23 @@ def gated(h: Callable[[Any], Any], w0: Params) -> Gated:
         >>> print(model.run(jnp.array([1.0, -2.0]), [jnp.ones(2), jnp.ones(2)])[0])
         [ 2. -4.]
     """
-    _, rebuild = coordinates_of(w0)
-    structure: list[Any] = []
+    leaves, rebuild = coordinates_of(w0)
+    kinks: list[Kink] = []
+    jax.eval_shape(lambda c: kinks.extend(evaluate(h, rebuild(c))[1].kinks), leaves)
 
     def run(w: Params, gates: Sequence[Array] | None = None, mixed: Sequence[Array] | None = None) -> Any:
-        now, _ = coordinates_of(w)
-        closed, shapes = jax.make_jaxpr(lambda *c: h(rebuild(c)), return_shape=True)(*now)
-        here = Evaluation(gates, mixed)
-        jaxpr = closed.jaxpr
-        outs = _walk(here, jaxpr, closed.consts, [Value(c, True) for c in now], [True] * len(jaxpr.outvars))
-        structure[:] = here.kinks
-        return jax.tree.unflatten(jax.tree.structure(shapes), [_plain(v) for v in outs]), here.values
+        outputs, here = evaluate(h, w, gates, mixed)
+        return outputs, here.values
 
-    jax.eval_shape(lambda c: run(rebuild(c)), coordinates_of(w0)[0])
-    return Gated(list(structure), run)
+    return Gated(kinks, run)
+
+
+def evaluate(
+    h: Callable[[Any], Any], w: Params, gates: Sequence[Array] | None = None, mixed: Sequence[Array] | None = None
+) -> tuple[Any, Evaluation]:
+    """Return the outputs of h with its gates given, and what was met on the way; see `Gated`."""
+    leaves, rebuild = coordinates_of(w)
+    closed, shapes = jax.make_jaxpr(lambda *c: h(rebuild(c)), return_shape=True)(*leaves)
+    here, jaxpr = Evaluation(gates, mixed), closed.jaxpr
+    outs = _walk(here, jaxpr, closed.consts, [Value(c, True) for c in leaves], [True] * len(jaxpr.outvars))
+    return jax.tree.unflatten(jax.tree.structure(shapes), [_plain(v) for v in outs]), here

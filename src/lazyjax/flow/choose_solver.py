@@ -49,7 +49,8 @@ def choose_solver(objective: ScaledObjective, ts: Array) -> diffrax.AbstractSolv
     times = np.asarray(ts, np.float64)
     horizon = times[-1] - times[0]
     stiffness = float(values[0]) * horizon
-    leading = np.where(values > 0, np.maximum(values, np.finfo(values.dtype).tiny) * horizon, 0)
+    positive = values > 0  # 0 inf is no number
+    leading = np.where(positive, np.where(positive, values, 1) * horizon, 0)
     if fading:
         stiffness, leading = FADING_STIFFNESS * math.log1p(stiffness), FADING_STIFFNESS * np.log1p(leading)
     method, planned = method_cost(flops, size, TangentExponential().num_lanczos, stiffness)
@@ -82,3 +83,13 @@ def name_of(solver: diffrax.AbstractSolver) -> SOLVERS:
     if isinstance(solver, TangentExponential):
         return SOLVERS.tangent_exponential
     return SOLVERS.tsit5 if isinstance(solver, diffrax.Tsit5) else SOLVERS.given
+
+
+def stages_of(solver: diffrax.AbstractSolver) -> int:
+    """Return how often a step evaluates the field; -1 for an implicit solver, whose iterations are not counted."""
+    tableau = getattr(solver, "tableau", None)
+    if isinstance(solver, TangentExponential):
+        return 4
+    if isinstance(solver, diffrax.AbstractERK) and isinstance(tableau, diffrax.ButcherTableau):
+        return tableau.num_stages - int(tableau.fsal)
+    return 1 if isinstance(solver, diffrax.Euler) else -1

@@ -24,12 +24,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Outputs, Params
-from lazyjax.difference.gates import gated
+from lazyjax.difference.gates import Kink, evaluate, gated
 from lazyjax.flow.field import ModelField
 
 OFF, ON, SLIDING = 0, 1, 2
@@ -131,46 +132,40 @@ class GatedField(eqx.Module):
 
     Attributes:
         field: The field of the flow, with the gates as they are.
+        kinks: The model's kinks; none if it is smooth.
     """
 
     field: ModelField
+    kinks: tuple[Kink, ...] = eqx.field(static=True)
 
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Return the shapes of the model's gates; none if it is smooth.
+    @classmethod
+    def of(cls, field: ModelField) -> "GatedField":
+        """Return the gated field of a flow.
 
         Raises:
-            NoGatesError: it switches by a primitive of which no gates can be made.
+            NoGatesError: the model switches by a primitive of which no gates can be made.
         """
-        w0 = eqx.combine(self.field.coordinates, self.field.rest)
-        return [kink.shape for kink in gated(self.field.h, w0).kinks]
+        return cls(field, tuple(gated(field.h, eqx.combine(field.coordinates, field.rest)).kinks))
 
-    def _run(self, w: Params, pattern: Pattern | None) -> tuple[Outputs, Float[Array, " s"]]:
-        """Return outputs and switching values at the coordinates w, with the gates as they are for None."""
+    def _run(self, w: Params, pattern: Pattern | None = None) -> tuple[Outputs, Float[Array, " s"]]:
+        """Return outputs and switching values at the coordinates w; without a pattern with the gates as they are."""
         full = eqx.combine(w, self.field.rest)
-        program = gated(self.field.h, full)
-        if pattern is None:
-            outputs, values = program.run(full)
-        else:
-            ends = np.cumsum([math.prod(kink.shape) for kink in program.kinks])[:-1]
-
-            def split(a: Array) -> list[Array]:
-                return [part.reshape(k.shape) for part, k in zip(jnp.split(a, ends), program.kinks, strict=True)]
-
+        given: list[list[Array]] = []
+        if pattern is not None:
             mixed = pattern.sliding | ((pattern.gates > 0) & (pattern.gates < 1))
-            outputs, values = program.run(full, split(pattern.gates), split(mixed))
-        return outputs, jnp.concatenate([v.ravel().astype(self.field.start.dtype) for v in values])
+            ends = np.cumsum([math.prod(kink.shape) for kink in self.kinks])[:-1]
+            for flat in (pattern.gates, mixed):
+                parts = jnp.split(flat, ends)
+                given.append([part.reshape(kink.shape) for part, kink in zip(parts, self.kinks, strict=True)])
+        outputs, here = evaluate(self.field.h, full, *given)
+        return outputs, jnp.concatenate([v.ravel().astype(self.field.start.dtype) for v in here.values])
 
     def start(self, u: Params) -> tuple[Float[Array, " s"], Pattern]:
         """Return switching values and pattern at the start; at a tie a gate has the value that JAX's derivative has."""
-        w = self.field.moved(u)
-        full = eqx.combine(w, self.field.rest)
-        program = gated(self.field.h, full)
-        _, values = program.run(full)
-        dtype = self.field.start.dtype
-        g = jnp.concatenate([v.ravel() for v in values]).astype(dtype)
-        ties = jnp.concatenate([jnp.full(v.size, k.tie, dtype) for v, k in zip(values, program.kinks, strict=True)])
+        g = self._run(self.field.moved(u))[1]
+        ties = np.concatenate([np.full(math.prod(kink.shape), kink.tie) for kink in self.kinks])
         modes = jnp.where(g > 0, ON, OFF).astype(jnp.int8)
-        return g, Pattern(modes, jnp.where(g == 0, ties, modes.astype(dtype)))
+        return g, Pattern(modes, jnp.where(g == 0, jnp.asarray(ties, g.dtype), modes.astype(g.dtype)))
 
     def velocity(self, u: Params, pattern: Pattern, surfaces: Surfaces) -> Params:
         """Return u'."""
@@ -191,8 +186,11 @@ class GatedField(eqx.Module):
             return pull((jnp.zeros_like(outputs), jnp.where(inside, mu, 0)))
 
         def project() -> tuple[Params, Array]:
-            rounding = jnp.sqrt(jnp.max(jnp.diag(surfaces.products))) * tree_norm(f)
-            mu = conjugate_gradients(lambda mu: along(normal(mu)), along(f), surfaces.solve, rounding)
+            # JJ^T is singular where surfaces depend on each other; J f is in its range, up to rounding.
+            eps = jnp.finfo(g.dtype).eps
+            rounding = 16 * eps * jnp.sqrt(jnp.max(jnp.diag(surfaces.products))) * tree_norm(f)
+            options = {"tol": eps**0.75, "atol": rounding, "maxiter": SOLVE_STEPS, "M": surfaces.solve}
+            mu, _ = jax.scipy.sparse.linalg.cg(lambda mu: along(normal(mu)), along(f), **options)
             return jtu.tree_map(jnp.subtract, f, normal(mu)), mu
 
         velocity, mu = jax.lax.cond(jnp.any(inside), project, lambda: (f, jnp.zeros_like(g)))
@@ -207,9 +205,7 @@ class GatedField(eqx.Module):
         by lambda, is c times that of g along v: at g = 0 the rest vanishes.
         """
         w = self.field.moved(u)
-        leaves, tree = jtu.tree_flatten(w)
-        keys = jr.split(jr.key(0), len(leaves))
-        v = tree.unflatten([jr.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)])
+        v = optax.tree.random_like(jr.key(0), w)
 
         def slope(gates: Array) -> tuple[Array, Array]:
             along = jax.jvp(lambda w: self._run(w, Pattern(pattern.modes, gates)), (w,), (v,))[1]
@@ -226,13 +222,11 @@ class GatedField(eqx.Module):
     def norms(self, u: Params, pattern: Pattern) -> Float[Array, " s"]:
         """Return about |grad g_s| of every gate: the root mean square along a few random directions."""
         w = self.field.moved(u)
-        leaves, tree = jtu.tree_flatten(w)
-        keys = jr.split(jr.key(1), len(leaves))
-        v = tree.unflatten(
-            [jr.normal(k, (NORM_PROBES, *leaf.shape), leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-        )
-        along = jax.vmap(lambda v: jax.jvp(lambda w: self._run(w, pattern)[1], (w,), (v,))[1])(v)
-        return jnp.sqrt(jnp.mean(along**2, axis=0))
+
+        def along(key: Array) -> Array:
+            return jax.jvp(lambda w: self._run(w, pattern)[1], (w,), (optax.tree.random_like(key, w),))[1]
+
+        return jnp.sqrt(jnp.mean(jax.vmap(along)(jr.split(jr.key(1), NORM_PROBES)) ** 2, axis=0))
 
     def row(self, u: Params, pattern: Pattern, index: Array) -> Float[Array, " p"]:
         """Return grad g_s of one gate."""
@@ -272,33 +266,3 @@ def _linearize(
 @eqx.filter_jit  # the stages of a step share one trace
 def _velocity(field: GatedField, u: Params, pattern: Pattern, surfaces: Surfaces) -> Params:
     return field.motion(u, pattern, surfaces).velocity
-
-
-def conjugate_gradients(
-    matvec: Callable[[Array], Array], b: Array, precondition: Callable[[Array], Array], rounding: Array
-) -> Array:
-    """Return a solution x of Ax = b, for a semidefinite A whose range b lies in up to rounding.
-
-    A may be singular, where surfaces depend on each other: then x is one of its solutions.
-    """
-    eps = jnp.finfo(b.dtype).eps
-    goal = jnp.maximum(16 * eps * rounding, eps**0.75 * jnp.linalg.norm(b))
-
-    def go_on(state: Any) -> Array:
-        _, residual, _, product, step = state
-        return (step < SOLVE_STEPS) & (jnp.linalg.norm(residual) > goal) & (product > 0)
-
-    def turn(state: Any) -> Any:
-        x, residual, direction, product, step = state
-        image = matvec(direction)
-        curvature = jnp.sum(direction * image)
-        positive = curvature > 0
-        length = jnp.where(positive, product / jnp.where(positive, curvature, 1), 0)
-        x, residual = x + length * direction, residual - length * image
-        scaled = precondition(residual)
-        new = jnp.where(positive, jnp.sum(residual * scaled), 0)
-        return x, residual, scaled + new / product * direction, new, step + 1
-
-    first = precondition(b)
-    start = (jnp.zeros_like(b), b, first, jnp.sum(b * first), 0)
-    return jax.lax.while_loop(go_on, turn, start)[0]

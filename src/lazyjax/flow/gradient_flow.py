@@ -15,7 +15,7 @@ from lazyjax._core.checks import check_times, is_concrete
 from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.flow.choose_solver import DENSE_OUTPUTS, choose_solver, name_of
+from lazyjax.flow.choose_solver import DENSE_OUTPUTS, choose_solver, name_of, stages_of
 from lazyjax.flow.closed_form import solve_tangent, tangent_gram
 from lazyjax.flow.exponential import TangentExponential, Velocity
 from lazyjax.flow.field import ModelField, ScaledObjective, TangentField
@@ -56,8 +56,9 @@ class Flow(eqx.Module):
         stats: "num_steps", "num_accepted_steps", "num_rejected_steps", and "num_vector_field", the gradients
             taken by the Runge-Kutta stages (-1 for an implicit solver, whose iterations are not counted; the choice
             of the first step and the search for a stationary point take a few more). All 0 in closed form.
-            "solver": an item of `SOLVERS`, what the flow was followed with. "num_crossings" and "num_slides": how often
-            gates have switched, and how often the flow has begun to slide along a kink, with `ThroughKinks`.
+            "solver": an item of `SOLVERS`, what the flow was followed with. With `ThroughKinks` "num_crossings",
+            "num_slides" and "num_meetings": how often gates have switched, how often the flow has begun to slide along
+            a kink, and at how many of these changes other gates were on their surfaces too.
     """
 
     ts: Float[Array, " time"]
@@ -274,17 +275,12 @@ def _solve(
     if not isinstance(solver, ThroughKinks):
         saved, result, stats = integrate(field, solver, ts, options, to_infinity=to_infinity)
         return saved, result, stats | no_kinks()
-    inner = solver.solver
-    if not isinstance(field, ModelField) or not GatedField(field).shapes():
-        return _solve(field, inner, ts, options, to_infinity)
-    finite = ts[:-1] if to_infinity else ts
-    inner, dt0 = _prepare(field, inner, ts, finite, options)
-    rtol = _tolerance(options, ts)
-    controller = options.stepsize_controller
-    if controller is None:
-        controller = _pid(inner, finite, rtol, options)
+    gated_field = GatedField.of(field) if isinstance(field, ModelField) else None
+    if gated_field is None or not gated_field.kinks:
+        return _solve(field, solver.solver, ts, options, to_infinity)
+    inner, controller, rtol, dt0 = _prepare(field, solver.solver, ts, options, to_infinity, _pid)
     saved, result, stats = follow_through_kinks(
-        field,
+        gated_field,
         inner,
         controller,
         ts,
@@ -304,11 +300,7 @@ def integrate(
 ) -> tuple[dict[str, Any], Result, dict[str, Any]]:
     """Return what is saved along u' = field(u) at ts, how the solve ended, and what it took."""
     finite = ts[:-1] if to_infinity else ts
-    solver, dt0 = _prepare(field, solver, ts, finite, options)
-    rtol = _tolerance(options, ts)
-    controller = options.stepsize_controller
-    if controller is None:
-        controller = _controller(solver, finite, rtol, options)
+    solver, controller, rtol, dt0 = _prepare(field, solver, ts, options, to_infinity, _controller)
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
     observe = _observer(field, options)
     subs = [diffrax.SubSaveAt(ts=finite, fn=lambda t, u, args: observe(u))]  # noqa: ARG005
@@ -332,23 +324,32 @@ def integrate(
 
 
 def _prepare(
-    field: ModelField | TangentField, solver: diffrax.AbstractSolver, ts: Array, finite: Array, options: Options
-) -> tuple[diffrax.AbstractSolver, RealScalar | None]:
-    """Return the solver, an exponential one with its linear part, and the length of the first step."""
-    if not isinstance(solver, TangentExponential):
-        return solver, options.dt0
-    solver = solver if solver.linear is not None else solver.attach(field, ts[-1] - ts[0])
-    assert solver.linear is not None
-    # A kernel that is zero sets no time; neither does a flow without an end.
-    top = solver.linear.top
-    scale = jnp.where(top > 0, 1 / jnp.where(top > 0, top, 1), 1).astype(ts.dtype)
-    first = jnp.minimum(scale, finite[-1] - finite[0]) if finite.size > 1 else scale
-    return solver, first if options.dt0 is None else options.dt0
+    field: ModelField | TangentField,
+    solver: diffrax.AbstractSolver,
+    ts: Array,
+    options: Options,
+    to_infinity: bool,
+    default: Callable[..., diffrax.AbstractStepSizeController],
+) -> tuple[diffrax.AbstractSolver, diffrax.AbstractStepSizeController, Array, RealScalar | None]:
+    """Return the solver, an exponential one with its linear part, the controller, rtol, and the first step if given.
 
-
-def _tolerance(options: Options, ts: Array) -> Array:
-    """Return the relative tolerance, at least that at which rounding is not all that is measured."""
-    return jnp.maximum(options.rtol.astype(ts.dtype), 32 * float(jnp.finfo(ts.dtype).eps))
+    rtol is at least that at which rounding is not all that is measured.
+    """
+    finite = ts[:-1] if to_infinity else ts
+    rtol = jnp.maximum(options.rtol.astype(ts.dtype), 32 * float(jnp.finfo(ts.dtype).eps))
+    dt0 = options.dt0
+    if isinstance(solver, TangentExponential):
+        solver = solver if solver.linear is not None else solver.attach(field, ts[-1] - ts[0])
+        assert solver.linear is not None
+        # A kernel that is zero sets no time; neither does a flow without an end.
+        top = solver.linear.top
+        scale = jnp.where(top > 0, 1 / jnp.where(top > 0, top, 1), 1).astype(ts.dtype)
+        first = jnp.minimum(scale, finite[-1] - finite[0]) if finite.size > 1 else scale
+        dt0 = first if dt0 is None else dt0
+    controller = options.stepsize_controller
+    if controller is None:
+        controller = default(solver, finite, rtol, options)
+    return solver, controller, rtol, dt0
 
 
 def _observer(field: ModelField | TangentField, options: Options) -> Callable[[Params], dict[str, Any]]:
@@ -407,14 +408,9 @@ def _result(result: diffrax.RESULTS) -> Result:
 
 def _count(stats: dict[str, Any], solver: diffrax.AbstractSolver) -> dict[str, Any]:
     """Return diffrax's step counts, the vector-field evaluations they stand for, and the solver."""
-    evaluations = jnp.asarray(-1)
-    tableau = getattr(solver, "tableau", None)
-    if isinstance(solver, TangentExponential):
-        evaluations = 4 * stats["num_steps"] + 1
-    elif isinstance(solver, diffrax.AbstractERK) and isinstance(tableau, diffrax.ButcherTableau):
-        stages = tableau.num_stages - (1 if tableau.fsal else 0)
-        evaluations = stages * stats["num_steps"] + (1 if tableau.fsal else 0)
-    elif isinstance(solver, diffrax.Euler):
-        evaluations = stats["num_steps"]
+    stages, tableau = stages_of(solver), getattr(solver, "tableau", None)
+    # The first step of a method whose last stage is the first of the next one.
+    first = isinstance(solver, TangentExponential) or getattr(tableau, "fsal", False)
+    evaluations = jnp.asarray(-1) if stages < 0 else stages * stats["num_steps"] + int(first)
     names = ("num_steps", "num_accepted_steps", "num_rejected_steps")
     return {**{name: stats[name] for name in names}, "num_vector_field": evaluations, "solver": name_of(solver)}

@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Params
+from lazyjax.flow.choose_solver import stages_of
 from lazyjax.flow.exponential import TangentExponential
-from lazyjax.flow.field import ModelField
-from lazyjax.flow.first_change import LATE, FirstChange, Look
+from lazyjax.flow.first_change import LATE, FirstChange, Look, Search
 from lazyjax.flow.gated_field import ON, SLIDING, GatedField, Pattern, Surfaces
 from lazyjax.flow.result import RESULTS, Result, as_result
 
@@ -54,8 +54,9 @@ class ThroughKinks(eqx.Module):
     inside. It cannot be differentiated backward.
 
     Where more surfaces meet than the parameters that move there (all those of a unit of a two-layer net meet at zero),
-    the next branch need not be unique, and the one taken may be another than that of gradient descent. If the order
-    of several changes at one time is not found, the `result` is `kinks_unresolved`.
+    the next branch need not be unique, and the one taken may be another than that of gradient descent:
+    `Flow.stats["num_meetings"]` counts the changes at which other gates were on their surfaces too. If the order of
+    several changes at one time is not found, the `result` is `kinks_unresolved`.
 
     Attributes:
         solver: Any explicit diffrax solver, or `TangentExponential`, for the smooth pieces.
@@ -76,10 +77,20 @@ class ThroughKinks(eqx.Module):
 
     solver: diffrax.AbstractSolver = diffrax.Tsit5()
 
+    def __check_init__(self) -> None:
+        if not isinstance(self.solver, diffrax.AbstractSolver) or isinstance(
+            self.solver, diffrax.AbstractImplicitSolver
+        ):
+            msg = (
+                "solver must be an explicit diffrax solver, or lazyjax.TangentExponential, got "
+                f"{type(self.solver).__name__}; for example ThroughKinks(diffrax.Tsit5())."
+            )
+            raise TypeError(msg)
+
 
 def no_kinks() -> dict[str, Array]:
     """Return what a flow reports that is not told of kinks."""
-    return {"num_crossings": jnp.asarray(0), "num_slides": jnp.asarray(0)}
+    return dict.fromkeys(("num_crossings", "num_slides", "num_meetings"), jnp.asarray(0))
 
 
 class GatedVelocity(eqx.Module):
@@ -102,6 +113,7 @@ class Counts(NamedTuple):
     num_vector_field: Array
     num_crossings: Array
     num_slides: Array
+    num_meetings: Array
 
     @classmethod
     def zeros(cls) -> "Counts":
@@ -270,15 +282,7 @@ class Follower(eqx.Module):
         u = jtu.tree_map(jnp.subtract, u, found.look.correction)
         pattern = self._settle(found.pattern, found.look)
         surfaces = self._renew(u, pattern, state.surfaces, state.counts.num_steps)
-        new, old = pattern.modes, state.pattern.modes
-        counts = state.counts.plus(
-            num_steps=1,
-            num_accepted_steps=keep,
-            num_rejected_steps=~keep,
-            num_vector_field=self.stages + state.jumped.astype(int) + found.looks,
-            num_crossings=jnp.sum(keep & (new != old) & (new != SLIDING) & (old != SLIDING)),
-            num_slides=jnp.sum(keep & (new == SLIDING) & (old != SLIDING)),
-        )
+        counts = self._count(state, found, keep)
         arrived = keep & (t >= target)
         if self.rest is not None:
             last = (state.index == self.ts.size - 1) & (t > self.ts[-2])
@@ -292,7 +296,7 @@ class Follower(eqx.Module):
             solver=inner,
             controller=controller,
             length=length,
-            jumped=jnp.any(new != old),
+            jumped=jnp.any(pattern.modes != state.pattern.modes),
             index=state.index + arrived.astype(state.index.dtype),
             saved=state.saved,
             result=state.result,
@@ -310,6 +314,22 @@ class Follower(eqx.Module):
         progress = self.meter.step(state.progress, (after.t - self.ts[0]) / (self.ts[-1] - self.ts[0]))
         after = dataclasses.replace(after, saved=saved, progress=progress)
         return dataclasses.replace(after, result=self._judge(after, verdict))
+
+    def _count(self, state: State, found: Search, keep: Array) -> Counts:
+        """Return the counts after a step."""
+        new, old = found.pattern.modes, state.pattern.modes
+        changed = keep & (new != old)
+        # Gates that stay off or on, but on their surfaces, where others change: what comes next hangs on the order.
+        idle = jnp.any((jnp.abs(found.look.margins) <= 1) & (new != SLIDING) & (new == old))
+        return state.counts.plus(
+            num_steps=1,
+            num_accepted_steps=keep,
+            num_rejected_steps=~keep,
+            num_vector_field=self.stages + state.jumped.astype(int) + found.looks,
+            num_crossings=jnp.sum(changed & (new != SLIDING) & (old != SLIDING)),
+            num_slides=jnp.sum(changed & (new == SLIDING)),
+            num_meetings=jnp.any(changed) & idle,
+        )
 
     def _advance(self, state: State, t1: Array) -> tuple[Params, Any, Any, Any]:
         """Return the solver's step, its error, dense output and state."""
@@ -390,7 +410,7 @@ class Follower(eqx.Module):
 
 
 def follow_through_kinks(
-    field: ModelField,
+    field: GatedField,
     solver: diffrax.AbstractSolver,
     controller: diffrax.AbstractStepSizeController,
     ts: Array,
@@ -404,30 +424,25 @@ def follow_through_kinks(
     progress: diffrax.AbstractProgressMeter,
 ) -> tuple[Any, Result, dict[str, Array]]:
     """Return what is observed along a flow at ts, how it ended, and what it took and met."""
-    gated_field = GatedField(field)
-    u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
-    values, pattern = gated_field.start(u0)
+    u0 = jtu.tree_map(jnp.zeros_like, field.field.coordinates)
+    values, pattern = field.start(u0)
     dtype = values.dtype
     zero = ROUNDING * jnp.finfo(dtype).eps * jnp.max(jnp.abs(values))
     zero = jnp.where(zero > 0, zero, jnp.finfo(dtype).tiny)
-    norms = gated_field.norms(u0, pattern)
-    rest = rtol * tree_norm(field(u0)) if to_infinity else None
-    tableau = getattr(solver, "tableau", None)
-    stages = 4 if isinstance(solver, TangentExponential) else getattr(tableau, "num_stages", 2) - 1
     follower = Follower(
-        gated_field,
-        solver,
-        controller,
-        ts,
-        observe,
-        rtol,
-        atol.astype(dtype),
-        zero,
-        norms,
-        progress,
-        rest,
-        max_steps,
-        stages,
+        field=field,
+        solver=solver,
+        controller=controller,
+        ts=ts,
+        observe=observe,
+        rtol=rtol,
+        atol=atol.astype(dtype),
+        zero=zero,
+        norms=field.norms(u0, pattern),
+        meter=progress,
+        rest=rtol * tree_norm(field.field(u0)) if to_infinity else None,
+        max_steps=max_steps,
+        stages=stages_of(solver),
     )
     start = follower.start(u0, values, pattern, observe(u0), dt0)
     state = jax.lax.while_loop(lambda s: follower.goes_on(s), lambda s: follower.step(s), start)  # noqa: PLW0108
