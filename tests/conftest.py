@@ -31,6 +31,10 @@ QUICK_FLAGS = f"{WHOLE_FLAGS} --xla_cpu_use_fusion_emitters=false"
 QUICK_SETTINGS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 """What more than halves the time of compilation, at the price of slower programs."""
 
+SELDOM = (1_000_000, 10, 10)
+"""Thresholds of Python's garbage collector: what tests trace are millions of objects, with few cycles among them, and
+to look for those as often as Python does by itself takes a fifth of the time of a test."""
+
 CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 MOST_MAPS = 40_000
@@ -43,6 +47,7 @@ def pytest_configure(config):
 
     Any other selection of tests (`-m optimized`, `-m ""`) compiles as a user's programs are compiled.
     """
+    gc.set_threshold(*SELDOM)
     if hasattr(config, "workerinput"):
         return  # a worker has the environment of the process that started it
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -80,6 +85,12 @@ def pytest_collection_modifyitems(items):
         left -= len(first) + len(rest[:size])
         rest = rest[size:]
     items += rest
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of every later search for cycles."""
+    gc.collect()
+    gc.freeze()
 
 
 def _grouped(items):
