@@ -1,5 +1,6 @@
 """Flows through kinks: closed forms, a reference made by other means, what is conserved and what falls."""
 
+import itertools
 import math
 
 import diffrax
@@ -25,12 +26,87 @@ def follow(h, loss, w0, ts=TS, **options):
 
 # ---- closed forms ----
 
+# Models side by side: w and the outputs are stacked, the losses added up, so that each flows as if it were alone, and
+# meets its kinks while the steps are those of all of them.
 
-def test_a_flow_slides_to_rest():
-    # F = (|w| + 1)^2/2: w' = -(w + 1) until w = 0, where both sides point to 0.
-    flow = follow(jnp.abs, lj.square_loss(-jnp.ones(1)), jnp.ones(1))
-    np.testing.assert_allclose(flow.params[:, 0], np.maximum(2 * np.exp(-TS) - 1, 0), atol=1e-8)
-    assert (int(flow.stats["num_slides"]), int(flow.stats["num_crossings"])) == (1, 0)
+
+def rest():
+    """F = (|w| + 1)^2/2: w' = -(w + 1) until w = 0, where both sides point to 0."""
+    return jnp.abs, lambda y: 0.5 * (y[0] + 1) ** 2, [1.0], [np.maximum(2 * np.exp(-TS) - 1, 0)]
+
+
+def release():
+    """R = y1 y2 + y2 - y3: x' = 1 - H(x) z, z' = -max(x, 0) - 1, from x = 1, z = 4; with s = x + 1: s'' = s."""
+    first = math.log(math.sqrt(6) - 1)
+    z_first = 1 - (2 * math.sinh(first) - 3 * math.cosh(first))
+    last = first + z_first - 1  # the gate value is 1/z
+    assert first < last < 3.5
+    x = 2 * np.cosh(TS) - 3 * np.sinh(TS) - 1
+    z = 1 - 2 * np.sinh(TS) + 3 * np.cosh(TS)
+    x = np.where(first > TS, x, np.where(last > TS, 0, np.cosh(TS - last) - 1))
+    z = np.where(first > TS, z, np.where(last > TS, z_first + first - TS, 1 - np.sinh(TS - last)))
+    h = lambda w: jnp.stack([jax.nn.relu(w[0]), w[1], w[0]])
+    return h, lambda y: y[0] * y[1] + y[1] - y[2], [1.0, 4.0], [x, z]
+
+
+def death():
+    """R = (y1 + 1)^2/2 + y2/2 with y1 = max(w, 0), y2 = w: w' = -(w + 3/2) for w > 0, then -1/2."""
+    end = math.log(5 / 3)
+    right = np.where(end > TS, 2.5 * np.exp(-TS) - 1.5, -0.5 * (TS - end))
+    h = lambda w: jnp.concatenate([jax.nn.relu(w), w])
+    return h, lambda y: 0.5 * (y[0] + 1) ** 2 + 0.5 * y[1], [1.0], [right]
+
+
+def corner():
+    """F = (|v| + 2|w| + 1)^2/2 from (1, 0.5): r = |v| + 2|w| + 1, v' = -r, w' = -2r; w arrives first, then v."""
+    both = math.log(3 / 1.75) / 5  # r = 3 exp(-5 t) until w = (r - r0) 2/5 + 1/2 = 0
+    v = np.where(both > TS, 0.4 + 0.6 * np.exp(-5 * TS), np.maximum(1.75 * np.exp(-(TS - both)) - 1, 0))
+    w = np.maximum(1.2 * np.exp(-5 * TS) - 0.7, 0)
+    h = lambda w: jnp.abs(w[:1]) + 2 * jnp.abs(w[1:])
+    return h, lambda y: 0.5 * (y[0] + 1) ** 2, [1.0, 0.5], [v, w]
+
+
+def repelled():
+    """F = (|w| - 2)^2/2 with a push that leads across 0, where the kink repels: R = (y1 - 2)^2/2 + 3 y2."""
+    crossing = math.log(2)  # w' = -(w + 1) for w > 0, then -(w + 5)
+    right = np.where(crossing > TS, 2 * np.exp(-TS) - 1, 5 * np.exp(-(TS - crossing)) - 5)
+    h = lambda w: jnp.concatenate([jnp.abs(w), w])
+    return h, lambda y: 0.5 * (y[0] - 2) ** 2 + 3 * y[1], [1.0], [right]
+
+
+CASES = {"slides to rest": rest, "leaves": release, "dies": death, "two surfaces": corner, "repelled": repelled}
+
+
+@pytest.fixture(scope="module")
+def cases():
+    """The flow of all cases, the part of the parameters that is each one's, and what is right."""
+    models, losses, starts, rights = zip(*[case() for case in CASES.values()], strict=True)
+    shapes = [jax.eval_shape(h, jnp.zeros(len(start))) for h, start in zip(models, starts, strict=True)]
+    parts, outputs = (np.cumsum([0, *sizes]) for sizes in (map(len, starts), [shape.size for shape in shapes]))
+
+    def parted(flat, ends):
+        return [flat[i:j] for i, j in itertools.pairwise(ends.tolist())]
+
+    def h(w):
+        return jnp.concatenate([h(v) for h, v in zip(models, parted(w, parts), strict=True)])
+
+    def risk(y):
+        return sum(loss(v) for loss, v in zip(losses, parted(y, outputs), strict=True))
+
+    flow = follow(h, function_loss(risk), np.concatenate(starts))
+    return flow, dict(zip(CASES, zip(parted(np.asarray(flow.params).T, parts), rights, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flows_through_kinks_are_their_closed_forms(cases, name):
+    found, right = cases[1][name]
+    np.testing.assert_allclose(found, np.stack(right), rtol=1e-7, atol=1e-8)
+
+
+def test_slides_and_crossings_are_counted(cases):
+    """One slide to rest, one that ends, two at the corner; a death and a repelling kink are crossed."""
+    stats = cases[0].stats
+    assert (int(stats["num_slides"]), int(stats["num_crossings"])) == (4, 2)
 
 
 def test_a_flow_without_an_end_stops_on_a_kink():
@@ -40,72 +116,22 @@ def test_a_flow_without_an_end_stops_on_a_kink():
     np.testing.assert_allclose(flow.params[-1], 0, atol=1e-10)
 
 
-def released(w):
-    return jnp.stack([jax.nn.relu(w[0]), w[1], w[0]])
-
-
-def test_a_flow_leaves_a_kink_when_its_gate_opens():
-    # R = y1 y2 + y2 - y3: x' = 1 - H(x) z, z' = -max(x, 0) - 1, from x = 1, z = 4. With s = x + 1: s'' = s.
-    ts = np.linspace(0, 4, 17)
-    flow = follow(released, function_loss(lambda y: y[0] * y[1] + y[1] - y[2]), [1.0, 4.0], ts)
-    first = math.log(math.sqrt(6) - 1)
-    z_first = 1 - (2 * math.sinh(first) - 3 * math.cosh(first))
-    last = first + z_first - 1  # the gate value is 1/z
-    x = np.where(ts < first, 2 * np.cosh(ts) - 3 * np.sinh(ts) - 1, np.where(ts < last, 0, np.cosh(ts - last) - 1))
-    z = np.where(
-        ts < first,
-        1 - 2 * np.sinh(ts) + 3 * np.cosh(ts),
-        np.where(ts < last, z_first + first - ts, 1 - np.sinh(ts - last)),
-    )
-    assert first < last < 3.5
-    np.testing.assert_allclose(flow.params, np.stack([x, z], axis=1), rtol=1e-6, atol=1e-7)
-    assert int(flow.stats["num_slides"]) == 1
-
-
-def test_a_unit_dies():
-    # R = (y1 + 1)^2/2 + y2/2 with y1 = max(w, 0), y2 = w: w' = -(w + 3/2) for w > 0, then -1/2.
-    loss = function_loss(lambda y: 0.5 * (y[0] + 1) ** 2 + 0.5 * y[1])
-    flow = follow(lambda w: jnp.concatenate([jax.nn.relu(w), w]), loss, [1.0])
-    death = math.log(5 / 3)
-    right = np.where(death > TS, 2.5 * np.exp(-TS) - 1.5, -0.5 * (TS - death))
-    np.testing.assert_allclose(flow.params[:, 0], right, rtol=1e-7, atol=1e-8)
-    assert (int(flow.stats["num_slides"]), int(flow.stats["num_crossings"])) == (0, 1)
-
-
-def test_a_flow_slides_along_two_surfaces():
-    # F = (|v| + 2|w| + 1)^2/2 from (1, 0.5): r = |v| + 2|w| + 1, v' = -r, w' = -2r; w arrives first, then v.
-    flow = follow(lambda w: jnp.abs(w[:1]) + 2 * jnp.abs(w[1:]), lj.square_loss(-jnp.ones(1)), [1.0, 0.5])
-    both = math.log(3 / 1.75) / 5  # r = 3 exp(-5 t) until w = (r - r0) 2/5 + 1/2 = 0
-    v = np.where(both > TS, 0.4 + 0.6 * np.exp(-5 * TS), np.maximum(1.75 * np.exp(-(TS - both)) - 1, 0))
-    w = np.maximum(1.2 * np.exp(-5 * TS) - 0.7, 0)
-    np.testing.assert_allclose(flow.params, np.stack([v, w], axis=1), atol=1e-8)
-    assert int(flow.stats["num_slides"]) == 2
-
-
-def test_a_kink_that_both_sides_leave_is_crossed():
-    # F = (|w| - 2)^2/2 with a push that leads across 0, where the kink repels: R = (y1 - 2)^2/2 + 3 y2.
-    loss = function_loss(lambda y: 0.5 * (y[0] - 2) ** 2 + 3 * y[1])
-    flow = follow(lambda w: jnp.concatenate([jnp.abs(w), w]), loss, [1.0])
-    crossing = math.log(2)  # w' = -(w + 1) for w > 0, then -(w + 5)
-    right = np.where(crossing > TS, 2 * np.exp(-TS) - 1, 5 * np.exp(-(TS - crossing)) - 5)
-    np.testing.assert_allclose(flow.params[:, 0], right, rtol=1e-7, atol=1e-7)
-    assert int(flow.stats["num_crossings"]) == 1
-
-
 # ---- the two-layer ReLU net ----
 
 NET = lj.models.two_layer(jax.nn.relu)
 TIMES = np.concatenate([[0.0], np.geomspace(1e-2, 100, 25)])
 
 
-def net_flow(seed, rtol, dtype=np.float64, alpha=1.0, **options):
-    x, y, b, a = (v.astype(dtype) for v in problem(seed))
-    w0 = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
-    loss = lj.square_loss(jnp.asarray(y))
+def net_problem(seed, dtype=np.float64):
+    """Return a model that is zero at its start, the loss and the start."""
+    x, y, b, a = (jnp.asarray(v, dtype) for v in problem(seed))
+    w0 = {"a": a, "b": b}
+    return lj.center(lj.on_data(NET, x), w0), lj.square_loss(y), w0
+
+
+def net_flow(seed, rtol, dtype=np.float64, **options):
     options = {"solver": SOLVER, "rtol": rtol, "atol": 1e-3 * rtol, "save": ("params",)} | options
-    return lj.gradient_flow(
-        lj.on_data(NET, jnp.asarray(x)), loss, w0, jnp.asarray(TIMES, dtype), alpha=alpha, **options
-    )
+    return lj.gradient_flow(*net_problem(seed, dtype), jnp.asarray(TIMES, dtype), **options)
 
 
 def flat(params):
@@ -142,24 +168,22 @@ def test_single_precision_follows_double_precision():
 
 
 def test_lanes_are_flows_of_their_own_and_at_infinite_scale_that_of_the_tangent_model():
-    x, y, b, a = problem(0)
-    w0, loss = {"a": jnp.asarray(a), "b": jnp.asarray(b)}, lj.square_loss(jnp.asarray(y))
-    h = lj.center(lj.on_data(NET, jnp.asarray(x)), w0)
+    h, loss, w0 = net_problem(0)
     alphas = jnp.array([1.0, 30.0, jnp.inf])
 
     def run(alpha):
-        flow = lj.gradient_flow(
-            h, loss, w0, jnp.asarray(TIMES), alpha=alpha, solver=SOLVER, save=("outputs",), throw=False
-        )
-        return flow.outputs, flow.result, flow.stats["num_crossings"]
+        options = {"solver": SOLVER, "save": ("displacement",), "throw": False, "rtol": 1e-6}
+        flow = lj.gradient_flow(h, loss, w0, jnp.asarray(TIMES), alpha=alpha, **options)
+        return flow.displacement, flow.result, flow.stats["num_crossings"]
 
-    outputs, results, crossings = eqx.filter_jit(jax.vmap(run))(alphas)
+    moved, results, crossings = eqx.filter_jit(jax.vmap(run))(alphas)
     assert bool(jnp.all(results == lj.RESULTS.successful))
     assert crossings[0] > crossings[1] >= crossings[2] == 0
-    tangent = lj.gradient_flow(lj.linearize(h, w0), loss, w0, jnp.asarray(TIMES), alpha=jnp.inf)
-    np.testing.assert_allclose(outputs[2], tangent.outputs, rtol=1e-5, atol=1e-6)
-    alone = run(30.0)[0]
-    np.testing.assert_allclose(outputs[1], alone, rtol=1e-6, atol=1e-8)
+    lane = lambda i: flat(jax.tree.map(lambda leaf: leaf[i], moved))
+    tangent = lj.gradient_flow(h, loss, w0, jnp.asarray(TIMES), alpha=jnp.inf, save=("displacement",))  # closed form
+    np.testing.assert_allclose(lane(2), flat(tangent.displacement), rtol=1e-5, atol=1e-6)
+    alone = net_flow(0, 1e-6, alpha=30.0)
+    np.testing.assert_allclose(lane(1), 30 * (flat(alone.params) - flat(alone.params)[:1]), rtol=1e-5, atol=1e-5)
 
 
 # ---- deeper, and beyond ----
@@ -203,13 +227,22 @@ def test_a_smooth_model_takes_the_solver_inside():
     assert int(told.stats["num_crossings"]) == 0
 
 
-@pytest.mark.parametrize(("others", "meet"), [((2.0, 3.0), True), ((), False)])
-def test_surfaces_that_meet_are_counted(others, meet):
-    """Several kinks at w = 0, which change the field, and one at -0.5: only where they meet is the order open."""
-    sum_of_units = lambda w: sum((jax.nn.relu(c * w) for c in others), jax.nn.relu(w))
-    h = lambda w: jnp.concatenate([sum_of_units(w), jax.nn.relu(w + 0.5), w])
-    flow = follow(h, function_loss(lambda y: 0.5 * (y[0] + 1) ** 2 + y[1] + y[2]), [1.0])
-    assert int(flow.stats["num_crossings"]) == 2 + len(others)
+def shifted_kinks(w, x):
+    units = sum(jax.nn.relu(c * w + i * x) for i, c in enumerate((1.0, 2.0, 3.0)))
+    return jnp.concatenate([units, jax.nn.relu(w + 0.5), w])[None]
+
+
+PUSHED = function_loss(lambda y: 0.5 * (y[0, 0] + 1) ** 2 + y[0, 1] + y[0, 2])
+
+
+@pytest.mark.parametrize(("shift", "meet"), [(0.0, True), (0.2, False)])
+def test_surfaces_that_meet_are_counted(shift, meet):
+    """Three kinks at w = 0, or a little apart, which change the field, and one at -0.5.
+
+    Only where they meet is the order open.
+    """
+    flow = follow(lj.on_data(shifted_kinks, jnp.full(1, shift)), PUSHED, [1.0])
+    assert int(flow.stats["num_crossings"]) == 4
     assert (int(flow.stats["num_meetings"]) > 0) is meet
 
 
