@@ -17,7 +17,16 @@ from lazyjax._core.types import Params
 from lazyjax.flow.gated_field import OFF, ON, SLIDING, Pattern
 
 LATE = 0.05
-"""Share of the tolerance by which gates turned at the end of the step that crossed them may change it."""
+"""Share of the tolerance by which gates that are not turned where they cross may be wrong at the end of a step."""
+
+PASSED_ERROR = 0.1
+"""Share of the tolerance by which gates that are passed, their jumps lasting from where they cross, may be wrong."""
+
+BEFORE = 0.02
+"""How far before a gate that the flow cannot pass a step ends that passes others."""
+
+MOST_SHORTENING = 0.25
+"""The least share of a part of a step that is tried next."""
 
 DIP_POINTS = 7
 """Points inside a step at which the margins of gates are interpolated."""
@@ -46,10 +55,11 @@ class Look(NamedTuple):
     correction: Params
 
 
-END, PROBE, LATER, SEARCH, TURN, LAST, DONE = range(7)
+END, PROBE, LATER, PARTS, HALF, HALF_PARTS, PASSED, SEARCH, TURN, LAST, DONE = range(11)
 """What the next look of a step is at: its end; a point inside it where a gate seems to have left its mode; its end with
-the gates turned that it has crossed; where the first gate leaves its mode; there with that gate turned; there with it
-sliding; nothing more."""
+the gates turned that it has crossed; there with each turned in part, by the part of the step after it; half way with
+them held; half way with them turned in part; where that leads, with them turned; where the first gate leaves its mode;
+there with that gate turned; there with it sliding; nothing more."""
 
 
 class Search(NamedTuple):
@@ -67,6 +77,11 @@ class Search(NamedTuple):
             farther out that are on their way back.
         gone: The gates that have left their modes at the end of the step.
         end: The velocity there.
+        turned: The velocity there with those gates turned.
+        jump: By how much they change the velocity, each for its part of the step.
+        half: The velocity half way, the gates held.
+        error: An estimate of the error of the step that passing them adds.
+        shift: By how much they change where the step ends.
         look: What was seen last.
         looks: How many there were.
     """
@@ -81,6 +96,11 @@ class Search(NamedTuple):
     level: Float[Array, " s"]
     gone: Bool[Array, " s"]
     end: Params
+    turned: Params
+    jump: Params
+    half: Params
+    error: Array
+    shift: Params
     look: Look
     looks: Int[Array, ""]
 
@@ -125,6 +145,11 @@ class FirstChange:
             level=jnp.where(margins > 0, 0, on_surface),
             gone=jnp.zeros_like(self.before.sliding),
             end=self.seen.velocity,
+            turned=self.seen.velocity,
+            jump=self.seen.velocity,
+            half=self.seen.velocity,
+            error=0 * one,
+            shift=jtu.tree_map(jnp.zeros_like, self.end),
             look=self.seen,
             looks=jnp.asarray(0),
         )
@@ -133,11 +158,16 @@ class FirstChange:
     def _turn(self, c: Search) -> Search:
         """Look once, and say where to look next."""
         u = jtu.tree_map(lambda a, b: jnp.where(c.share >= 1, a, b), self.end, self.at(c.share))
+        u = jtu.tree_map(jnp.add, u, c.shift)
         c = c._replace(look=self.look(u, c.pattern), looks=c.looks + 1)
         following = (
             self._after_end,
             self._after_probe,
             self._after_late,
+            self._after_parts,
+            self._after_half,
+            self._after_half_parts,
+            self._after_passed,
             self._after_search,
             self._after_turn,
             self._after_last,
@@ -146,21 +176,21 @@ class FirstChange:
 
     def _after_end(self, c: Search) -> Search:
         """Look inside if the cubics through both ends say that a gate leaves its mode there and comes back."""
-        c = c._replace(end=c.look.velocity, at_high=c.look, gone=self._gone(c.look, c))
+        c = c._replace(end=c.look.velocity, high=c.share, at_high=c.look, gone=self._gone(c.look, c))
         shares = jnp.linspace(0, 1, DIP_POINTS + 2, dtype=c.share.dtype)[1:-1]
         limit = jnp.minimum(-1, c.level)
         a, slope_a = c.at_low
         b, slope_b = c.look.margins, c.look.slopes
-        slopes = self.length * slope_a, self.length * slope_b
+        slopes = c.share * self.length * slope_a, c.share * self.length * slope_b
         dips = jax.vmap(lambda x: (cubic(x, a, b, *slopes) < limit) & ~c.pattern.sliding & ~c.gone)(shares)
         share = jnp.min(jnp.where(jnp.any(dips, axis=1), shares, 1))
-        return _choose(share < 1, c._replace(phase=jnp.asarray(PROBE), share=share), self._judge_end(c))
+        return _choose(share < 1, c._replace(phase=jnp.asarray(PROBE), share=share * c.share), self._judge_end(c))
 
     def _after_probe(self, c: Search) -> Search:
         """Search before this point, if a gate has left its mode there; else go on as after the end."""
         gone = self._gone(c.look, c)
         found = self._next(c._replace(high=c.share, at_high=c.look, gone=gone))
-        at_end = c._replace(look=c.at_high, share=jnp.ones_like(c.share))
+        at_end = c._replace(look=c.at_high, share=c.high)
         return _choose(jnp.any(gone), found, self._judge_end(at_end))
 
     def _gone(self, look: Look, c: Search) -> Array:
@@ -174,12 +204,71 @@ class FirstChange:
         return _choose(jnp.any(broken), _choose(slid, self._next(c), late), _done(c))
 
     def _after_late(self, c: Search) -> Search:
-        """The step stands if turning gates at its end changes little, and the field takes them the way they went."""
+        """The step stands if turning gates at its end changes little, and the field takes them the way they went.
+
+        Where it changes more, they are passed: each one's jump of the field lasts from where it crosses.
+        """
         change = jtu.tree_map(jnp.subtract, c.look.velocity, c.end)
-        small = self.length * tree_norm(change) <= LATE * self.tolerance
-        turned = c.pattern.modes != self.before.modes
-        stands = small & jnp.all((c.look.slopes >= 0) | ~turned)
-        return _choose(stands, _done(c), self._next(c._replace(pattern=self.before)))
+        small = c.share * self.length * tree_norm(change) <= LATE * self.tolerance
+        held = c.gone & (c.look.slopes < 0)
+        passing = c._replace(phase=jnp.asarray(PARTS), turned=c.look.velocity, pattern=self._parts(c))
+        return _choose(jnp.any(held), self._shorter(c, held, 1.0), _choose(small, _done(c), passing))
+
+    def _shorter(self, c: Search, held: Array, ratio: Array | float) -> Search:
+        """Look at the end of a shorter part of the step, before the first gate that is held, if several cross there.
+
+        Else search for the first one.
+        """
+        back = c._replace(pattern=self.before, shift=jtu.tree_map(jnp.zeros_like, c.shift))
+        roots = self._roots(c)
+        # At the end of a shorter part fewer may be held.
+        before = jnp.maximum((1 - BEFORE) * jnp.min(jnp.where(held, roots, jnp.inf)), MOST_SHORTENING)
+        ratio = jnp.minimum(ratio, before)
+        several = jnp.sum(c.gone & (roots < ratio)) > 1
+        again = several & (c.looks < MOST_LOOKS // 2) & (c.low == 0)
+        return _choose(again, back._replace(phase=jnp.asarray(END), share=ratio * c.share), self._next(back))
+
+    def _roots(self, c: Search) -> Array:
+        """Return the shares of the bracket at which gates leave their modes, by the cubics through its ends."""
+        width = (c.high - c.low) * self.length
+        a, b = jnp.maximum(c.at_low[0] - c.level, 0), c.at_high.margins - c.level
+        return jnp.where(c.gone & (b < 0), cubic_root(a, b, width * c.at_low[1], width * c.at_high.slopes), 1)
+
+    def _after_parts(self, c: Search) -> Search:
+        jump = jtu.tree_map(jnp.subtract, c.look.velocity, c.end)
+        # With the gates held until then.
+        return c._replace(phase=jnp.asarray(HALF), jump=jump, share=0.5 * c.share, pattern=self.before)
+
+    def _after_half(self, c: Search) -> Search:
+        return c._replace(phase=jnp.asarray(HALF_PARTS), half=c.look.velocity, pattern=self._parts(c))
+
+    def _after_half_parts(self, c: Search) -> Search:
+        """Shift the end of the step by the jumps of the field, each times how long it lasts.
+
+        Jumps change along the step: what they are at its end and half way tells by how much.
+        """
+        length = c.high * self.length
+        jump = jtu.tree_map(jnp.subtract, c.look.velocity, c.half)
+        shift = jtu.tree_map(lambda a, b: (0.5 * length * (a + b)).astype(a.dtype), jump, c.jump)
+        error = 0.5 * length * tree_norm(jtu.tree_map(jnp.subtract, jump, c.jump))
+        turned = self.before.with_modes(c.gone, _other(self.before))
+        return c._replace(phase=jnp.asarray(PASSED), share=c.high, pattern=turned, shift=shift, error=error)
+
+    def _parts(self, c: Search) -> Pattern:
+        """Return the pattern with the gates that the step crosses turned in part."""
+        roots, modes = self._roots(c), jnp.where(c.gone, _other(self.before), self.before.modes)
+        part = jnp.where(modes == ON, 1 - roots, roots)
+        return Pattern(modes, jnp.where(c.gone, part, self.before.gates))
+
+    def _after_passed(self, c: Search) -> Search:
+        """The step stands if what is left, of second order in its length, is little; else a shorter part is tried."""
+        left = jtu.tree_map(jnp.subtract, c.look.velocity, c.turned)
+        error = c.error + 0.5 * c.share * self.length * tree_norm(left)
+        held = c.gone & (c.look.slopes < 0)
+        strays = jnp.any(self._gone(c.look, c) & ~c.pattern.sliding)
+        stands = ~jnp.any(held) & ~strays & (error <= PASSED_ERROR * self.tolerance)
+        ratio = 0.9 * jnp.sqrt(PASSED_ERROR * self.tolerance / jnp.where(error > 0, error, 1))
+        return _choose(stands, _done(c), self._shorter(c, held, jnp.clip(ratio, MOST_SHORTENING, 0.8)))
 
     def _after_search(self, c: Search) -> Search:
         """The bracket comes in from one side."""

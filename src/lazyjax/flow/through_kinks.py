@@ -1,9 +1,11 @@
 r"""Flows that pass through kinks: smooth pieces by a solver of diffrax, the changes of the activation pattern located.
 
 A step is taken with the gates held (`GatedField`). If gates have crossed at its end, they are turned. Where that
-makes a difference below the tolerance, the step stands; else the first change is located by the solver's dense output,
-and the step ends there: a gate whose surface the field leaves on the other side too is turned, the others slide. A
-gate that slides leaves its surface when its gate value arrives at 0 or 1.
+makes a difference below the tolerance, the step stands. Else they are passed: the jump of the field at each one is
+counted from where it crosses, to first order, and if what is left is below the tolerance, the step stands, or a shorter
+part of it. Else, and where the field leads a gate back, the first change is located by the solver's dense output, and
+the step ends there: a gate whose surface the field leaves on the other side too is turned, the others slide. A gate
+that slides leaves its surface when its gate value arrives at 0 or 1.
 
 Source: Filippov (1988), Differential equations with discontinuous right-hand sides; Dieci, Lopez (2012), A survey of
 numerical methods for IVPs of ODEs with discontinuous right-hand side, J. Comput. Appl. Math. 236.
@@ -40,6 +42,9 @@ LOCATION = 0.01
 
 GRAZE = 0.3
 """Share of the tolerance of u by which a gate may be on the other side of its surface while its mode is kept."""
+
+MOST_GROWTH = 3
+"""Of the next step over one that was cut short so that several gates could be passed."""
 
 FREE = 0.25
 """Most by which a gate value may leave [0, 1] while the flow still slides, where the tolerance allows it."""
@@ -276,10 +281,13 @@ class Follower(eqx.Module):
             sharpness=self.sharpness,
         ).find(keep)
 
+        # Where only some of many gates were passed, the next step is of the same kind.
+        passed = (found.share < 1) & (jnp.sum(found.pattern.modes != state.pattern.modes) > 1)
+        length = jnp.where(passed, jnp.minimum(length, MOST_GROWTH * found.share * (t1 - state.t)), length)
         whole = found.share >= 1
         t = jnp.where(whole, t1, state.t + found.share * (t1 - state.t))
         u = jtu.tree_map(lambda a, b: jnp.where(whole, a, b), u1, piece.evaluate(t))
-        u = jtu.tree_map(jnp.subtract, u, found.look.correction)
+        u = jtu.tree_map(lambda a, shift, back: a + shift - back, u, found.shift, found.look.correction)
         pattern = self._settle(found.pattern, found.look)
         surfaces = self._renew(u, pattern, state.surfaces, state.counts.num_steps)
         counts = self._count(state, found, keep)
