@@ -14,9 +14,11 @@ from scipy.integrate import solve_ivp
 
 import lazyjax as lj
 from helpers import relative_error
+from flow.relu_reference import Reference, problem
 from lazyjax.losses.targets import make_task
 from lazyjax.report import kernel_prediction
 from lazyjax.report.certificate import choose_scale
+from lazyjax.report.lane import has_gates
 from lazyjax.report.problem import make_problem
 from lazyjax.report.verdict import fit_slope, kernel_facts, rounding_notes, write_verdict
 from reports import make_report
@@ -359,6 +361,34 @@ def test_a_failed_lane_is_told_of_not_hidden(start):
     assert bool(report.dataset["failed"].sel(alpha=1.0))
     assert "stability" not in report.dataset  # f has no preactivations
     assert "failed (max_steps_reached: " in report.verdict
+
+
+@pytest.mark.end_to_end
+def test_a_flow_that_collapses_at_kinks_is_followed_through_them():
+    """The training loss is that of a flow mode by mode, with NumPy."""
+    x, y, b, a = problem(0)
+    report = lj.diagnose(lj.models.two_layer(jax.nn.relu), {"a": a, "b": b}, x, y, alphas=[1.0], time=100.0)
+    data = report.dataset
+    assert not data["failed"].any()
+    assert not any(str(name).endswith("_failed") for name in data)
+    assert report.notes == ("adaptive steps collapse at kinks; followed through them at alpha = 1",)
+    assert data["alpha"].values.tolist() == [1.0, np.inf]
+    right, slides = Reference(x, y, len(a)).run(b, a, data["time"].values)
+    assert slides > 0
+    inner, outer = right[:, : b.size].reshape(-1, *b.shape), right[:, b.size :]
+    outputs = np.einsum("tij,tj->ti", np.maximum(np.einsum("id,tjd->tij", x, inner), 0), outer)
+    losses = 0.5 * np.mean((outputs - y) ** 2, axis=1)
+    np.testing.assert_allclose(data["train_loss"].sel(alpha=1.0), losses, rtol=1e-3)
+
+
+def test_sorts_have_no_gates_and_neither_have_smooth_models():
+    models = {"relu": jax.nn.relu, "sorted": lambda w: jnp.sort(w, axis=1), "smooth": jnp.tanh}
+    w0 = {"a": np.ones(2), "b": np.ones((2, 4))}
+    found = {
+        name: has_gates(make_problem(lj.models.two_layer(activation), w0, X, X[:, 0], "square", None)[0])
+        for name, activation in models.items()
+    }
+    assert found == {"relu": True, "sorted": False, "smooth": False}
 
 
 @pytest.mark.end_to_end

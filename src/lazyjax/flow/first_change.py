@@ -55,11 +55,11 @@ class Look(NamedTuple):
     correction: Params
 
 
-END, PROBE, LATER, PARTS, HALF, HALF_PARTS, PASSED, SEARCH, TURN, LAST, DONE = range(11)
+END, PROBE, LATER, PARTS, HALF, HALF_PARTS, PASSED, SEARCH, TURN, LAST, AIM, DONE = range(12)
 """What the next look of a step is at: its end; a point inside it where a gate seems to have left its mode; its end with
 the gates turned that it has crossed; there with each turned in part, by the part of the step after it; half way with
 them held; half way with them turned in part; where that leads, with them turned; where the first gate leaves its mode;
-there with that gate turned; there with it sliding; nothing more."""
+there with that gate turned; there with it sliding; where that first gate seems to leave; nothing more."""
 
 
 class Search(NamedTuple):
@@ -75,7 +75,8 @@ class Search(NamedTuple):
         at_high: What is seen there.
         level: The margins at which gates count as leaving: 0, but -1 for those on their surface, and less for those
             farther out that are on their way back.
-        gone: The gates that have left their modes at the end of the step.
+        gone: The gates that have left their modes at the end of the step, or of the part of it that is looked at.
+        roots: At what share of that each of them has, by the cubics through its ends; 1 for the others.
         end: The velocity there.
         turned: The velocity there with those gates turned.
         jump: By how much they change the velocity, each for its part of the step.
@@ -95,6 +96,7 @@ class Search(NamedTuple):
     at_high: Look
     level: Float[Array, " s"]
     gone: Bool[Array, " s"]
+    roots: Float[Array, " s"]
     end: Params
     turned: Params
     jump: Params
@@ -144,6 +146,7 @@ class FirstChange:
             at_high=self.seen,
             level=jnp.where(margins > 0, 0, on_surface),
             gone=jnp.zeros_like(self.before.sliding),
+            roots=jnp.ones_like(margins),
             end=self.seen.velocity,
             turned=self.seen.velocity,
             jump=self.seen.velocity,
@@ -172,7 +175,8 @@ class FirstChange:
             self._after_turn,
             self._after_last,
         )
-        return jax.lax.switch(c.phase, following, c)
+        c = jax.lax.switch(c.phase, following, c)
+        return jax.lax.cond(c.phase == AIM, self._aim, lambda c: c, c)
 
     def _after_end(self, c: Search) -> Search:
         """Look inside if the cubics through both ends say that a gate leaves its mode there and comes back."""
@@ -189,7 +193,7 @@ class FirstChange:
     def _after_probe(self, c: Search) -> Search:
         """Search before this point, if a gate has left its mode there; else go on as after the end."""
         gone = self._gone(c.look, c)
-        found = self._next(c._replace(high=c.share, at_high=c.look, gone=gone))
+        found = _aim(c._replace(high=c.share, at_high=c.look, gone=gone))
         at_end = c._replace(look=c.at_high, share=c.high)
         return _choose(jnp.any(gone), found, self._judge_end(at_end))
 
@@ -200,8 +204,9 @@ class FirstChange:
         """A step that no gate leaves its mode in stands; else the gates that it has crossed are turned at its end."""
         broken = c.gone
         slid = jnp.any(broken & c.pattern.sliding)
+        c = c._replace(roots=jax.lax.cond(jnp.any(broken), self._roots, lambda c: c.roots, c))
         late = c._replace(phase=jnp.asarray(LATER), pattern=c.pattern.with_modes(broken, _other(c.pattern)))
-        return _choose(jnp.any(broken), _choose(slid, self._next(c), late), _done(c))
+        return _choose(jnp.any(broken), _choose(slid, _aim(c), late), _done(c))
 
     def _after_late(self, c: Search) -> Search:
         """The step stands if turning gates at its end changes little, and the field takes them the way they went.
@@ -220,13 +225,12 @@ class FirstChange:
         Else search for the first one.
         """
         back = c._replace(pattern=self.before, shift=jtu.tree_map(jnp.zeros_like, c.shift))
-        roots = self._roots(c)
         # At the end of a shorter part fewer may be held.
-        before = jnp.maximum((1 - BEFORE) * jnp.min(jnp.where(held, roots, jnp.inf)), MOST_SHORTENING)
+        before = jnp.maximum((1 - BEFORE) * jnp.min(jnp.where(held, c.roots, jnp.inf)), MOST_SHORTENING)
         ratio = jnp.minimum(ratio, before)
-        several = jnp.sum(c.gone & (roots < ratio)) > 1
+        several = jnp.sum(c.gone & (c.roots < ratio)) > 1
         again = several & (c.looks < MOST_LOOKS // 2) & (c.low == 0)
-        return _choose(again, back._replace(phase=jnp.asarray(END), share=ratio * c.share), self._next(back))
+        return _choose(again, back._replace(phase=jnp.asarray(END), share=ratio * c.share), _aim(back))
 
     def _roots(self, c: Search) -> Array:
         """Return the shares of the bracket at which gates leave their modes, by the cubics through its ends."""
@@ -256,8 +260,8 @@ class FirstChange:
 
     def _parts(self, c: Search) -> Pattern:
         """Return the pattern with the gates that the step crosses turned in part."""
-        roots, modes = self._roots(c), jnp.where(c.gone, _other(self.before), self.before.modes)
-        part = jnp.where(modes == ON, 1 - roots, roots)
+        modes = jnp.where(c.gone, _other(self.before), self.before.modes)
+        part = jnp.where(modes == ON, 1 - c.roots, c.roots)
         return Pattern(modes, jnp.where(c.gone, part, self.before.gates))
 
     def _after_passed(self, c: Search) -> Search:
@@ -275,9 +279,9 @@ class FirstChange:
         left = jnp.any(c.gone & (c.look.margins < c.level))
         after = c._replace(high=c.share, at_high=c.look)
         before = c._replace(low=c.share, at_low=(c.look.margins, c.look.slopes))
-        return self._next(_choose(left, after, before))
+        return _aim(_choose(left, after, before))
 
-    def _next(self, c: Search) -> Search:
+    def _aim(self, c: Search) -> Search:
         """Look at the first root of what is known; or turn the gate whose root it is, where that has been found.
 
         For gates that are off or on of the cubic through values and slopes at both ends; for those that slide, of the
@@ -320,6 +324,10 @@ class FirstChange:
 
 def _other(pattern: Pattern) -> Array:
     return jnp.where(pattern.modes == ON, OFF, ON)
+
+
+def _aim(c: Search) -> Search:
+    return c._replace(phase=jnp.asarray(AIM))
 
 
 def _done(c: Search) -> Search:

@@ -1,5 +1,6 @@
 """The certificate of a report: every theorem at one scale of its sweep, and how it is shown."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from lazyjax._core.tables import format_table
 from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.flow.through_kinks import ThroughKinks
 from lazyjax.laziness.compare import Comparison, compare_flows
 from lazyjax.report.lane import SOLVE, Reference
 from lazyjax.report.problem import Problem
@@ -27,7 +29,11 @@ EVERY = 4
 
 
 def certify_scale(
-    problem: Problem, data: "xarray.Dataset", reference: Reference, solver: AbstractSolver, key: PRNGKeyArray | None
+    problem: Problem,
+    data: "xarray.Dataset",
+    reference: Reference,
+    solver_at: Callable[[float], AbstractSolver | ThroughKinks],
+    key: PRNGKeyArray | None,
 ) -> tuple[Certificate | None, list[str]]:
     """Return the certificate at the scale from which on the model is lazy, or the reason why there is none."""
     alpha = choose_scale(data)
@@ -36,13 +42,15 @@ def certify_scale(
     if problem.probe_model is None:
         return None, ["no certificate: the change of Dh cannot be followed through this model, as for the drift"]
     ts = jnp.asarray(np.asarray(data["time"])[::EVERY])
-    both = _follow(problem, jnp.asarray(alpha, ts.dtype), ts, solver, reference)
+    both = _follow(problem, jnp.asarray(alpha, ts.dtype), ts, solver_at(alpha), reference)
     tolerance = (SOLVE["rtol"], SOLVE["atol"])
     return certify_flows(problem.model, problem.loss, problem.w0, both, tolerance, key=key), []
 
 
 @eqx.filter_jit
-def _follow(problem: Problem, alpha: Array, ts: Array, solver: AbstractSolver, reference: Reference) -> Comparison:
+def _follow(
+    problem: Problem, alpha: Array, ts: Array, solver: AbstractSolver | ThroughKinks, reference: Reference
+) -> Comparison:
     """Follow the model at some of the times, and compare it with the tangent model there.
 
     The displacement of the tangent model is the same at every alpha, and was followed at the same tolerance.

@@ -6,6 +6,7 @@ import time as clock
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from lazyjax._core.checks import check_alpha
 from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Params
+from lazyjax.flow.through_kinks import ThroughKinks
 from lazyjax.laziness.one_step import lazy_ratio
 from lazyjax.losses.loss import Loss
 from lazyjax.report.certificate import certify_scale, format_certificate
@@ -29,7 +31,7 @@ from lazyjax.report.kernel_prediction import (
     diagonalize,
     predict,
 )
-from lazyjax.report.lane import MEASURES, Reference, follow_tangent, run_lane
+from lazyjax.report.lane import MEASURES, Reference, follow_tangent, has_gates, run_lane
 from lazyjax.report.problem import Problem, make_problem
 from lazyjax.report.sweep import sweep
 from lazyjax.report.verdict import Slope, fit_slopes, kernel_facts, rounding_notes, table_columns, write_verdict
@@ -129,7 +131,8 @@ def diagnose(
 ) -> LazinessReport:
     r"""Train a model and its tangent model at many scales alpha, and tell how lazily the model trains.
 
-    The model is centered (its output at w0 is subtracted), so that every alpha up to inf makes sense.
+    The model is centered (its output at w0 is subtracted), so that every alpha up to inf makes sense. Flows along which
+    adaptive steps collapse at kinks (ReLU) are followed again with `lazyjax.flow.ThroughKinks`, and a note says so.
 
     Args:
         f: Model f(w, x) with outputs (n,) or (n, k). If it has `preactivations(w, x)`, the stability of its
@@ -179,20 +182,36 @@ def diagnose(
     _announce(f"the flow of the tangent model up to time {horizon:.4g}", progress)
     reference = follow_tangent(problem, ts, solver)
     _announce(f"the flows of the model at {len(alphas)} scales alpha (compiled first)", progress)
-    data = sweep(
-        run_lane,
-        over={"alpha": alphas},
-        shared={"problem": problem, "ts": ts, "solver": solver, "reference": reference},
-        dims=dict.fromkeys(MEASURES, ("time",)),
-        coords={"time": np.asarray(ts), "mode": np.arange(1, spectrum.eigenvalues.size + 1)},
-        # On a CPU lanes in one batch are no faster than one by one, which shows more progress.
-        chunk=1 if jax.default_backend() == "cpu" else None,
-        progress=progress,
-    )
+
+    def follow(alphas: Sequence[float], solver: diffrax.AbstractSolver | ThroughKinks) -> "xarray.Dataset":
+        return sweep(
+            run_lane,
+            over={"alpha": alphas},
+            shared={"problem": problem, "ts": ts, "solver": solver, "reference": reference},
+            dims=dict.fromkeys(MEASURES, ("time",)),
+            coords={"time": np.asarray(ts), "mode": np.arange(1, spectrum.eigenvalues.size + 1)},
+            # On a CPU lanes in one batch are no faster than one by one, which shows more progress.
+            chunk=1 if jax.default_backend() == "cpu" else None,
+            progress=progress,
+        )
+
+    data = follow(alphas, solver)
+    failed = [float(alpha) for alpha in data["alpha"][data["failed"]]]
+    again = failed if failed and has_gates(problem) else []
+    through_kinks = ThroughKinks(diffrax.Tsit5())
+    if again:
+        _announce(f"{len(again)} of the flows again, through the kinks of the model", progress)
+        data = _replace(data, follow(again, through_kinks))
+        scales = ", ".join(f"{alpha:g}" for alpha in again)
+        notes = (*notes, f"adaptive steps collapse at kinks; followed through them at alpha = {scales}")
+
+    def solver_at(alpha: float) -> diffrax.AbstractSolver | ThroughKinks:
+        return through_kinks if alpha in again else solver
+
     _announce("the step criterion and the prediction from the kernel", progress)
     _complete(data, problem, reference, spectrum, key)
     _announce("the theorems at one scale", progress)
-    certificate, more = certify_scale(problem, data, reference, solver, key)
+    certificate, more = certify_scale(problem, data, reference, solver_at, key)
     data.attrs["seconds"] = clock.perf_counter() - started
     slopes = fit_slopes(data)
     notes = (*notes, *more, *rounding_notes(data))
@@ -212,6 +231,16 @@ def _check_alphas(alphas: Sequence[float]) -> list[float]:
     for alpha in alphas:
         check_alpha(alpha)
     return sorted({*(float(alpha) for alpha in alphas), float("inf")})
+
+
+def _replace(data: "xarray.Dataset", again: "xarray.Dataset") -> "xarray.Dataset":
+    """Return a sweep with some of its scales replaced by those of another one."""
+    import xarray
+
+    kept = data.drop_sel(alpha=again["alpha"].values)
+    if not again["failed"].any():  # what the flows that failed had computed
+        kept = kept.drop_vars([name for name in kept if str(name).endswith("_failed")])
+    return xarray.concat([kept, again], "alpha").sortby("alpha")
 
 
 def _complete(

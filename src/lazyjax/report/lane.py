@@ -12,7 +12,9 @@ from jaxtyping import Array
 from lazyjax._core.trees import move, tree_norm
 from lazyjax._core.types import Params
 from lazyjax.difference.finite_jvp import finite_jvp
+from lazyjax.difference.gates import NoGatesError, gated
 from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.flow.through_kinks import ThroughKinks
 from lazyjax.laziness.compare import activation_stability, measure_kernel_drift
 from lazyjax.report.problem import Problem
 
@@ -53,6 +55,14 @@ class Reference(eqx.Module):
     test_outputs: Array | None
 
 
+def has_gates(problem: Problem) -> bool:
+    """Return whether the model has kinks that a flow can be followed through."""
+    try:
+        return len(gated(problem.model, problem.w0).kinks) > 0
+    except NoGatesError:
+        return False
+
+
 @eqx.filter_jit
 def follow_tangent(problem: Problem, ts: Array, solver: diffrax.AbstractSolver) -> Reference:
     """Follow the tangent model."""
@@ -64,7 +74,12 @@ def follow_tangent(problem: Problem, ts: Array, solver: diffrax.AbstractSolver) 
 
 
 def run_lane(
-    alpha: Array, *, problem: Problem, ts: Array, solver: diffrax.AbstractSolver, reference: Reference
+    alpha: Array,
+    *,
+    problem: Problem,
+    ts: Array,
+    solver: diffrax.AbstractSolver | ThroughKinks,
+    reference: Reference,
 ) -> dict[str, Any]:
     """Follow the model at one scale, and measure everything along its flow."""
     w0, loss = problem.w0, problem.loss
