@@ -246,6 +246,32 @@ def test_surfaces_that_meet_are_counted(shift, meet):
     assert (int(flow.stats["num_meetings"]) > 0) is meet
 
 
+def crowd(w, kinks):
+    """The outputs w and one for each kink: w' = -w - sum_i c_i [w > s_i] for the loss below."""
+    return jnp.concatenate([w[None], jax.nn.relu(w[None] - kinks)], axis=1)
+
+
+JUMP = 1e-3
+CROWDED = function_loss(lambda y: 0.5 * y[0, 0] ** 2 + JUMP * jnp.sum(y[0, 1:]))
+
+
+@pytest.mark.parametrize("rtol", [1e-4, 1e-6])
+def test_many_kinks_are_passed_in_one_step(rtol):
+    kinks = np.sort(np.random.default_rng(0).uniform(0.2, 0.9, 1000))[::-1]
+    t, w, right = 0.0, 1.0, np.full(TS.shape, 1.0)
+    for i, kink in enumerate([*kinks, -np.inf]):  # from kink to kink: w' = -(w + pull)
+        pull = JUMP * (kinks.size - i)
+        end = t + math.log((w + pull) / (kink + pull)) if kink > -np.inf else np.inf
+        inside = (t <= TS) & (end >= TS)
+        right[inside] = (w + pull) * np.exp(-(TS[inside] - t)) - pull
+        t, w = end, kink
+    h = lj.on_data(crowd, jnp.asarray(kinks.copy())[None])
+    flow = follow(h, CROWDED, [1.0], rtol=rtol, atol=1e-3 * rtol)
+    assert int(flow.stats["num_crossings"]) == kinks.size
+    assert int(flow.stats["num_steps"]) < kinks.size / 3
+    assert np.max(np.abs(flow.params[:, 0] - right)) < 3 * rtol
+
+
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("solver", [diffrax.Kvaerno5(), SOLVER, "Tsit5"])
 def test_what_takes_no_explicit_steps_is_refused(solver):

@@ -13,8 +13,8 @@ import xarray
 from scipy.integrate import solve_ivp
 
 import lazyjax as lj
-from helpers import relative_error
 from flow.relu_reference import Reference, problem
+from helpers import relative_error
 from lazyjax.losses.targets import make_task
 from lazyjax.report import kernel_prediction
 from lazyjax.report.certificate import choose_scale

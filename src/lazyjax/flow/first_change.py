@@ -19,7 +19,7 @@ from lazyjax.flow.gated_field import OFF, ON, SLIDING, Pattern
 LATE = 0.05
 """Share of the tolerance by which gates that are not turned where they cross may be wrong at the end of a step."""
 
-PASSED_ERROR = 0.1
+PASSED_ERROR = 0.3
 """Share of the tolerance by which gates that are passed, their jumps lasting from where they cross, may be wrong."""
 
 BEFORE = 0.02
