@@ -203,10 +203,10 @@ class FirstChange:
     def _judge_end(self, c: Search) -> Search:
         """A step that no gate leaves its mode in stands; else the gates that it has crossed are turned at its end."""
         broken = c.gone
-        slid = jnp.any(broken & c.pattern.sliding)
+        let_go = broken & c.pattern.sliding
         c = c._replace(roots=jax.lax.cond(jnp.any(broken), self._roots, lambda c: c.roots, c))
         late = c._replace(phase=jnp.asarray(LATER), pattern=c.pattern.with_modes(broken, _other(c.pattern)))
-        return _choose(jnp.any(broken), _choose(slid, _aim(c), late), _done(c))
+        return _choose(jnp.any(broken), _choose(jnp.any(let_go), self._shorter(c, let_go, 1.0), late), _done(c))
 
     def _after_late(self, c: Search) -> Search:
         """The step stands if turning gates at its end changes little, and the field takes them the way they went.
@@ -228,15 +228,20 @@ class FirstChange:
         # At the end of a shorter part fewer may be held.
         before = jnp.maximum((1 - BEFORE) * jnp.min(jnp.where(held, c.roots, jnp.inf)), MOST_SHORTENING)
         ratio = jnp.minimum(ratio, before)
-        several = jnp.sum(c.gone & (c.roots < ratio)) > 1
+        several = jnp.sum(c.gone & ~back.pattern.sliding & (c.roots < ratio)) > 1
         again = several & (c.looks < MOST_LOOKS // 2) & (c.low == 0)
         return _choose(again, back._replace(phase=jnp.asarray(END), share=ratio * c.share), _aim(back))
 
     def _roots(self, c: Search) -> Array:
-        """Return the shares of the bracket at which gates leave their modes, by the cubics through its ends."""
+        """Return the shares of the bracket at which gates leave their modes; 1 for those that do not.
+
+        For gates that are off or on of the cubic through values and slopes at both ends; for those that slide, of the
+        secant: to leave a surface late costs an error of second order only.
+        """
         width = (c.high - c.low) * self.length
         a, b = jnp.maximum(c.at_low[0] - c.level, 0), c.at_high.margins - c.level
-        return jnp.where(c.gone & (b < 0), cubic_root(a, b, width * c.at_low[1], width * c.at_high.slopes), 1)
+        slopes = [jnp.where(c.pattern.sliding, b - a, width * s) for s in (c.at_low[1], c.at_high.slopes)]
+        return jnp.where(c.gone & (b < 0), cubic_root(a, b, *slopes), 1)
 
     def _after_parts(self, c: Search) -> Search:
         jump = jtu.tree_map(jnp.subtract, c.look.velocity, c.end)
@@ -282,17 +287,11 @@ class FirstChange:
         return _aim(_choose(left, after, before))
 
     def _aim(self, c: Search) -> Search:
-        """Look at the first root of what is known; or turn the gate whose root it is, where that has been found.
-
-        For gates that are off or on of the cubic through values and slopes at both ends; for those that slide, of the
-        secant: to leave a surface late costs an error of second order only.
-        """
-        width, sliding = c.high - c.low, c.pattern.sliding
-        a, b = jnp.maximum(c.at_low[0] - c.level, 0), c.at_high.margins - c.level
-        slopes = [jnp.where(sliding, b - a, width * self.length * s) for s in (c.at_low[1], c.at_high.slopes)]
-        roots = c.low + width * jnp.where(c.gone & (b < 0), cubic_root(a, b, *slopes), 2)
+        """Look at the first root of what is known; or turn the gate whose root it is, where that has been found."""
+        sliding = c.pattern.sliding
+        roots = jnp.where(c.gone & (c.at_high.margins < c.level), self._roots(c), 2)
         first = jnp.argmin(roots)
-        root = roots[first]
+        root = c.low + (c.high - c.low) * roots[first]
         sharp = jnp.where(sliding[first], jnp.sqrt(self.sharpness), self.sharpness)
         found = (c.high - root <= sharp) | (c.looks >= MOST_LOOKS)
         # Halves now and then, so that both ends come in whatever the slopes say.
