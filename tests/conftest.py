@@ -35,6 +35,9 @@ SELDOM = (1_000_000, 10, 10)
 """Thresholds of Python's garbage collector: what tests trace are millions of objects, with few cycles among them, and
 to look for those as often as Python does by itself takes a fifth of the time of a test."""
 
+CASES_OF_NUMBERS = ("tests/flow/", "tests/kernels/", "tests/theory/")
+"""Where the cases of a test differ by scales, solvers or tolerances, and hardly by the lines they run."""
+
 CACHE = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 MOST_MAPS = 40_000
@@ -67,11 +70,13 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(trylast=True)  # after the selection by marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Start the longest tests first, on all workers: as the last ones, they would keep one worker busy alone.
 
     Each worker begins with an equal part of the list. Tests of one class stay together: they share what they made.
     """
+    if config.pluginmanager.hasplugin("_cov"):  # pytest-cov, when asked for coverage
+        _cover_first_cases(items)
     marked = [item for item in items if item.get_closest_marker("long")]
     rest = [item for item in items if not item.get_closest_marker("long")]
     groups = _grouped(marked)
@@ -85,6 +90,19 @@ def pytest_collection_modifyitems(items):
         left -= len(first) + len(rest[:size])
         rest = rest[size:]
     items += rest
+
+
+def _cover_first_cases(items):
+    """Where cases differ by their numbers, measure the coverage of the first one of each test only.
+
+    To note every line makes a test a half slower, and the other cases run few lines that the first one does not.
+    """
+    seen = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if test in seen and item.nodeid.startswith(CASES_OF_NUMBERS):
+            item.add_marker("no_cover")
+        seen.add(test)
 
 
 def pytest_collection_finish():
