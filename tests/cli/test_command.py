@@ -1,6 +1,7 @@
 """The command line: what it writes of a report made by hand, one report end to end, and every refusal."""
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -18,7 +19,9 @@ import pytest
 import xarray
 
 from lazyjax import LazinessReport
+from lazyjax.cli import SELDOM
 from lazyjax.cli import command as cli
+from lazyjax.cli import main as entry
 from lazyjax.cli.output import encode_numbers, report_table
 from lazyjax.cli.quiet import without_cache_noise
 from lazyjax.cli.user_model import Network, default_model, load_model
@@ -420,6 +423,18 @@ class TestMachine:
         printed = capsys.readouterr().out
         for text in ("lazyjax    0.", f"jax        {jax.__version__}", "cpu", "float64 (x64 on)", "cache"):
             assert text in printed
+
+    def test_garbage_is_looked_for_seldom_while_the_command_runs(self, monkeypatch):
+        before, during = gc.get_threshold(), []
+        monkeypatch.setenv("EQX_ON_ERROR", "nan")
+        monkeypatch.setattr(cli, "main", lambda argv: during.append((argv, gc.get_threshold())))
+        gc.set_threshold(700, 10, 10)
+        try:
+            entry(["info"])
+            assert gc.get_threshold() == (700, 10, 10)
+        finally:
+            gc.set_threshold(*before)
+        assert during == [(["info"], SELDOM)]
 
     def test_help_explains_the_options(self, capsys):
         with pytest.raises(SystemExit) as exit_info:
