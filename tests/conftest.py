@@ -33,7 +33,7 @@ QUICK_SETTINGS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 SELDOM = (1_000_000, 10, 10)
 """Thresholds of Python's garbage collector: what tests trace are millions of objects, with few cycles among them, and
-to look for those as often as Python does by itself takes a fifth of the time of a test."""
+to look for those as often as Python does by itself takes a seventh of the time of a test."""
 
 CASES_OF_NUMBERS = ("tests/flow/", "tests/kernels/", "tests/theory/")
 """Where the cases of a test differ by scales, solvers or tolerances, and hardly by the lines they run."""

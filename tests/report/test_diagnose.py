@@ -371,7 +371,7 @@ def test_a_flow_that_collapses_at_kinks_is_followed_through_them():
     data = report.dataset
     assert not data["failed"].any()
     assert not any(str(name).endswith("_failed") for name in data)
-    assert report.notes == ("adaptive steps collapse at kinks; followed through them at alpha = 1",)
+    assert report.notes == ("adaptive steps failed, and the model has kinks: followed through them at alpha = 1",)
     assert data["alpha"].values.tolist() == [1.0, np.inf]
     right, slides = Reference(x, y, len(a)).run(b, a, data["time"].values)
     assert slides > 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 SELDOM = (1_000_000, 10, 10)
 """Thresholds of Python's garbage collector. Tracing makes millions of small objects and few cycles among them: to look
-for cycles as often as Python does by itself takes a fifth of the time."""
+for cycles as often as Python does by itself takes a sixth of the time."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

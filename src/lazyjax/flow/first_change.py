@@ -59,7 +59,7 @@ END, PROBE, LATER, PARTS, HALF, HALF_PARTS, PASSED, SEARCH, TURN, LAST, AIM, DON
 """What the next look of a step is at: its end; a point inside it where a gate seems to have left its mode; its end with
 the gates turned that it has crossed; there with each turned in part, by the part of the step after it; half way with
 them held; half way with them turned in part; where that leads, with them turned; where the first gate leaves its mode;
-there with that gate turned; there with it sliding; where that first gate seems to leave; nothing more."""
+there with that gate turned; there with it sliding; where `_aim` will say; nothing more."""
 
 
 class Search(NamedTuple):
@@ -229,7 +229,7 @@ class FirstChange:
         before = jnp.maximum((1 - BEFORE) * jnp.min(jnp.where(held, c.roots, jnp.inf)), MOST_SHORTENING)
         ratio = jnp.minimum(ratio, before)
         several = jnp.sum(c.gone & ~back.pattern.sliding & (c.roots < ratio)) > 1
-        again = several & (c.looks < MOST_LOOKS // 2) & (c.low == 0)
+        again = several & (c.looks < MOST_LOOKS // 2)
         return _choose(again, back._replace(phase=jnp.asarray(END), share=ratio * c.share), _aim(back))
 
     def _roots(self, c: Search) -> Array:
@@ -244,11 +244,12 @@ class FirstChange:
         return jnp.where(c.gone & (b < 0), cubic_root(a, b, *slopes), 1)
 
     def _after_parts(self, c: Search) -> Search:
+        """Keep the jumps of the field at the end, and look half way."""
         jump = jtu.tree_map(jnp.subtract, c.look.velocity, c.end)
-        # With the gates held until then.
         return c._replace(phase=jnp.asarray(HALF), jump=jump, share=0.5 * c.share, pattern=self.before)
 
     def _after_half(self, c: Search) -> Search:
+        """Look there once more, with the gates turned in part."""
         return c._replace(phase=jnp.asarray(HALF_PARTS), half=c.look.velocity, pattern=self._parts(c))
 
     def _after_half_parts(self, c: Search) -> Search:

@@ -270,17 +270,7 @@ class Follower(eqx.Module):
         # A step that was cut short by a time to save at says nothing against a longer one.
         length = jnp.where(keep & clipped, jnp.maximum(end - begin, state.length), end - begin)
         piece = self.solver.interpolation_cls(t0=state.t, t1=t1, **dense)
-        found = FirstChange(
-            look=lambda u, pattern: self._look(u, pattern, state.surfaces, t1 - state.t),
-            at=lambda share: piece.evaluate(state.t + share * (t1 - state.t)),
-            end=u1,
-            before=state.pattern,
-            seen=state.look,
-            length=t1 - state.t,
-            tolerance=self._tolerance(u1),
-            sharpness=self.sharpness,
-        ).find(keep)
-
+        found = self._find(state, piece, u1, keep)
         # Where only some of many gates were passed, the next step is of the same kind.
         passed = (found.share < 1) & (jnp.sum(found.pattern.modes != state.pattern.modes) > 1)
         length = jnp.where(passed, jnp.minimum(length, MOST_GROWTH * found.share * (t1 - state.t)), length)
@@ -322,6 +312,21 @@ class Follower(eqx.Module):
         progress = self.meter.step(state.progress, (after.t - self.ts[0]) / (self.ts[-1] - self.ts[0]))
         after = dataclasses.replace(after, saved=saved, progress=progress)
         return dataclasses.replace(after, result=self._judge(after, verdict))
+
+    def _find(self, state: State, piece: diffrax.AbstractLocalInterpolation, end: Params, wanted: Array) -> Search:
+        """Return what happens first in a step, if that is wanted."""
+        length = jnp.asarray(piece.t1 - state.t)
+        step = FirstChange(
+            look=lambda u, pattern: self._look(u, pattern, state.surfaces, length),
+            at=lambda share: piece.evaluate(state.t + share * length),
+            end=end,
+            before=state.pattern,
+            seen=state.look,
+            length=length,
+            tolerance=self._tolerance(end),
+            sharpness=self.sharpness,
+        )
+        return step.find(wanted)
 
     def _count(self, state: State, found: Search, keep: Array) -> Counts:
         """Return the counts after a step."""

@@ -131,8 +131,9 @@ def diagnose(
 ) -> LazinessReport:
     r"""Train a model and its tangent model at many scales alpha, and tell how lazily the model trains.
 
-    The model is centered (its output at w0 is subtracted), so that every alpha up to inf makes sense. Flows along which
-    adaptive steps collapse at kinks (ReLU) are followed again with `lazyjax.flow.ThroughKinks`, and a note says so.
+    The model is centered (its output at w0 is subtracted), so that every alpha up to inf makes sense. Flows that
+    fail are followed again with `lazyjax.flow.ThroughKinks` if the model has kinks (ReLU), along which adaptive steps
+    collapse; a note says so. For tens of thousands of activations that can take long.
 
     Args:
         f: Model f(w, x) with outputs (n,) or (n, k). If it has `preactivations(w, x)`, the stability of its
@@ -203,7 +204,7 @@ def diagnose(
         _announce(f"{len(again)} of the flows again, through the kinks of the model", progress)
         data = _replace(data, follow(again, through_kinks))
         scales = ", ".join(f"{alpha:g}" for alpha in again)
-        notes = (*notes, f"adaptive steps collapse at kinks; followed through them at alpha = {scales}")
+        notes = (*notes, f"adaptive steps failed, and the model has kinks: followed through them at alpha = {scales}")
 
     def solver_at(alpha: float) -> diffrax.AbstractSolver | ThroughKinks:
         return through_kinks if alpha in again else solver
