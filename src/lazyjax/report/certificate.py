@@ -1,6 +1,6 @@
 """The certificate of a report: every theorem at one scale of its sweep, and how it is shown."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from diffrax import AbstractSolver
 from jaxtyping import Array, PRNGKeyArray
 
 from lazyjax._core.tables import format_table
 from lazyjax.flow.gradient_flow import gradient_flow
-from lazyjax.flow.through_kinks import ThroughKinks
 from lazyjax.laziness.compare import Comparison, compare_flows
-from lazyjax.report.lane import SOLVE, Reference
+from lazyjax.report.lane import SOLVE, Reference, Solver
 from lazyjax.report.problem import Problem
 from lazyjax.report.verdict import LAZY, relative_gap
 from lazyjax.theory.certify import Certificate, certify_flows
@@ -32,25 +30,26 @@ def certify_scale(
     problem: Problem,
     data: "xarray.Dataset",
     reference: Reference,
-    solver_at: Callable[[float], AbstractSolver | ThroughKinks],
+    solvers: Mapping[float, Solver],
     key: PRNGKeyArray | None,
 ) -> tuple[Certificate | None, list[str]]:
-    """Return the certificate at the scale from which on the model is lazy, or the reason why there is none."""
+    """Return the certificate at the scale from which on the model is lazy, or the reason why there is none.
+
+    It takes the flow of the solver that the report took at this scale.
+    """
     alpha = choose_scale(data)
     if alpha is None:
         return None, ["no certificate: no flow at a finite alpha has reached the end"]
     if problem.probe_model is None:
         return None, ["no certificate: the change of Dh cannot be followed through this model, as for the drift"]
     ts = jnp.asarray(np.asarray(data["time"])[::EVERY])
-    both = _follow(problem, jnp.asarray(alpha, ts.dtype), ts, solver_at(alpha), reference)
+    both = _follow(problem, jnp.asarray(alpha, ts.dtype), ts, solvers[alpha], reference)
     tolerance = (SOLVE["rtol"], SOLVE["atol"])
     return certify_flows(problem.model, problem.loss, problem.w0, both, tolerance, key=key), []
 
 
 @eqx.filter_jit
-def _follow(
-    problem: Problem, alpha: Array, ts: Array, solver: AbstractSolver | ThroughKinks, reference: Reference
-) -> Comparison:
+def _follow(problem: Problem, alpha: Array, ts: Array, solver: Solver, reference: Reference) -> Comparison:
     """Follow the model at some of the times, and compare it with the tangent model there.
 
     The displacement of the tangent model is the same at every alpha, and was followed at the same tolerance.

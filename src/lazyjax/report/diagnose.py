@@ -1,25 +1,20 @@
 r"""One answer to "how lazily does this model train?": a sweep over alpha next to the tangent model, summed up."""
 
-import sys
 import textwrap
 import time as clock
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
-from tqdm import tqdm
 
 from lazyjax._core.checks import check_alpha
 from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Params
-from lazyjax.flow.through_kinks import ThroughKinks
 from lazyjax.laziness.one_step import lazy_ratio
 from lazyjax.losses.loss import Loss
 from lazyjax.report.certificate import certify_scale, format_certificate
@@ -31,9 +26,9 @@ from lazyjax.report.kernel_prediction import (
     diagonalize,
     predict,
 )
-from lazyjax.report.lane import MEASURES, Reference, follow_tangent, has_gates, run_lane
+from lazyjax.report.lane import Reference, follow_tangent
 from lazyjax.report.problem import Problem, make_problem
-from lazyjax.report.sweep import sweep
+from lazyjax.report.scales import announce, follow_scales
 from lazyjax.report.verdict import Slope, fit_slopes, kernel_facts, rounding_notes, table_columns, write_verdict
 from lazyjax.theory.certify import Certificate
 
@@ -174,55 +169,27 @@ def diagnose(
     if time is not None and not (np.isfinite(time) and time > 0):
         msg = f"time must be a finite positive flow time, got {time}."
         raise ValueError(msg)
-    _announce("the tangent kernel and its eigenvalues", progress)
+    announce("the tangent kernel and its eigenvalues", progress)
     spectrum = diagonalize(problem)
     horizon = choose_horizon(spectrum) if time is None else float(time)
     check_horizon(horizon, spectrum, problem.loss)
     solver = choose_solver(spectrum, horizon)
     ts = jnp.asarray([0.0, *(horizon * np.geomspace(1e-3, 1.0, NUM_TIMES - 1))], jnp.result_type(float))
-    _announce(f"the flow of the tangent model up to time {horizon:.4g}", progress)
+    announce(f"the flow of the tangent model up to time {horizon:.4g}", progress)
     reference = follow_tangent(problem, ts, solver)
-    _announce(f"the flows of the model at {len(alphas)} scales alpha (compiled first)", progress)
-
-    def follow(alphas: Sequence[float], solver: diffrax.AbstractSolver | ThroughKinks) -> "xarray.Dataset":
-        return sweep(
-            run_lane,
-            over={"alpha": alphas},
-            shared={"problem": problem, "ts": ts, "solver": solver, "reference": reference},
-            dims=dict.fromkeys(MEASURES, ("time",)),
-            coords={"time": np.asarray(ts), "mode": np.arange(1, spectrum.eigenvalues.size + 1)},
-            # On a CPU lanes in one batch are no faster than one by one, which shows more progress.
-            chunk=1 if jax.default_backend() == "cpu" else None,
-            progress=progress,
-        )
-
-    data = follow(alphas, solver)
-    failed = [float(alpha) for alpha in data["alpha"][data["failed"]]]
-    again = failed if failed and has_gates(problem) else []
-    through_kinks = ThroughKinks(diffrax.Tsit5())
+    data, solvers = follow_scales(problem, reference, alphas, ts, solver, progress)
+    again = [alpha for alpha in alphas if solvers[alpha] is not solver]
     if again:
-        _announce(f"{len(again)} of the flows again, through the kinks of the model", progress)
-        data = _replace(data, follow(again, through_kinks))
         scales = ", ".join(f"{alpha:g}" for alpha in again)
-        notes = (*notes, f"adaptive steps failed, and the model has kinks: followed through them at alpha = {scales}")
-
-    def solver_at(alpha: float) -> diffrax.AbstractSolver | ThroughKinks:
-        return through_kinks if alpha in again else solver
-
-    _announce("the step criterion and the prediction from the kernel", progress)
+        notes = [*notes, f"adaptive steps failed, and the model has kinks: followed through them at alpha = {scales}"]
+    announce("the step criterion and the prediction from the kernel", progress)
     _complete(data, problem, reference, spectrum, key)
-    _announce("the theorems at one scale", progress)
-    certificate, more = certify_scale(problem, data, reference, solver_at, key)
+    announce("the theorems at one scale", progress)
+    certificate, more = certify_scale(problem, data, reference, solvers, key)
     data.attrs["seconds"] = clock.perf_counter() - started
     slopes = fit_slopes(data)
     notes = (*notes, *more, *rounding_notes(data))
     return LazinessReport(data, slopes, write_verdict(data, slopes), notes, certificate)
-
-
-def _announce(text: str, progress: bool) -> None:
-    """Write one line before seconds or minutes of silence, if progress is asked for."""
-    if progress:
-        tqdm.write(f"lazyjax: {text}", file=sys.stderr)
 
 
 def _check_alphas(alphas: Sequence[float]) -> list[float]:
@@ -234,16 +201,6 @@ def _check_alphas(alphas: Sequence[float]) -> list[float]:
     return sorted({*(float(alpha) for alpha in alphas), float("inf")})
 
 
-def _replace(data: "xarray.Dataset", again: "xarray.Dataset") -> "xarray.Dataset":
-    """Return a sweep with some of its scales replaced by those of another one."""
-    import xarray
-
-    kept = data.drop_sel(alpha=again["alpha"].values)
-    if not again["failed"].any():  # what the flows that failed had computed
-        kept = kept.drop_vars([name for name in kept if str(name).endswith("_failed")])
-    return xarray.concat([kept, again], "alpha").sortby("alpha")
-
-
 def _complete(
     data: "xarray.Dataset", problem: Problem, reference: Reference, spectrum: Spectrum, key: PRNGKeyArray | None
 ) -> None:
@@ -251,6 +208,7 @@ def _complete(
     measures, numbers = _measure_shared(problem, reference, key)
     for name, values in measures.items():
         data[f"tangent_{name}"] = ("time", np.asarray(values))
+    data.coords["mode"] = np.arange(1, spectrum.eigenvalues.size + 1)
     data["kernel_eigenvalue"] = ("mode", spectrum.eigenvalues)
     for name, values in predict(problem, spectrum).items():
         data[name] = values

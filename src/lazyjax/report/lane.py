@@ -41,6 +41,9 @@ in the gaps. (The closed form, through a float32 eigendecomposition, is only goo
 exponential solver evaluates the true gradient at every stage, and so corrects it.)"""
 
 
+Solver = diffrax.AbstractSolver | ThroughKinks
+
+
 class Reference(eqx.Module):
     """The flow of the tangent model, from a zero start the same for every alpha.
 
@@ -78,7 +81,7 @@ def run_lane(
     *,
     problem: Problem,
     ts: Array,
-    solver: diffrax.AbstractSolver | ThroughKinks,
+    solver: Solver,
     reference: Reference,
 ) -> dict[str, Any]:
     """Follow the model at one scale, and measure everything along its flow."""

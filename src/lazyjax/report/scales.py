@@ -1,0 +1,72 @@
+"""The scales of a report side by side; those whose steps collapse at kinks are followed again, through the kinks."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import diffrax
+import jax
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from lazyjax.flow.through_kinks import ThroughKinks
+from lazyjax.report.lane import MEASURES, Reference, Solver, has_gates, run_lane
+from lazyjax.report.problem import Problem
+from lazyjax.report.sweep import sweep
+
+if TYPE_CHECKING:
+    import xarray
+
+THROUGH_KINKS = ThroughKinks(diffrax.Tsit5())
+
+
+def follow_scales(
+    problem: Problem, reference: Reference, alphas: Sequence[float], ts: Array, solver: Solver, progress: bool
+) -> tuple["xarray.Dataset", dict[float, Solver]]:
+    """Follow the model at each alpha, and measure everything along its flows.
+
+    Returns:
+        The sweep, and the solver whose flow stands in it at each alpha: of a model with kinks the scales that failed
+        with `solver` are followed again, through the kinks.
+    """
+    announce(f"the flows of the model at {len(alphas)} scales alpha (compiled first)", progress)
+    data = _sweep_scales(problem, reference, alphas, ts, solver, progress)
+    failed = [float(alpha) for alpha in data["alpha"][data["failed"]]]
+    solvers = dict.fromkeys(alphas, solver)
+    if failed and has_gates(problem):
+        announce(f"{len(failed)} of the flows again, through the kinks of the model", progress)
+        data = _replace(data, _sweep_scales(problem, reference, failed, ts, THROUGH_KINKS, progress))
+        solvers |= dict.fromkeys(failed, THROUGH_KINKS)
+    return data, solvers
+
+
+def announce(text: str, progress: bool) -> None:
+    """Write one line before seconds or minutes of silence, if progress is asked for."""
+    if progress:
+        tqdm.write(f"lazyjax: {text}", file=sys.stderr)
+
+
+def _sweep_scales(
+    problem: Problem, reference: Reference, alphas: Sequence[float], ts: Array, solver: Solver, progress: bool
+) -> "xarray.Dataset":
+    return sweep(
+        run_lane,
+        over={"alpha": alphas},
+        shared={"problem": problem, "ts": ts, "solver": solver, "reference": reference},
+        dims=dict.fromkeys(MEASURES, ("time",)),
+        coords={"time": np.asarray(ts)},
+        # On a CPU lanes in one batch are no faster than one by one, which shows more progress.
+        chunk=1 if jax.default_backend() == "cpu" else None,
+        progress=progress,
+    )
+
+
+def _replace(data: "xarray.Dataset", again: "xarray.Dataset") -> "xarray.Dataset":
+    """Return a sweep with some of its scales replaced by those of another one."""
+    import xarray
+
+    kept = data.drop_sel(alpha=again["alpha"].values)
+    if not again["failed"].any():  # what the flows that failed had computed
+        kept = kept.drop_vars([name for name in kept if str(name).endswith("_failed")])
+    return xarray.concat([kept, again], "alpha").sortby("alpha")
