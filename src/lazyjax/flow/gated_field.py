@@ -42,7 +42,7 @@ SLOTS = 64
 MOST_NUMBERS = 2**25
 """The most numbers that the rows may hold: fewer of them are kept of a large model."""
 
-NORM_PROBES = 4
+NUM_DIRECTIONS = 4
 """Random directions along which the norms of the gradients of switching values are estimated."""
 
 SOLVE_STEPS = 60
@@ -132,10 +132,12 @@ class GatedField(eqx.Module):
 
     Attributes:
         field: The field of the flow, with the gates as they are.
+        directions: Random directions of the parameters, stacked: drawn once, since that takes as long as a look.
         kinks: The model's kinks; none if it is smooth.
     """
 
     field: ModelField
+    directions: Params
     kinks: tuple[Kink, ...] = eqx.field(static=True)
 
     @classmethod
@@ -145,7 +147,9 @@ class GatedField(eqx.Module):
         Raises:
             NoGatesError: the model switches by a primitive of which no gates can be made.
         """
-        return cls(field, tuple(gated(field.h, eqx.combine(field.coordinates, field.rest)).kinks))
+        kinks = tuple(gated(field.h, eqx.combine(field.coordinates, field.rest)).kinks)
+        several = jtu.tree_map(lambda a: jnp.broadcast_to(a, (NUM_DIRECTIONS, *a.shape)), field.coordinates)
+        return cls(field, optax.tree.random_like(jr.key(0), several), kinks)
 
     def _run(self, w: Params, pattern: Pattern | None = None) -> tuple[Outputs, Float[Array, " s"]]:
         """Return outputs and switching values at the coordinates w; without a pattern with the gates as they are."""
@@ -204,8 +208,7 @@ class GatedField(eqx.Module):
         What a gate lets through is lambda g, so that the derivative of the loss along any direction v, once more
         by lambda, is c times that of g along v: at g = 0 the rest vanishes.
         """
-        w = self.field.moved(u)
-        v = optax.tree.random_like(jr.key(0), w)
+        w, v = self.field.moved(u), jtu.tree_map(lambda a: a[0], self.directions)
 
         def slope(gates: Array) -> tuple[Array, Array]:
             along = jax.jvp(lambda w: self._run(w, Pattern(pattern.modes, gates)), (w,), (v,))[1]
@@ -223,10 +226,10 @@ class GatedField(eqx.Module):
         """Return about |grad g_s| of every gate: the root mean square along a few random directions."""
         w = self.field.moved(u)
 
-        def along(key: Array) -> Array:
-            return jax.jvp(lambda w: self._run(w, pattern)[1], (w,), (optax.tree.random_like(key, w),))[1]
+        def along(v: Params) -> Array:
+            return jax.jvp(lambda w: self._run(w, pattern)[1], (w,), (v,))[1]
 
-        return jnp.sqrt(jnp.mean(jax.vmap(along)(jr.split(jr.key(1), NORM_PROBES)) ** 2, axis=0))
+        return jnp.sqrt(jnp.mean(jax.vmap(along)(self.directions) ** 2, axis=0))
 
     def row(self, u: Params, pattern: Pattern, index: Array) -> Float[Array, " p"]:
         """Return grad g_s of one gate."""

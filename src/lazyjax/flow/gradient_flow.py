@@ -16,6 +16,7 @@ from lazyjax._core.checks import check_times, is_concrete
 from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
+from lazyjax.difference.gates import NoGatesError
 from lazyjax.flow.choose_solver import DENSE_OUTPUTS, choose_solver, name_of, stages_of
 from lazyjax.flow.closed_form import solve_tangent, tangent_gram
 from lazyjax.flow.exponential import TangentExponential, Velocity
@@ -167,10 +168,10 @@ def gradient_flow(
     check_options(save, rtol, atol, max_steps)
     zero_start = check_start(h, loss, w0, alpha, rtol)
     objective = ScaledObjective.of(h, loss, w0, alpha, zero_start)
-    if solver is None and not _has_closed_form(h, loss):
-        solver = choose_solver(objective, ts)
+    chosen = solver is None and not _has_closed_form(h, loss)
     options = Options(
-        solver,
+        choose_solver(objective, ts) if chosen else solver,
+        chosen,
         stepsize_controller,
         dt0,
         as_scalar(rtol),
@@ -185,9 +186,13 @@ def gradient_flow(
 
 
 class Options(eqx.Module):
-    """The numerical options of `gradient_flow`; the tolerances as arrays: another one is no other program."""
+    """The numerical options of `gradient_flow`; the tolerances as arrays: another one is no other program.
+
+    A solver that was `chosen` here passes through the kinks of the model if they can be read from its program.
+    """
 
     solver: diffrax.AbstractSolver | ThroughKinks | None
+    chosen: bool = eqx.field(static=True)
     stepsize_controller: diffrax.AbstractStepSizeController | None
     dt0: RealScalar | None
     rtol: Array
@@ -276,18 +281,17 @@ def _solve(
     options: Options,
     to_infinity: bool,
 ) -> tuple[dict[str, Any], Result, dict[str, Any]]:
-    """Return what is saved along the flow at ts, how it ended, and what it took: through the kinks, if asked for."""
-    if not isinstance(solver, ThroughKinks):
+    """Return what is saved along the flow at ts, how it ended, and what it took: through the kinks, if there are any."""
+    gated_field = _gated_field(field, solver, options)
+    solver = solver.solver if isinstance(solver, ThroughKinks) else solver
+    if gated_field is None:
         saved, result, stats = integrate(field, solver, ts, options, to_infinity=to_infinity)
         return saved, result, stats | no_kinks()
-    gated_field = GatedField.of(field) if isinstance(field, ModelField) else None
-    if gated_field is None or not gated_field.kinks:
-        return _solve(field, solver.solver, ts, options, to_infinity)
     options = dataclasses.replace(options, rtol=WITHIN * options.rtol, atol=WITHIN * options.atol)
-    inner, controller, rtol, dt0 = _prepare(field, solver.solver, ts, options, to_infinity, _pid)
+    solver, controller, rtol, dt0 = _prepare(field, solver, ts, options, to_infinity, _pid)
     saved, result, stats = follow_through_kinks(
         gated_field,
-        inner,
+        solver,
         controller,
         ts,
         _observer(field, options),
@@ -298,7 +302,22 @@ def _solve(
         to_infinity=to_infinity,
         progress=_progress(options),
     )
-    return saved, result, stats | {"solver": name_of(inner)}
+    return saved, result, stats | {"solver": name_of(solver)}
+
+
+def _gated_field(
+    field: ModelField | TangentField, solver: diffrax.AbstractSolver | ThroughKinks, options: Options
+) -> GatedField | None:
+    """Return the field with the gates of a model with kinks, if the flow is to be followed through them."""
+    if not isinstance(field, ModelField) or not (options.chosen or isinstance(solver, ThroughKinks)):
+        return None
+    try:
+        gated_field = GatedField.of(field)
+    except NoGatesError:
+        if not options.chosen:
+            raise
+        return None
+    return gated_field if gated_field.kinks else None
 
 
 def integrate(

@@ -153,7 +153,7 @@ def lazy_correction(
             # The linear part at the start is that of all times.
             solver = dataclasses.replace(solver, relinearize=False)
     save, inside = ("outputs", "displacement"), throw and not zero_start
-    options = Options(solver, None, None, as_scalar(rtol), as_scalar(atol), save, max_steps, False, inside)
+    options = Options(solver, False, None, None, as_scalar(rtol), as_scalar(atol), save, max_steps, False, inside)
     out = _lazy_correction(h, loss, w0, jnp.asarray(ts), options, zero_start, ends_at_infinity(ts))
     return check_successful(out.tangent_flow.result, out) if throw else out
 
