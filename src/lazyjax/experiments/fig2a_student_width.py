@@ -31,11 +31,12 @@ from lazyjax.experiments.figure import (
 )
 from lazyjax.experiments.student import Problem, check_double, risk_at, sample_problem
 from lazyjax.flow.gradient_flow import gradient_flow
+from lazyjax.flow.through_kinks import ThroughKinks
 from lazyjax.losses.square import square_loss
 from lazyjax.models.maps import on_data
 from lazyjax.models.shallow import two_layer
 from lazyjax.plot.axes import BLACK, BLUE, FONT, ORANGE, draw_band, draw_legend, make_axes, note_stopped
-from lazyjax.report.sweep import sweep
+from lazyjax.report.sweep import replace_points, sweep
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -126,13 +127,14 @@ def run_descent(settings: Settings, problem: Problem, alpha: Array, step: Array)
     return {**seen, "moved": optax.tree.norm(v) / optax.tree.norm(w0), "zero_risk": zero}
 
 
-def run_flow(settings: Settings, width: int, seed: Array) -> dict[str, Any]:
+def run_flow(
+    settings: Settings, width: int, seed: Array, solver: diffrax.AbstractSolver | ThroughKinks
+) -> dict[str, Any]:
     """Follow the exact flow at scale 1/sqrt(m) to the end of training."""
     x, y, teacher, w0 = sample(settings, width, seed)
     alpha = width**-0.5
     times = jnp.asarray([0.0, settings.steps * settings.step_root / width], x.dtype)
-    # Stability bounds its steps, and of the explicit solvers Bosh3 gets the farthest with an evaluation.
-    options = {"solver": diffrax.Bosh3(), "rtol": 1e-3, "atol": 1e-6, "max_steps": settings.flow_steps}
+    options = {"solver": solver, "rtol": 1e-3, "atol": 1e-6, "max_steps": settings.flow_steps}
     options |= {"save": ("displacement",), "throw": False}
     flow = gradient_flow(on_data(two_layer(), x), square_loss(y), w0, times, alpha=alpha, **options)
     v = jtu.tree_map(lambda u: u[-1] / alpha, flow.displacement)
@@ -208,14 +210,28 @@ def _run_descents(
 def _run_flows(
     settings: Settings, width: int, seeds: list[int], folder: Path | None, progress: bool
 ) -> "xarray.Dataset":
-    return sweep(
-        lambda seed: run_flow(settings, width, seed),
-        over={"seed": seeds},
-        chunk=1,
-        folder=folder,
-        settings={**dataclasses.asdict(settings), "width": width},
-        progress=progress,
-    )
+    """Follow the flows; those whose steps collapse at kinks, as at small widths, once more through the kinks."""
+
+    def follow(
+        solver: diffrax.AbstractSolver | ThroughKinks, seeds: list[int], folder: Path | None
+    ) -> "xarray.Dataset":
+        return sweep(
+            lambda seed: run_flow(settings, width, seed, solver),
+            over={"seed": seeds},
+            chunk=1,
+            folder=folder,
+            settings={**dataclasses.asdict(settings), "width": width},
+            progress=progress,
+        )
+
+    # Stability bounds the steps, and of the explicit solvers Bosh3 gets the farthest with an evaluation.
+    solver = diffrax.Bosh3()
+    found = follow(solver, seeds, folder)
+    failed = [int(seed) for seed in found["seed"][found["failed"]]]
+    if not failed:
+        return found
+    again = folder and folder.with_name(f"{folder.name}-through-kinks")
+    return replace_points(found, follow(ThroughKinks(solver), failed, again), "seed")
 
 
 METHODS = {"descent": (_run_descents, 2), "flow": (_run_flows, 1)}

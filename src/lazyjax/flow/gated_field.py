@@ -26,7 +26,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Outputs, Params
@@ -47,6 +47,14 @@ NUM_DIRECTIONS = 4
 
 SOLVE_STEPS = 60
 """Steps of conjugate gradients for the multipliers; preconditioned they take one to four."""
+
+
+HELD = 0.01
+"""Share of a surface's gradient that may be left outside the span of others that hold the flow on it."""
+
+
+ALONE = 0.01
+"""A surface counts as no combination of others if what is left of its gradient is more than rounding by 1 over this."""
 
 
 class Pattern(eqx.Module):
@@ -80,19 +88,22 @@ class Surfaces(eqx.Module):
         rows: The rows.
         products: rows rows^T.
         factor: The Cholesky factor of it, the identity in empty slots.
+        alone: Which rows are no combinations of the others.
     """
 
     slots: Int[Array, " k"]
     rows: Float[Array, "k p"]
     products: Float[Array, "k k"]
     factor: Float[Array, "k k"]
+    alone: Bool[Array, " k"]
 
     @classmethod
     def empty(cls, num_gates: int, num_params: int, dtype: Any) -> "Surfaces":
         """Return empty slots."""
         k = max(1, min(SLOTS, num_gates, MOST_NUMBERS // num_params))
         zeros = jnp.zeros((k, k), dtype)
-        return cls(jnp.full(k, num_gates, jnp.int32), jnp.zeros((k, num_params), dtype), zeros, jnp.eye(k, dtype=dtype))
+        slots, rows, one = jnp.full(k, num_gates, jnp.int32), jnp.zeros((k, num_params), dtype), jnp.eye(k, dtype=dtype)
+        return cls(slots, rows, zeros, one, jnp.zeros(k, bool))
 
     def solve(self, r: Float[Array, " s"]) -> Float[Array, " s"]:
         """Return about (JJ^T)^-1 r for an r that is zero off the gates that slide."""
@@ -122,9 +133,15 @@ class Surfaces(eqx.Module):
         products = jnp.where(taken[:, None] & taken[None, :], self.products, 0)
         products = products.at[slot].set(rows @ row, mode="drop").at[:, slot].set(rows @ row, mode="drop")
         # Rows may depend on each other: two samples on one line hold a unit at the same point.
-        diagonal = jnp.diag(products)
-        shift = jnp.where(diagonal > 0, 64 * jnp.finfo(rows.dtype).eps * jnp.max(diagonal), 1)
-        return Surfaces(slots, rows, products, jnp.linalg.cholesky(products + jnp.diag(shift)))
+        diagonal, root = jnp.diag(products), jnp.sqrt(jnp.finfo(rows.dtype).eps)
+        shift = jnp.where(diagonal > 0, root * jnp.max(diagonal), 1)
+        factor = jnp.linalg.cholesky(products + jnp.diag(shift))
+        inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(k, dtype=rows.dtype))
+        return Surfaces(slots, rows, products, factor, jnp.diag(inverse) * diagonal < ALONE / root)
+
+    def stand_alone(self, num_gates: int) -> Bool[Array, " s"]:
+        """Return which gates slide along surfaces that the others do not hold the flow on."""
+        return jnp.zeros(num_gates, bool).at[self.slots].set(self.alone, mode="drop")
 
 
 class GatedField(eqx.Module):
@@ -170,6 +187,12 @@ class GatedField(eqx.Module):
         ties = np.concatenate([np.full(math.prod(kink.shape), kink.tie) for kink in self.kinks])
         modes = jnp.where(g > 0, ON, OFF).astype(jnp.int8)
         return g, Pattern(modes, jnp.where(g == 0, jnp.asarray(ties, g.dtype), modes.astype(g.dtype)))
+
+    def free(self, u: Params) -> tuple[Params, Float[Array, " s"]]:
+        """Return u' with every gate as its switching value has it, and the switching values."""
+        (outputs, g), pull = jax.vjp(self._run, self.field.moved(u))
+        cotangent = self.field.loss.cotangent(self.field.scaled(outputs, u))
+        return jtu.tree_map(jnp.negative, pull((cotangent, jnp.zeros_like(g)))[0]), g
 
     def velocity(self, u: Params, pattern: Pattern, surfaces: Surfaces) -> Params:
         """Return u'."""
@@ -221,6 +244,25 @@ class GatedField(eqx.Module):
         bent = inside & (jumps != 0)
         change = jnp.where(bent, mu / jnp.where(bent, jumps, 1), jnp.where(mu == 0, 0, jnp.sign(mu) * jnp.inf))
         return jnp.where(pattern.sliding, pattern.gates + change, pattern.gates), jumps
+
+    def holds(self, u: Params, pattern: Pattern, surfaces: Surfaces, gates: Bool[Array, " s"]) -> Bool[Array, ""]:
+        """Return whether sliding as it does keeps the flow on the surfaces of these gates too, on which it is."""
+        _, push, pull = _linearize(lambda w: self._run(w, pattern)[1], self.field.moved(u))
+        inside = pattern.sliding
+        # The gradient of a combination of theirs that is special in nothing.
+        weights = jnp.linspace(1, 2, gates.size, dtype=surfaces.rows.dtype)
+        gradient = pull(jnp.where(gates, weights, 0))
+
+        def normal(mu: Array) -> Params:
+            return pull(jnp.where(inside, mu, 0))
+
+        def along(v: Params) -> Array:
+            return jnp.where(inside, push(v), 0)
+
+        options = {"tol": jnp.finfo(weights.dtype).eps ** 0.75, "maxiter": SOLVE_STEPS, "M": surfaces.solve}
+        mu, _ = jax.scipy.sparse.linalg.cg(lambda mu: along(normal(mu)), along(gradient), **options)
+        left = jtu.tree_map(jnp.subtract, gradient, normal(mu))
+        return tree_norm(left) <= HELD * tree_norm(gradient)
 
     def norms(self, u: Params, pattern: Pattern) -> Float[Array, " s"]:
         """Return about |grad g_s| of every gate: the root mean square along a few random directions."""

@@ -1,6 +1,7 @@
 r"""Gradient flow of $F_\alpha(w) = R(\alpha h(w))/\alpha^2$ for a model or, by the same call, its tangent model."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from lazyjax._core.checks import check_times, is_concrete
 from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
-from lazyjax.difference.gates import NoGatesError
+from lazyjax.difference.gates import NoGatesError, gated
 from lazyjax.flow.choose_solver import DENSE_OUTPUTS, choose_solver, name_of, stages_of
 from lazyjax.flow.closed_form import solve_tangent, tangent_gram
 from lazyjax.flow.exponential import TangentExponential, Velocity
@@ -38,6 +39,10 @@ to grow."""
 EXPONENTIAL_GROWTH = 100.0
 """Most that a step of the exponential solver may grow by. Its rounding errors are eps h |f|, and |f| falls as 1/t:
 with this much they stay below 1e-5 in float32 for any horizon."""
+
+FEW_GATES = 2**14
+"""Up to this many gates a model's kinks are passed one by one by default. With more of them the field is smooth but for
+jumps that are small each, and steps of an ordinary solver pass over many at a time."""
 
 WITHIN = 0.25
 """Share of the tolerances to which flows are followed through kinks: errors add up over many changes of the pattern,
@@ -129,7 +134,9 @@ def gradient_flow(
         solver: Any diffrax solver, or `lazyjax.flow.ThroughKinks` of one for models with kinks. None: for a `Tangent`
             with the square loss and at most 4096 outputs, the closed form at all times at once; else
             `TangentExponential` (re-linearizing where that pays) or Tsit5, by predicted cost; under a trace, where no
-            value can be looked at, the former (Tsit5 for cross-entropies, whose stiffness fades).
+            value can be looked at, the former (Tsit5 for cross-entropies, whose stiffness fades). If the model has
+            kinks (ReLU), up to 16,384 gates of them, either passes through them as `ThroughKinks` does; with more,
+            only once its steps have collapsed. A flow through kinks cannot be differentiated backward.
             `Flow.stats["solver"]` says which.
         stepsize_controller: Any diffrax controller. None: `PIDController(rtol, atol, pcoeff=0.4, icoeff=0.3)`, for
             `TangentExponential` 0.3 and 0.7, watched for the collapse of its steps; other solvers than
@@ -182,13 +189,29 @@ def gradient_flow(
         throw and not zero_start,  # a start declared zero has nothing to throw at
     )
     flow = _follow(objective, jnp.asarray(ts), options, ends_at_infinity(ts))
+    if chosen and _ended_at_kinks(flow, h, w0):
+        assert isinstance(options.solver, diffrax.AbstractSolver)
+        options = dataclasses.replace(options, chosen=False, solver=ThroughKinks(options.solver))
+        flow = _follow(objective, jnp.asarray(ts), options, ends_at_infinity(ts))
     return check_successful(flow.result, flow) if throw else flow
+
+
+def _ended_at_kinks(flow: Flow, h: Model, w0: Params) -> bool:
+    """Return whether it is known that steps have collapsed in a model with gates, too many to pass through at first."""
+    stopped = flow.result == RESULTS.steps_collapsed
+    if not is_concrete(stopped) or not bool(np.all(stopped)):
+        return False
+    try:
+        return len(gated(h, w0).kinks) > 0
+    except NoGatesError:
+        return False
 
 
 class Options(eqx.Module):
     """The numerical options of `gradient_flow`; the tolerances as arrays: another one is no other program.
 
-    A solver that was `chosen` here passes through the kinks of the model if they can be read from its program.
+    A solver that was `chosen` here passes through the kinks of the model, if they can be read from its program and are
+    not too many.
     """
 
     solver: diffrax.AbstractSolver | ThroughKinks | None
@@ -281,7 +304,7 @@ def _solve(
     options: Options,
     to_infinity: bool,
 ) -> tuple[dict[str, Any], Result, dict[str, Any]]:
-    """Return what is saved along the flow at ts, how it ended, and what it took: through the kinks, if there are any."""
+    """Return what is saved along the flow at ts, how it ended, and what it took: through kinks, if there are any."""
     gated_field = _gated_field(field, solver, options)
     solver = solver.solver if isinstance(solver, ThroughKinks) else solver
     if gated_field is None:
@@ -317,7 +340,8 @@ def _gated_field(
         if not options.chosen:
             raise
         return None
-    return gated_field if gated_field.kinks else None
+    few = sum(math.prod(kink.shape) for kink in gated_field.kinks) <= FEW_GATES
+    return gated_field if gated_field.kinks and (few or not options.chosen) else None
 
 
 def integrate(

@@ -28,7 +28,7 @@ from lazyjax._core.types import Params
 from lazyjax.flow.choose_solver import stages_of
 from lazyjax.flow.exponential import TangentExponential
 from lazyjax.flow.first_change import LATE, FirstChange, Look, Search
-from lazyjax.flow.gated_field import ON, SLIDING, GatedField, Pattern, Surfaces
+from lazyjax.flow.gated_field import OFF, ON, SLIDING, GatedField, Pattern, Surfaces
 from lazyjax.flow.result import RESULTS, Result, as_result
 
 UNRESOLVED = 64
@@ -48,6 +48,16 @@ MOST_GROWTH = 3
 
 FREE = 0.25
 """Most by which a gate value may leave [0, 1] while the flow still slides, where the tolerance allows it."""
+
+
+DESCENT_STEPS = 128
+"""Steps of gradient descent that are taken where surfaces meet."""
+
+SETTLING = 1000
+"""Times as long as those take, gates that come back to where they met stay there."""
+
+DESCENT_LENGTH = 0.01
+"""The length of such a step, as a share of the tolerance of u."""
 
 
 class ThroughKinks(eqx.Module):
@@ -148,6 +158,8 @@ class State(eqx.Module):
         result: Why the flow has ended; successful as long as it has not.
         counts: What it took.
         changes: Changes of the pattern since time last moved.
+        meeting: Whether other gates were on their surfaces at the last change, and may leave them.
+        settled: Time before which gates that are back on their surfaces stay there.
         progress: The state of the progress meter.
     """
 
@@ -165,6 +177,8 @@ class State(eqx.Module):
     result: Result
     counts: Counts
     changes: Int[Array, ""]
+    meeting: Bool[Array, ""]
+    settled: Array
     progress: Any
 
 
@@ -249,6 +263,8 @@ class Follower(eqx.Module):
             result=as_result(RESULTS.successful),
             counts=Counts.zeros(),
             changes=jnp.asarray(0),
+            meeting=jnp.asarray(False),
+            settled=t0,
             progress=self.meter.init(),
         )
 
@@ -257,6 +273,56 @@ class Follower(eqx.Module):
         return (state.index < self.ts.size) & (state.result == RESULTS.successful)
 
     def step(self, state: State) -> State:
+        """Take one step, or where surfaces meet a few of gradient descent."""
+        return jax.lax.cond(state.meeting, lambda s: self._descend(s), lambda s: self._step(s), state)  # noqa: PLW0108
+
+    def _descend(self, state: State) -> State:
+        """Take a few tiny steps of gradient descent, which tell what gates leave their surfaces, and what gates slide.
+
+        Where more surfaces meet than the parameters that move there, no first change says where the flow goes on.
+        """
+        span = self.ts[state.index] - state.t
+        speed = tree_norm(self.field.free(state.u)[0])
+        length = DESCENT_LENGTH * self._tolerance(state.u) / jnp.where(speed > 0, speed, 1)
+        length = jnp.minimum(length, 0.5 * span / DESCENT_STEPS)
+        # On the surfaces themselves a gate would be what JAX takes at a tie.
+        noise = jtu.tree_map(lambda a: a[1], self.field.directions)
+        size = length * speed / tree_norm(noise)
+        moved = jtu.tree_map(lambda a, b: a + size.astype(a.dtype) * b, state.u, noise)
+
+        def descend(carry: tuple[Params, Array, Array, Array], k: Array) -> tuple[Any, None]:
+            u, on, switches, times_on = carry
+            velocity, g = self.field.free(u)
+            late = k >= DESCENT_STEPS // 2
+            switches = switches + (late & ((g > 0) != on))
+            times_on = times_on + (late & (g > 0))
+            u = jtu.tree_map(lambda a, b: a + length.astype(a.dtype) * b, u, velocity)
+            return (u, g > 0, switches, times_on), None
+
+        modes = state.pattern.modes
+        none = jnp.zeros(modes.shape, int)
+        (u, on, switches, times_on), _ = jax.lax.scan(
+            descend, (moved, modes == ON, none, none), jnp.arange(DESCENT_STEPS)
+        )
+        slides = switches > 1
+        found = jnp.where(slides, SLIDING, jnp.where(on, ON, OFF)).astype(modes.dtype)
+        share = times_on.astype(state.pattern.gates.dtype) / (DESCENT_STEPS - DESCENT_STEPS // 2)
+        pattern = Pattern(found, jnp.where(slides, share, on.astype(share.dtype)))
+        surfaces = self._renew(u, pattern, state.surfaces, state.counts.num_steps)
+        return dataclasses.replace(
+            state,
+            t=state.t + DESCENT_STEPS * length,
+            u=u,
+            pattern=pattern,
+            look=self._look(u, pattern, surfaces, state.length),
+            surfaces=surfaces,
+            jumped=jnp.asarray(True),
+            counts=state.counts.plus(num_vector_field=DESCENT_STEPS + 2),
+            meeting=jnp.asarray(False),
+            settled=state.t + SETTLING * DESCENT_STEPS * length,
+        )
+
+    def _step(self, state: State) -> State:
         """Take one step, or the part of it up to the first change of the pattern."""
         args = (state.pattern, state.surfaces)
         target = self.ts[state.index]
@@ -300,6 +366,14 @@ class Follower(eqx.Module):
             result=state.result,
             counts=counts,
             changes=jnp.where((found.share <= 4 * self.sharpness) | (t <= state.t), state.changes + 1, 0),
+            meeting=self._may_leave(
+                u,
+                state.pattern,
+                pattern,
+                surfaces,
+                (counts.num_meetings > state.counts.num_meetings) & (t > state.settled),
+            ),
+            settled=state.settled,
             progress=state.progress,
         )
         left = dataclasses.replace(state, controller=controller, length=length, counts=counts)
@@ -344,6 +418,16 @@ class Follower(eqx.Module):
             num_meetings=jnp.any(changed) & idle,
         )
 
+    def _may_leave(self, u: Params, before: Pattern, after: Pattern, surfaces: Surfaces, meeting: Array) -> Array:
+        """Return whether a change of the pattern where surfaces meet may be the start of another branch.
+
+        It is none if gates have only let go whose surfaces hold the flow still, by those that go on sliding.
+        """
+        changed = after.modes != before.modes
+        let_go = changed & before.sliding
+        doubtful = meeting & jnp.all(changed == let_go)
+        return jax.lax.cond(doubtful, lambda: ~self.field.holds(u, after, surfaces, let_go), lambda: meeting)
+
     def _advance(self, state: State, t1: Array) -> tuple[Params, Any, Any, Any]:
         """Return the solver's step, its error, dense output and state."""
         args = (state.pattern, state.surfaces)
@@ -371,6 +455,9 @@ class Follower(eqx.Module):
             jump = jnp.abs(jumps) * jnp.sqrt(surfaces.squares(jumps.size))
             slack = jnp.where(jump > 0, known / jnp.where(jump > 0, jump, 1), FREE)
             inside = jnp.minimum(gates, 1 - gates) / jnp.clip(slack, 1e3 * eps, FREE)
+            # Where c < 0 the field leads away from both sides, and nothing small keeps the flow there.
+            repelled = (jumps < 0) & (jump > known) & surfaces.stand_alone(jumps.size)
+            inside = jnp.where(repelled, -2, inside)
             back = motion.normal(surfaces.newton(motion.values))
             # At scale 0 nothing moves, and nothing slides.
             inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)

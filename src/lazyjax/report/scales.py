@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lazyjax.flow.through_kinks import ThroughKinks
 from lazyjax.report.lane import MEASURES, Reference, Solver, has_gates, run_lane
 from lazyjax.report.problem import Problem
-from lazyjax.report.sweep import sweep
+from lazyjax.report.sweep import replace_points, sweep
 
 if TYPE_CHECKING:
     import xarray
@@ -36,7 +36,8 @@ def follow_scales(
     solvers = dict.fromkeys(alphas, solver)
     if failed and has_gates(problem):
         announce(f"{len(failed)} of the flows again, through the kinks of the model", progress)
-        data = _replace(data, _sweep_scales(problem, reference, failed, ts, THROUGH_KINKS, progress))
+        again = _sweep_scales(problem, reference, failed, ts, THROUGH_KINKS, progress)
+        data = replace_points(data, again, "alpha")
         solvers |= dict.fromkeys(failed, THROUGH_KINKS)
     return data, solvers
 
@@ -60,13 +61,3 @@ def _sweep_scales(
         chunk=1 if jax.default_backend() == "cpu" else None,
         progress=progress,
     )
-
-
-def _replace(data: "xarray.Dataset", again: "xarray.Dataset") -> "xarray.Dataset":
-    """Return a sweep with some of its scales replaced by those of another one."""
-    import xarray
-
-    kept = data.drop_sel(alpha=again["alpha"].values)
-    if not again["failed"].any():  # what the flows that failed had computed
-        kept = kept.drop_vars([name for name in kept if str(name).endswith("_failed")])
-    return xarray.concat([kept, again], "alpha").sortby("alpha")

@@ -287,3 +287,13 @@ def _failures(out: dict[str, Any], result: Any, count: int) -> tuple[np.ndarray,
                 failed[lane] = True
                 messages[lane] = str(item)
     return failed, messages.astype(str)
+
+
+def replace_points(data: "xarray.Dataset", again: "xarray.Dataset", axis: str) -> "xarray.Dataset":
+    """Return a sweep over an axis with some of its points replaced by those of another one."""
+    import xarray
+
+    kept = data.drop_sel({axis: again[axis].values})
+    if not again["failed"].any():  # what the points that failed had computed
+        kept = kept.drop_vars([name for name in kept if str(name).endswith("_failed")])
+    return xarray.concat([kept, again], axis).sortby(axis)
