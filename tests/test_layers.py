@@ -16,7 +16,7 @@ PACKAGES = [
 # What else stands next to them.
 DOORS = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}
 # Modules, or packages with all of theirs, that may write files.
-WRITERS = ("cli", "report", "training.checkpoint", "_core.records")
+WRITERS = ("cli", "report", "training.checkpoint", "_core.files", "_core.lock")
 
 WRITES = {
     "dump", "mkdir", "rename", "replace", "save", "savefig", "savetxt", "savez", "savez_compressed",

@@ -126,3 +126,44 @@ def test_outputs_are_described_without_running_the_model():
 def test_models_with_other_outputs_are_refused(h, error, match):
     with pytest.raises(error, match=match):
         _check.check_outputs(h, jnp.ones(3), name="g")
+
+
+class TestNumbersThatADtypeHolds:
+    @pytest.mark.parametrize(
+        "values",
+        [
+            [0, 2**31 - 1, -(2**31)],
+            [3.4e38, np.inf, np.nan, 1e-300],
+            [True, False],
+            ["a"],
+            [None],
+            np.float64(1.0) + 1e-12,
+            np.zeros((0, 2)),
+        ],
+    )
+    def test_pass(self, values):
+        with jax.enable_x64(False):
+            _check.check_fits(values, "x")
+
+    @pytest.mark.parametrize(
+        ("values", "match"),
+        [
+            (2**31, "x must be a number that int32 holds, got 2147483648; rescale it, or compute in 64 bits"),
+            ([[0], [-(2**31) - 1]], r"x\[1, 0\] must be a number that int32 holds, got -2147483649"),
+            (np.array([2**32], np.uint64), r"x\[0\] must be a number that uint32 holds, got 4294967296"),
+            ([1.0, -1e300], r"x\[1\] must be a number that float32 holds, got -1e\+300"),
+            ([1j * 1e300], r"x\[0\] must be a number that complex64 holds"),
+            ([1, 2**70], r"x\[1\] must be a number that int64 holds, got 1180591620717411303424"),
+        ],
+    )
+    def test_are_told_from_others_by_value_and_place(self, values, match):
+        with jax.enable_x64(False), pytest.raises(ValueError, match=match):
+            _check.check_fits(values, "x")
+
+    def test_may_be_those_of_a_dtype_that_is_asked_for(self):
+        _check.check_fits([1e5], "x")
+        with pytest.raises(ValueError, match=r"x\[0\] must be a number that float16 holds, got 100000.0"):
+            _check.check_fits([1e5], "x", np.float16)
+        with pytest.raises(ValueError, match=r"x\[0\] must be a number that float16 holds, got 1e-10"):
+            _check.check_fits([1e-10], "x", np.float16, tiny=False)
+        _check.check_fits(jnp.asarray([1e5]), "x", np.float16)

@@ -1,4 +1,4 @@
-"""Versions, digests, compared configurations and whole files."""
+"""Versions, digests, and configurations that are kept and compared."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from lazyjax._core.keys import default_key, is_key
-from lazyjax._core.records import check_configuration, digest_of, versions, whole_file, write_whole
+from lazyjax._core.records import (
+    check_configuration,
+    digest_of,
+    digest_of_text,
+    keep_configuration,
+    read_configuration,
+    versions,
+)
 
 ARRAYS = {"a": np.arange(6.0).reshape(2, 3), "b": [np.arange(3), None, "text"]}
 
@@ -24,16 +31,24 @@ def test_a_digest_knows_arrays_by_their_place_shape_dtype_and_bits():
         digest_of(jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, ARRAYS))
         == digest
     )
-    # Not by their memory layout, nor by what is no array.
-    assert digest_of(ARRAYS | {"a": np.asfortranarray(ARRAYS["a"]), "name": "x"}) == digest
+    # Not by their memory layout, nor by functions.
+    assert digest_of(ARRAYS | {"a": np.asfortranarray(ARRAYS["a"]), "f": np.sin}) == digest
     others = [
         ARRAYS | {"a": ARRAYS["a"].T.reshape(2, 3)},
         ARRAYS | {"a": ARRAYS["a"].reshape(3, 2)},
         ARRAYS | {"a": ARRAYS["a"].astype(np.float32)},
         ARRAYS | {"a": np.nextafter(ARRAYS["a"], 9.0)},
         {"c": ARRAYS["a"], "b": ARRAYS["b"]},
+        ARRAYS | {"c": "text"},
+        ARRAYS | {"c": 2},
+        ARRAYS | {"c": 2.0},
+        ARRAYS | {"c": True},
     ]
     assert len({digest, *map(digest_of, others)}) == 1 + len(others)
+
+
+def test_a_digest_of_texts_knows_where_one_ends():
+    assert len({digest_of_text("ab", "c"), digest_of_text("a", "bc"), digest_of_text("abc")}) == 3
 
 
 def test_random_keys_enter_a_digest_by_their_data():
@@ -66,21 +81,25 @@ def test_the_error_names_every_entry_that_differs(here, match):
         check_configuration(here, {"rate": 0.1, "seed": 1}, holder="folder run", kind="sweep")
 
 
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
-    path = tmp_path / "new" / "numbers.npz"
-    write_whole(path, "grün")
-    assert path.read_text(encoding="utf-8") == "grün"
+def test_a_configuration_is_written_once_and_compared_from_then_on(tmp_path):
+    path, words = tmp_path / "new" / "run.json", {"holder": "folder run", "kind": "sweep"}
+    assert not keep_configuration(path, {"rate": (0.1, float("inf"))}, **words)
+    written = path.stat()
+    assert keep_configuration(path, {"rate": (0.1, float("inf"))}, **words)
+    assert path.stat() == written
+    with pytest.raises(ValueError, match=r"folder run holds another sweep \(rate .* there and 0.2 here\)"):
+        keep_configuration(path, {"rate": 0.2}, **words)
+    assert path.stat() == written
 
-    def stop_half_way():
-        with whole_file(path) as aside:
-            aside.write_bytes(b"half")
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        stop_half_way()
-    assert path.read_text(encoding="utf-8") == "grün"
-    with whole_file(path) as aside, aside.open("wb") as file:
-        np.savez(file, x=np.ones(2))
-    with np.load(path) as arrays:
-        np.testing.assert_array_equal(arrays["x"], np.ones(2))
-    assert list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize(
+    ("content", "why"), [(b'{"rate": 0.', "it is no JSON"), (b"\xff", "it is no JSON"), (b"[1]", "no configuration")]
+)
+def test_a_damaged_configuration_is_set_aside_and_written_anew(tmp_path, content, why):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"run.json is damaged \(.*{why}.*renamed to run.json.damaged"):
+        assert not keep_configuration(path, {"rate": 0.1}, holder="", kind="")
+    assert read_configuration(path) == {"rate": 0.1}
+    assert (tmp_path / "run.json.damaged").read_bytes() == content
+    assert read_configuration(tmp_path / "none.json") is None

@@ -1,6 +1,8 @@
 """Sweeps: labels, chunks, one program, failed lanes, refusals."""
 
 import importlib
+import math
+import shutil
 
 import diffrax
 import jax
@@ -14,6 +16,7 @@ from diffrax import RESULTS
 import lazyjax as lj
 import problems
 from helpers import relative_error
+from lazyjax._core.lock import in_use
 
 sweep_module = importlib.import_module("lazyjax.report.sweep")  # the package's attribute of that name is the function
 
@@ -165,20 +168,137 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert lanes == []
 
 
+def plus(a, b=0.0, c=0.0, way=jnp.add):
+    return {"y": way(a, jnp.sum(b) + c)}
+
+
+def minus(a, b=0.0, c=0.0, way=jnp.add):
+    return {"y": way(a, jnp.sum(b) - c)}
+
+
+def renamed(a, b=0.0, c=0.0, way=jnp.add):
+    return {"z": way(a, jnp.sum(b) + c)}
+
+
+SHARED = {"b": np.ones(2), "c": 2.0, "way": jnp.add}
+GIVEN = {"run": plus, "over": AXIS, "chunk": 2, "settings": {"width": 5}, "shared": SHARED}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with all chunks of a sweep."""
+    folder = tmp_path_factory.mktemp("sweep") / "kept"
+    lj.sweep(**GIVEN, folder=folder)
+    return folder
+
+
+@pytest.fixture
+def kept(finished, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "kept")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         ({"over": {"a": [1.0, 2.0]}}, "axis a .* there and .* here"),
+        ({"over": {"a": [1.0, 2.0, 3.0, 4.0, np.nextafter(5.0, 6.0)]}}, "axis a .* there and .* here"),
         ({"chunk": 3}, "chunk 2 there and 3 here"),
-        ({"settings": {"width": 7}}, "width 5 there and 7 here"),
-        ({"shared": {"b": jnp.zeros(2)}}, "shared"),
+        ({"settings": {"width": 7}}, "setting width 5 there and 7 here"),
+        ({"shared": SHARED | {"b": np.zeros(2)}}, "arrays in shared .* there and"),
+        ({"shared": SHARED | {"c": 3.0}}, r"shared\['c'\] 2.0 there and 3.0 here"),
+        ({"shared": SHARED | {"c": math.nextafter(2.0, 3.0)}}, r"shared\['c'\] 2.0 there and"),
+        ({"shared": SHARED | {"way": jnp.subtract}}, "program .* there and"),
+        ({"run": minus}, "program .* there and"),
+        ({"run": renamed}, "program .* there and"),
+        ({"run": lambda a, b, c, way: {"y": way(a, jnp.sum(b) + c) + np.arange(3.0)}}, "program .* there and"),
     ],
 )
-def test_a_folder_of_another_sweep_is_refused(tmp_path, change, match):
-    options = {"over": AXIS, "chunk": 2, "settings": {"width": 5}, "shared": {"b": jnp.ones(2)}, "folder": tmp_path}
-    lj.sweep(lambda a, b: {"y": a + b}, **options)
-    with pytest.raises(ValueError, match=f"holds another sweep .*{match}.*choose another folder"):
-        lj.sweep(lambda a, b: {"y": a + b}, **options | change)
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_folder_of_another_sweep_is_refused_and_left_alone(kept, change, match, lost):
+    """However it differs, and also if nothing but the chunks is left to tell."""
+    if lost:
+        (kept / "sweep.json").unlink()
+        match = r"lanes-000000.npz is of it"
+    before = contents(kept)
+    with pytest.raises(ValueError, match=rf"holds another sweep \(.*{match}.*\); choose another folder, or delete it"):
+        lj.sweep(**GIVEN | change, folder=kept)
+    assert contents(kept) == before
+
+
+def test_keys_and_arrays_inside_functions_are_told_apart(tmp_path):
+    def given(seed=0, size=1.0):
+        inside = np.full(3, size)
+        return {
+            "run": lambda a, key: {"y": a + jr.normal(key, ()) + jnp.sum(inside)},
+            "over": AXIS,
+            "shared": {"key": jr.key(seed)},
+            "folder": tmp_path,
+        }
+
+    lj.sweep(**given())
+    lj.sweep(**given())
+    with pytest.raises(ValueError, match=r"arrays in shared .* there and"):
+        lj.sweep(**given(seed=1))
+    with pytest.raises(ValueError, match=r"holds another sweep \(program .* there and"):
+        lj.sweep(**given(size=2.0))
+
+
+def spoiled(path):
+    with np.load(path) as found:
+        content = dict(found)
+    np.savez(path, **content | {"arr_0": content["arr_0"] + 1})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        spoiled,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: path.write_bytes(path.with_name("lanes-000000.npz").read_bytes()),
+    ],
+)
+def test_a_damaged_chunk_is_set_aside_and_computed_again(kept, damage):
+    """And no other one."""
+    whole, before = lj.sweep(**GIVEN), contents(kept)
+    damage(kept / "lanes-000002.npz")
+    with pytest.warns(UserWarning, match=r"lanes-000002.npz is damaged .* renamed to lanes-000002.npz.damaged"):
+        again = lj.sweep(**GIVEN, folder=kept)
+    xarray.testing.assert_identical(again, whole)
+    assert set(contents(kept)) == {*before, "lanes-000002.npz.damaged"}
+    times = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    xarray.testing.assert_identical(lj.sweep(**GIVEN, folder=kept), whole)
+    assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == times
+
+
+def test_a_damaged_description_is_written_anew_and_the_chunks_are_kept(kept):
+    before = contents(kept)
+    (kept / "sweep.json").write_bytes(before["sweep.json"][:40])
+    with pytest.warns(UserWarning, match=r"sweep.json is damaged .* renamed to sweep.json.damaged"):
+        lj.sweep(**GIVEN, folder=kept)
+    assert contents(kept) == before | {"sweep.json.damaged": before["sweep.json"][:40]}
+
+
+def test_a_folder_that_another_sweep_is_using_is_refused(kept):
+    with in_use(kept), pytest.raises(ValueError, match=r"is in use by process .* since .*; wait until it ends"):
+        lj.sweep(**GIVEN, folder=kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"f": np.sin}, r"settings\['f'\] must be a number or a text, got ufunc"),
+        ({"x": np.ones(2)}, r"settings\['x'\] must be a number or a text, got ndarray"),
+    ],
+)
+def test_settings_that_are_not_plain_are_refused(settings, match):
+    with pytest.raises(TypeError, match=match):
+        lj.sweep(**GIVEN | {"settings": settings})
 
 
 @pytest.mark.parametrize(
@@ -188,6 +308,11 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path, change, match):
         ({"a": []}, ValueError, r"over\['a'\] must be a non-empty list"),
         ({"a": [[1.0]]}, ValueError, r"over\['a'\] must be a non-empty list"),
         ({"a": ["x"]}, TypeError, r"over\['a'\] must be numbers"),
+        (
+            {"a": [0, 2**64]},
+            ValueError,
+            r"over\['a'\]\[1\] must be a number that int64 holds, got 18446744073709551616",
+        ),
     ],
 )
 def test_bad_axes_are_refused(over, error, match):
@@ -201,12 +326,65 @@ def test_bad_axes_are_refused(over, error, match):
         (lambda a: a, None, TypeError, "dict of named arrays"),
         (lambda a: {"failed": a}, None, ValueError, "must not return 'failed'"),
         (lambda a: {"a": a}, None, ValueError, "is an axis of the sweep"),
+        (
+            lambda a: {"y": a, "y_failed": a},
+            None,
+            ValueError,
+            "must not return 'y_failed': sweep keeps under such names",
+        ),
+        (
+            lambda a: {"y": RESULTS.successful},
+            None,
+            ValueError,
+            "a diffrax result as 'result' and only there, got .* 'y'",
+        ),
+        (lambda a: {"result": a}, None, ValueError, "a diffrax result as 'result' and only there, got .* as 'result'"),
+        (lambda a: {"y": a * np.ones(2)}, {"y": ("a",)}, ValueError, r"dims\['y'\] must name axes other than \('a',\)"),
+        (lambda a: {"y": a * np.ones((2, 2))}, {"y": ("b", "b")}, ValueError, r"each once, got \('b', 'b'\)"),
+        (
+            lambda a: {"y": a * np.ones(2), "z": a * np.ones(3)},
+            {"y": ("b",), "z": ("b",)},
+            ValueError,
+            r"'b' has lengths \[2, 3\]",
+        ),
         (lambda a: {"y": jnp.stack([a, a])}, {"y": ("one", "two")}, ValueError, r"dims\['y'\] must name 1 axes"),
     ],
 )
 def test_bad_outputs_are_refused(out, dims, error, match):
     with pytest.raises(error, match=match):
         lj.sweep(out, over={"a": [1.0]}, dims=dims)
+
+
+@pytest.mark.parametrize(
+    ("coords", "match"),
+    [
+        ({"a": [7.0]}, "coords must name axes of outputs, but 'a' is taken"),
+        ({"y": [1.0]}, "but 'y' is taken"),
+        ({"failed": [1.0]}, "but 'failed' is taken"),
+        ({"y_failed": [1.0]}, "but 'y_failed' is taken"),
+        ({"part": [1.0, 2.0, 3.0]}, r"coords\['part'\] must have a value for each of 2 entries, got 3"),
+    ],
+)
+def test_coordinates_that_would_overwrite_or_not_fit_are_refused(coords, match):
+    with pytest.raises(ValueError, match=match):
+        lj.sweep(lambda a: {"y": a * np.ones(2)}, over={"a": [1.0]}, dims={"y": ("part",)}, coords=coords)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"over": {"a": [0, 2**32]}}, r"over\['a'\]\[1\] must be a number that int32 holds, got 4294967296; .*64 bits"),
+        ({"over": {"a": [1.0, 1e39]}}, r"over\['a'\]\[1\] must be a number that float32 holds, got 1e\+39"),
+        ({"over": {"a": [1e-300]}}, r"over\['a'\]\[0\] must be a number that float32 holds, got 1e-300"),
+        (
+            {"shared": {"b": np.array([[0, -(10**12)]])}},
+            r"shared\['b'\]\[0, 1\] must be .* int32 holds, got -1000000000000",
+        ),
+    ],
+)
+def test_numbers_that_32_bits_do_not_hold_are_refused(given, match):
+    with jax.enable_x64(False), pytest.raises(ValueError, match=match):
+        lj.sweep(**{"run": plus, "over": {"a": [1.0]}} | given)
 
 
 def test_bad_outputs_are_refused_before_anything_runs():

@@ -65,6 +65,51 @@ def check_finite(tree: Any, name: str) -> None:
             raise ValueError(msg)
 
 
+def check_fits(values: Any, name: str, dtype: Any = None, *, tiny: bool = True) -> None:
+    """Check that numbers outside JAX keep their values in one of its dtypes, up to the rounding of floats.
+
+    Without x64 JAX has 32 bits for each: it would wrap larger integers around, and make larger floats infinite.
+
+    Args:
+        values: What NumPy takes for an array; JAX's own arrays and what is no array of numbers pass.
+        name: What to call them.
+        dtype: The dtype that they are to have; None for the one that JAX gives them.
+        tiny: Whether numbers may become 0.
+
+    Raises:
+        ValueError: one does not keep its value; the message has its place.
+    """
+    if isinstance(values, jax.Array):
+        return
+    array = np.asarray(values)
+    if array.dtype == object:  # integers beyond 64 bits, or no numbers
+        dtype = np.dtype("int64")
+        bad = np.vectorize(lambda v: isinstance(v, int) and not -(2**63) <= v < 2**63, otypes=[bool])(array)
+    elif array.dtype.kind in "iufc":
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype) if dtype is None else np.dtype(dtype)
+        bad = _changed(array, dtype, tiny=tiny)
+    else:
+        return
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        place = f"{name}[{', '.join(map(str, where))}]" if where else name
+        msg = (
+            f"{place} must be a number that {dtype} holds, got {array[where]}; rescale it, or compute in 64 bits "
+            "(jax_enable_x64; --x64 on the command line)."
+        )
+        raise ValueError(msg)
+
+
+def _changed(array: np.ndarray, dtype: Any, *, tiny: bool) -> np.ndarray:
+    """Return which numbers do not survive in a dtype."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        return (array < limits.min) | (array > limits.max)
+    with np.errstate(over="ignore", under="ignore"):
+        there = array.astype(dtype)
+    return (np.isfinite(array) & ~np.isfinite(there)) | ((array != 0) & (there == 0) & (not tiny))
+
+
 def check_alpha(alpha: Any) -> None:
     """Check that alpha is a real number (else TypeError) in (0, inf] (else ValueError)."""
     if not is_concrete(alpha):

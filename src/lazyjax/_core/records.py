@@ -1,14 +1,12 @@
-"""Records of what made a result: versions, digests of arrays, configurations compared, files written whole.
+"""Records of what made a result: versions, digests, configurations that are kept and compared.
 
 A result on disk stands next to its configuration, a dict of plain values. An interrupted computation continues in
-a folder only if `check_configuration` finds the folder's configuration equal to its own.
+a folder only if `keep_configuration` finds the folder's configuration equal to its own.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,15 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
+from lazyjax._core.files import set_aside, write_whole
 from lazyjax._core.keys import is_key
 
 PACKAGES = ("lazyjax", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy", "scipy")
 """The packages on which the numbers of a result depend."""
+
+
+PLAIN = (bool, int, float, complex, str, bytes)
+"""Values without a shape that a digest knows."""
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -30,16 +33,24 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def digest_of(tree: Any) -> str:
-    """Return a name of 16 hexadecimal digits for the arrays of a tree: paths, dtypes, shapes and every bit.
+    """Return a name of 16 hexadecimal digits for the arrays, numbers and texts of a tree: paths, types and every bit.
 
-    Leaves that are no arrays do not enter; random keys enter by their data. NumPy's and JAX's arrays are the same.
+    Functions and other objects do not enter; random keys enter by their data. NumPy's and JAX's arrays are the same.
     """
     digest = hashlib.sha256()
-    for path, leaf in jtu.tree_leaves_with_path(eqx.filter(tree, eqx.is_array)):
-        array = np.ascontiguousarray(jr.key_data(leaf) if is_key(leaf) else leaf)
-        digest.update(f"{jtu.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+    for path, leaf in jtu.tree_leaves_with_path(tree):
+        if eqx.is_array(leaf):
+            array = np.ascontiguousarray(jr.key_data(leaf) if is_key(leaf) else leaf)
+            digest.update(f"{jtu.keystr(path)} {array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+        elif isinstance(leaf, PLAIN):
+            digest.update(f"{jtu.keystr(path)} {type(leaf).__name__} {leaf!r}".encode())
     return digest.hexdigest()[:16]
+
+
+def digest_of_text(*texts: str) -> str:
+    """Return a name of 16 hexadecimal digits for texts, such as the text of a program."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def as_json(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,25 +93,40 @@ def check_configuration(
         raise ValueError(msg)
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to that becomes `path` at the end of the `with` block: whole, or not at all.
+def keep_configuration(path: Path, here: Mapping[str, Any], **words: str) -> bool:
+    """Check the configuration that a file holds, or write it if there is none.
 
-    The file is written as `.NAME.partial` in the same folder, which is made if it does not exist. If the block
-    raises, this file is removed and what was at `path` before stays.
+    A file that cannot be read is set aside, with a warning, and written anew.
+
+    Args:
+        path: The file.
+        here: What is asked for.
+        **words: `holder`, `kind` and `remedy` of `check_configuration`.
+
+    Returns:
+        Whether it was there.
+
+    Raises:
+        ValueError: the file holds another configuration.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    there = read_configuration(path)
+    if there is None:
+        write_whole(path, json.dumps(as_json(here), indent=1))
+        return False
+    check_configuration(here, there, **words)
+    return True
+
+
+def read_configuration(path: Path) -> dict[str, Any] | None:
+    """Return the configuration that a file holds, None if there is none; a damaged file is set aside with a warning."""
     try:
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, text as UTF-8."""
-    with whole_file(path) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        set_aside(path, f"it is no JSON: {error}")
+        return None
+    if not isinstance(found, dict):
+        set_aside(path, "it holds no configuration")
+        return None
+    return found

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from lazyjax._core.records import whole_file, write_whole
+from lazyjax._core.files import whole_file, write_whole
 from lazyjax.cli.output import REPORT, all_versions, check_folder, describe
 from lazyjax.cli.quiet import without_cache_noise
 from lazyjax.cli.report import Report, check_options, choose_model, load_data, render_files

@@ -1,12 +1,11 @@
 r"""Many runs as one compiled program: a grid over named axes, in chunks of lanes that fit in memory, labeled."""
 
-import functools
+import contextlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,7 +15,10 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from lazyjax._core.records import as_json, check_configuration, digest_of, versions, whole_file, write_whole
+from lazyjax._core.checks import check_fits
+from lazyjax._core.files import DamagedError, read_arrays, remove_partial, set_aside, write_arrays
+from lazyjax._core.lock import in_use
+from lazyjax._core.records import PLAIN, as_json, digest_of, digest_of_text, keep_configuration, versions
 from lazyjax.flow.result import RESULTS, as_result, is_result
 
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
 MEMORY_BYTES = 2 * 2**30
 """Memory that one chunk of lanes may take, unless `sweep` is told otherwise."""
+
+RESERVED = ("failed", "message")
+"""What `sweep` itself says of each lane."""
+
+FAILED = "_failed"
+"""The end of the names of what failed lanes have computed."""
 
 Run = Callable[..., Mapping[str, Any]]
 
@@ -59,10 +67,12 @@ def sweep(
             take few solver steps from waiting for lanes that take many.
         memory: Bytes that one chunk may take, temporaries included.
         progress: Show a progress bar with an estimate, one tick per lane.
-        folder: Where to keep each finished chunk, so that the same call continues after the last one if it was
-            interrupted. The folder stays: delete it when its results are safe elsewhere.
-        settings: What else decides the results of `run`, plain numbers and texts by name: with it, the axes, the
-            arrays of `shared` and the versions of lazyjax and JAX a folder is recognized.
+        folder: Where to keep each finished chunk, so that the same call continues if it was interrupted. A folder of
+            another sweep is refused: another program (whatever `run` computes, and with which constants), other axes,
+            other values of `shared`, another version. Chunks that are damaged are set aside, with a warning, and
+            computed again. The folder stays: delete it when its results are safe elsewhere.
+        settings: What else decides the results of `run`, plain numbers and texts by name: what is behind callbacks
+            into Python, say, which no program shows.
 
     Returns:
         A Dataset with the axes of `over` first, coordinates on them, and "failed" (bool) and "message" per lane.
@@ -71,9 +81,10 @@ def sweep(
         the result with what it means, or the name of the variable that is not finite.
 
     Raises:
-        ValueError: no axes or an empty one; `chunk` below 1; `run` returns a reserved name or an axis name; `dims`
-            do not fit; `folder` holds another sweep.
-        TypeError: an axis that is not numbers; `run` does not return a dict of arrays.
+        ValueError: no axes or an empty one; a number that JAX's dtype does not hold; `chunk` below 1; `run` returns a
+            reserved name or an axis name; `dims` or `coords` do not fit; `folder` holds another sweep or is in use.
+        TypeError: an axis that is not numbers; `run` does not return a dict of arrays; `settings` are not plain.
+        OSError: a chunk cannot be written.
 
     Example:
         >>> table = sweep(lambda alpha, shift: {"y": alpha + shift}, over={"alpha": [1.0, 2.0], "shift": [0.0, 0.5]})
@@ -84,68 +95,113 @@ def sweep(
     if not axes:
         msg = 'over must name at least one axis, for example over={"alpha": [1.0, 10.0]}.'
         raise ValueError(msg)
+    _check_settings(settings or {})
     if chunk is not None and chunk < 1:
         msg = f"chunk must be at least 1 lane, got {chunk}."
         raise ValueError(msg)
     shape = tuple(len(values) for values in axes.values())
     points = list(itertools.product(*(range(size) for size in shape)))
     lanes = {name: values[np.asarray([point[i] for point in points])] for i, (name, values) in enumerate(axes.items())}
-    program, size, structure = _compile(run, lanes, dict(shared or {}), dims or {}, chunk, memory)
-    kept = None if folder is None else _Kept(Path(folder), structure)
-    if kept is not None:
-        kept.check(_configuration(axes, size, shared or {}, settings or {}))
-    parts = _run_chunks(program, lanes, size, kept, progress=progress)
+    for path, leaf in jtu.tree_leaves_with_path(dict(shared or {})):
+        if eqx.is_array(leaf):
+            check_fits(leaf, f"shared{jtu.keystr(path)}")
+    program, size = _compile(run, lanes, dict(shared or {}), dims or {}, chunk, memory)
+    _check_labels(program.outputs, axes, dims or {}, coords or {})
+    with contextlib.nullcontext() if folder is None else in_use(Path(folder)):
+        kept = None
+        if folder is not None:
+            kept = _Kept(Path(folder), _configuration(program, axes, size, shared or {}, settings or {}))
+        parts = _run_chunks(program, lanes, size, kept, progress=progress)
     joined = jtu.tree_map(lambda *leaves: np.concatenate(leaves), *parts)
     return _label(joined, axes, dims or {}, coords or {})
 
 
+class _Program(NamedTuple):
+    """A compiled program for so many lanes at a time.
+
+    Attributes:
+        call: From (points, arrays) to outputs.
+        arrays: What all lanes share.
+        outputs: Shapes and dtypes of the outputs, with an axis of lanes.
+        text: The program before it was compiled.
+    """
+
+    call: Callable[..., Any]
+    arrays: dict[str, Any]
+    outputs: dict[str, Any]
+    text: Callable[[], str]
+
+
 class _Kept:
-    """The finished chunks of a sweep in a folder, each written whole or not at all."""
+    """The finished chunks of a sweep in a folder that is in use by nobody else, each with the digest of the sweep.
 
-    def __init__(self, folder: Path, structure: Any):
-        self.folder, self.structure = folder, structure
+    Raises:
+        ValueError: the folder holds another sweep.
+    """
 
-    def check(self, configuration: Mapping[str, Any]) -> None:
-        """Take the folder for this configuration.
+    def __init__(self, folder: Path, configuration: Mapping[str, Any]):
+        self.folder, self.owner = folder, digest_of(as_json(configuration))
+        remove_partial(folder)
+        path = folder / "sweep.json"
+        if not path.exists():  # lost: then the chunks tell whose they are, before this sweep takes the folder
+            for chunk in sorted(folder.glob("lanes-*.npz")):
+                self._read(chunk)
+        keep_configuration(path, configuration, holder=f"folder {folder}", kind="sweep")
 
-        Raises:
-            ValueError: it holds another sweep.
-        """
-        path = self.folder / "sweep.json"
-        if path.exists():
-            there = json.loads(path.read_text(encoding="utf-8"))
-            check_configuration(configuration, there, holder=f"folder {self.folder}", kind="sweep")
-        else:
-            write_whole(path, json.dumps(as_json(configuration), indent=1))
-
-    def load(self, first: int) -> Any:
-        """Return the chunk that begins with this lane, None if it is not finished."""
-        path = self._path(first)
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return jtu.tree_unflatten(self.structure, [arrays[f"arr_{i}"] for i in range(len(arrays.files))])
+    def load(self, first: int, like: Any) -> Any:
+        """Return the chunk that begins with this lane, with the structure of an output; None if it is not there."""
+        leaves = self._read(self._path(first))
+        return None if leaves is None else jtu.tree_unflatten(jtu.tree_structure(like), leaves)
 
     def store(self, first: int, part: Any) -> None:
         """Keep a finished chunk."""
-        with whole_file(self._path(first)) as path, path.open("wb") as file:
-            np.savez(file, *jtu.tree_leaves(part))
+        write_arrays(self._path(first), jtu.tree_leaves(part), self.owner)
+
+    def _read(self, path: Path) -> list[np.ndarray] | None:
+        if not path.exists():
+            return None
+        try:
+            arrays, owner = read_arrays(path)
+        except DamagedError as error:
+            set_aside(path, str(error))
+            return None
+        if owner != self.owner:
+            msg = (
+                f"folder {self.folder} holds another sweep ({path.name} is of it); choose another folder, or delete it."
+            )
+            raise ValueError(msg)
+        return arrays
 
     def _path(self, first: int) -> Path:
         return self.folder / f"lanes-{first:06d}.npz"
 
 
 def _configuration(
-    axes: Mapping[str, np.ndarray], size: int, shared: Mapping[str, Any], settings: Mapping[str, Any]
+    program: _Program, axes: Mapping[str, np.ndarray], size: int, shared: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what a kept chunk belongs to."""
+    """Return what a kept chunk belongs to: the program with its constants, and all that it is given."""
+    leaves = jtu.tree_leaves_with_path(dict(shared))
     return {
-        **settings,
+        **{f"setting {name}": value for name, value in settings.items()},
         **{f"axis {name}": [str(values.dtype), *map(str, values.tolist())] for name, values in axes.items()},
+        # Those that a program can do without are told too: whoever changes one expects another result.
+        **{f"shared{jtu.keystr(path)}": repr(leaf) for path, leaf in leaves if isinstance(leaf, PLAIN)},
+        "arrays in shared": digest_of(eqx.filter(dict(shared), eqx.is_array)),
         "chunk": size,
-        "shared": digest_of(dict(shared)),
-        "versions": versions("lazyjax", "jax"),
+        "program": digest_of_text(program.text(), str(jtu.tree_structure(program.outputs))),
+        "versions": {**versions("lazyjax", "jax", "jaxlib"), "backend": jax.default_backend()},
     }
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Check that settings can be told from others: the text of an object says little of what is in it."""
+    for path, leaf in jtu.tree_leaves_with_path(dict(settings)):
+        if not isinstance(leaf, PLAIN):
+            msg = (
+                f"settings{jtu.keystr(path)} must be a number or a text, got {type(leaf).__name__}; hand arrays and "
+                "functions to run in shared."
+            )
+            raise TypeError(msg)
 
 
 def _axis(name: str, values: Any) -> np.ndarray:
@@ -153,6 +209,7 @@ def _axis(name: str, values: Any) -> np.ndarray:
     if array.ndim != 1 or array.size == 0:
         msg = f"over[{name!r}] must be a non-empty list of numbers, got shape {array.shape}."
         raise ValueError(msg)
+    check_fits(array, f"over[{name!r}]", tiny=False)
     if array.dtype.kind not in "iufb":
         msg = f"over[{name!r}] must be numbers (jax.vmap runs over them), got {array.dtype}; pass an index instead."
         raise TypeError(msg)
@@ -166,12 +223,8 @@ def _compile(
     dims: Mapping[str, Sequence[str]],
     chunk: int | None,
     memory: int,
-) -> tuple[Callable[[dict[str, Array]], Any], int, Any]:
-    """Compile one program for `size` lanes at a time: all, or as many as fit by what the first try needs.
-
-    Returns:
-        (program, size, structure of the program's output).
-    """
+) -> tuple[_Program, int]:
+    """Compile one program for so many lanes at a time: all, or as many as fit by what the first try needs."""
     total = len(next(iter(lanes.values())))
     arrays, static = eqx.partition(shared, eqx.is_array)
     arrays = jtu.tree_map(jnp.asarray, arrays)  # NumPy arrays are arguments too
@@ -194,39 +247,36 @@ def _compile(
         need = program.memory_analysis()
         used = 0 if need is None else need.temp_size_in_bytes + need.output_size_in_bytes
         if used <= memory or size == 1:
-            return functools.partial(_call, program, arrays), size, jtu.tree_structure(lowered.out_info)
+            return _Program(program, arrays, lowered.out_info, lowered.as_text), size
         chunks = math.ceil(total / max(1, int(size * memory / used)))
         size = min(size - 1, math.ceil(total / chunks))
 
 
 def _run_chunks(
-    program: Callable[[dict[str, Array]], Any],
-    lanes: Mapping[str, np.ndarray],
-    size: int,
-    kept: _Kept | None,
-    *,
-    progress: bool,
+    program: _Program, lanes: Mapping[str, np.ndarray], size: int, kept: _Kept | None, *, progress: bool
 ) -> list[Any]:
-    """Return all chunks in order: first the kept ones, then the others, which are kept as they are finished."""
+    """Return all chunks in order: those that are kept, and the others, which are kept as they are finished."""
     total = len(next(iter(lanes.values())))
-    parts, first = [], 0
-    while kept is not None and first < total and (part := kept.load(first)) is not None:
-        parts.append(part)
-        first += size
-    with tqdm(total=total, initial=min(first, total), unit="run", desc="sweep", disable=not progress) as bar:
-        for start in range(first, total, size):
+    starts = range(0, total, size)
+    parts = {} if kept is None else {start: kept.load(start, program.outputs) for start in starts}
+    done = sum(min(size, total - start) for start in starts if parts.get(start) is not None)
+    with tqdm(total=total, initial=done, unit="run", desc="sweep", disable=not progress) as bar:
+        for start in starts:
+            if parts.get(start) is not None:
+                continue
             index = np.minimum(np.arange(start, start + size), total - 1)
             count = min(size, total - start)
-            part = jax.device_get(program({name: jnp.asarray(values[index]) for name, values in lanes.items()}))
-            parts.append(jtu.tree_map(lambda leaf, count=count: leaf[:count], part))
+            points = {name: jnp.asarray(values[index]) for name, values in lanes.items()}
+            part = jax.device_get(_call(program, points))
+            parts[start] = jtu.tree_map(lambda leaf, count=count: leaf[:count], part)
             if kept is not None:
-                kept.store(start, parts[-1])
+                kept.store(start, parts[start])
             bar.update(count)
-    return parts
+    return [parts[start] for start in starts]
 
 
-def _call(program: Callable[..., Any], arrays: dict[str, Any], points: dict[str, Array]) -> Any:
-    return program(points, arrays)
+def _call(program: _Program, points: dict[str, Array]) -> Any:
+    return program.call(points, program.arrays)
 
 
 def _checked(out: Any, axes: Mapping[str, Any], dims: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -235,16 +285,64 @@ def _checked(out: Any, axes: Mapping[str, Any], dims: Mapping[str, Sequence[str]
         msg = f"run must return a dict of named arrays, got {type(out).__name__}."
         raise TypeError(msg)
     for name, value in out.items():
-        if name in ("failed", "message"):
+        if name in RESERVED:
             msg = f"run must not return {name!r}: sweep makes it; return a diffrax result as 'result'."
+            raise ValueError(msg)
+        if str(name).endswith(FAILED):
+            msg = f"run must not return {name!r}: sweep keeps under such names what failed lanes have; take another."
             raise ValueError(msg)
         if name in axes:
             msg = f"run must not return {name!r}: it is an axis of the sweep."
+            raise ValueError(msg)
+        if (name == "result") != is_result(value):
+            msg = (
+                f"run must return a diffrax result as 'result' and only there, got {type(value).__name__} as {name!r}."
+            )
             raise ValueError(msg)
         if name in dims and len(dims[name]) != jnp.ndim(value):
             msg = f"dims[{name!r}] must name {jnp.ndim(value)} axes, got {tuple(dims[name])}."
             raise ValueError(msg)
     return {name: as_result(value) if is_result(value) else jnp.asarray(value) for name, value in out.items()}
+
+
+def _check_labels(
+    outputs: Mapping[str, Any],
+    axes: Mapping[str, np.ndarray],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Any],
+) -> None:
+    """Check, before anything runs, that no name has two meanings or two lengths.
+
+    Raises:
+        ValueError: one has.
+    """
+    outputs = {name: value for name, value in outputs.items() if name != "result"}
+    lengths = {name: {len(values)} for name, values in axes.items()}
+    for name, value in outputs.items():
+        own = _own_dims(name, len(value.shape), dims)
+        taken = [dim for dim in own if dim in axes or own.count(dim) > 1]
+        if taken:
+            msg = f"dims[{name!r}] must name axes other than {tuple(axes)}, each once, got {own}."
+            raise ValueError(msg)
+        for dim, length in zip(own, value.shape[1:], strict=True):
+            lengths.setdefault(dim, set()).add(length)
+    for dim, found in lengths.items():
+        if len(found) > 1:
+            msg = f"dims must give one name to axes of one length, but {dim!r} has lengths {sorted(found)}; rename one."
+            raise ValueError(msg)
+    for name, values in coords.items():
+        if name in axes or name in outputs or name in RESERVED or str(name).endswith(FAILED):
+            msg = f"coords must name axes of outputs, but {name!r} is taken by the sweep or by what run returns."
+            raise ValueError(msg)
+        plain = not isinstance(values, tuple) and np.ndim(values) == 1  # else xarray's own form of them
+        if plain and name in lengths and len(values) not in lengths[name]:
+            msg = f"coords[{name!r}] must have a value for each of {max(lengths[name])} entries, got {len(values)}."
+            raise ValueError(msg)
+
+
+def _own_dims(name: str, ndim: int, dims: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return the names of the axes of an output after that of the lanes."""
+    return tuple(dims.get(name, [f"{name}_{i}" for i in range(ndim - 1)]))
 
 
 def _label(
@@ -257,12 +355,12 @@ def _label(
     failed, messages = _failures(out, result, math.prod(shape))
     data: dict[str, Any] = {}
     for name, values in out.items():
-        own = tuple(dims.get(name, [f"{name}_{i}" for i in range(values.ndim - 1)]))
+        own = _own_dims(name, values.ndim, dims)
         names = (*axes, *own)
         full = (*shape, *values.shape[1:])
         if values.dtype.kind == "f" and failed.any():
             mask = failed.reshape(-1, *([1] * (values.ndim - 1)))
-            data[f"{name}_failed"] = (names, np.where(mask, values, np.nan).reshape(full))
+            data[f"{name}{FAILED}"] = (names, np.where(mask, values, np.nan).reshape(full))
             data[name] = (names, np.where(mask, np.nan, values).reshape(full))
         else:
             data[name] = (names, values.reshape(full))
