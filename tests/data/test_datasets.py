@@ -123,6 +123,25 @@ class TestLoadArrays:
         with pytest.raises(ValueError, match=r"x must be finite, but 2 of its 12 entries.*index \(1, 2\)"):
             load_arrays(save(x=x, y=Y))
 
+    @pytest.mark.parametrize(
+        ("arrays", "match"),
+        [
+            (
+                {"y": np.array([0, 10**12, 1, 1])},
+                r"y in .*my.npz\[1\] must be a number that int32 holds, got 1000000000000",
+            ),
+            ({"y": np.array([0, -(2**31) - 1, 1, 1])}, r"y in .*\[1\] must be a number that int32 holds"),
+            ({"y_test": np.array([0, 2**40, 1, 1]), "x_test": X}, r"y_test in .*\[1\] must be"),
+            (
+                {"x": np.array([[1.0], [1e300], [0.0], [0.0]])},
+                r"x in .*\[1, 0\] must be a number that float32 holds, got 1e\+30",
+            ),
+        ],
+    )
+    def test_refuses_numbers_that_32_bits_do_not_hold(self, save, arrays, match):
+        with jax.enable_x64(False), pytest.raises(ValueError, match=match):
+            load_arrays(save(**{"x": X, "y": Y} | arrays))
+
     def test_refuses_a_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no\.npz does not exist"):
             load_arrays(tmp_path / "no.npz")

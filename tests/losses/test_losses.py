@@ -332,6 +332,21 @@ def test_unfit_targets_labels_and_outputs_are_refused(call, error, match):
         call()
 
 
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lj.logistic_loss, r"labels\[1\] must be a number that int32 holds, got 4294967297"),
+        (lj.softmax_cross_entropy, r"labels\[1\] must be a number that int32 holds, got 4294967297"),
+        (lj.square_loss, r"target\[1\] must be a number that int32 holds, got 4294967297"),
+        (lambda y: lj.losses.function_loss(jnp.sum, minimizer=y), r"minimizer\[1\] must be a number that int32 holds"),
+    ],
+)
+def test_numbers_that_would_wrap_around_are_refused(build, match, untyped):
+    """To 1, which is a class."""
+    with jax.enable_x64(False), pytest.raises(ValueError, match=match):
+        build(np.array([0, 2**32 + 1]))
+
+
 def test_targets_of_the_wrong_kind_are_refused():
     # The shape annotations that tests check would speak first; users do not have them.
     square, softmax, convert = (

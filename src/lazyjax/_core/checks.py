@@ -104,10 +104,10 @@ def _changed(array: np.ndarray, dtype: Any, *, tiny: bool) -> np.ndarray:
     """Return which numbers do not survive in a dtype."""
     if jnp.issubdtype(dtype, jnp.integer):
         limits = jnp.iinfo(dtype)
-        return (array < limits.min) | (array > limits.max)
+        return np.asarray((array < limits.min) | (array > limits.max))
     with np.errstate(over="ignore", under="ignore"):
         there = array.astype(dtype)
-    return (np.isfinite(array) & ~np.isfinite(there)) | ((array != 0) & (there == 0) & (not tiny))
+    return np.asarray((np.isfinite(array) & ~np.isfinite(there)) | ((array != 0) & (there == 0) & (not tiny)))
 
 
 def check_alpha(alpha: Any) -> None:
@@ -121,6 +121,8 @@ def check_alpha(alpha: Any) -> None:
     if value.dtype.kind not in "iuf":
         msg = f"alpha must be a real number in (0, inf], got {alpha!r}."
         raise TypeError(msg)
+    if value.dtype.kind == "f":
+        check_fits(value, "alpha", jnp.result_type(float), tiny=False)
     if not value > 0:
         msg = f"alpha must be a scale in (0, inf], got {value}; use alpha=1 for the unscaled model."
         raise ValueError(msg)
@@ -136,6 +138,7 @@ def check_times(ts: Any) -> None:
         raise ValueError(msg)
     if not is_concrete(ts):
         return
+    check_fits(ts, "ts")
     values = np.asarray(ts, dtype=np.float64)
     if np.isnan(values).any() or not np.isfinite(values[:-1]).all():
         msg = f"ts must be finite, except that the last may be inf, got {values}."
@@ -168,6 +171,7 @@ def check_outputs(h: Callable[..., Any], *args: Any, name: str = "h") -> jax.Sha
 
 def check_inputs(f: Callable[..., Any], w0: Params, x: Any, name: str) -> tuple[jax.Array, tuple[int, ...]]:
     """Return inputs as an array and the shape of f's outputs; check that they are finite, one row per sample."""
+    check_fits(x, name)
     x = jnp.asarray(x)
     if x.ndim == 0 or x.size == 0:
         msg = f"{name} must hold at least one sample, got shape {x.shape}."

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lazyjax._core.checks import check_finite, is_concrete
+from lazyjax._core.checks import check_finite, check_fits, is_concrete
 from lazyjax._core.show import show
 from lazyjax._core.types import RealScalar
 
@@ -168,6 +168,8 @@ def deep_kernel(
 
 
 def _as_inputs(x1: Any, x2: Any) -> tuple[Array, Array]:
+    check_fits(x1, "x1")
+    check_fits(x2, "x2")
     x1, x2 = jnp.asarray(x1), jnp.asarray(x2)
     for name, x in (("x1", x1), ("x2", x2)):
         if x.ndim == 0 or x.size == 0:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lazyjax._core.checks import is_concrete
+from lazyjax._core.checks import check_fits, is_concrete
 from lazyjax._core.types import Outputs
 from lazyjax.losses.hessian_root import HessianRoot
 from lazyjax.losses.loss import Loss, check_data
@@ -110,6 +110,7 @@ def softmax_cross_entropy(labels: Int[Array, " n"], *, mean: bool = True) -> Sof
         >>> print(f"{softmax_cross_entropy(jnp.array([0, 1]))(jnp.zeros((2, 4))):.4f}")
         1.3863
     """
+    check_fits(labels, "labels")
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         msg = f"labels must be integer classes, got {labels.dtype}; for one-hot rows use labels.argmax(axis=1)."

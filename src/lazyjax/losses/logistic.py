@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lazyjax._core.checks import is_concrete
+from lazyjax._core.checks import check_fits, is_concrete
 from lazyjax.losses.hessian_root import DiagonalRoot, HessianRoot
 from lazyjax.losses.loss import Loss, check_data, check_shape
 
@@ -68,6 +68,7 @@ def logistic_loss(labels: Int[Array, " n"] | Float[Array, " n"], *, mean: bool =
         >>> print(f"{logistic_loss(jnp.array([-1, 1]))(jnp.zeros(2)):.4f}")
         0.6931
     """
+    check_fits(labels, "labels")
     labels = jnp.asarray(labels)
     check_data(labels, "labels", ndims=(1,))
     values = {float(v) for v in np.unique(np.asarray(labels))} if is_concrete(labels) else set()

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lazyjax._core.checks import check_finite
+from lazyjax._core.checks import check_finite, check_fits
 from lazyjax._core.types import Outputs
 from lazyjax.losses.hessian_root import DenseRoot, HessianRoot
 
@@ -173,6 +173,7 @@ def function_loss(
         msg = f"strong_convexity must be at least 0{most}, got {strong_convexity}; use None if it is not known."
         raise ValueError(msg)
     if minimizer is not None:
+        check_fits(minimizer, "minimizer")
         minimizer = jnp.asarray(minimizer)
         check_data(minimizer, "minimizer")
     return FunctionLoss(

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lazyjax._core.checks import check_fits
 from lazyjax._core.types import Outputs
 from lazyjax.losses.hessian_root import DiagonalRoot, HessianRoot
 from lazyjax.losses.loss import Loss, check_data, check_shape
@@ -65,6 +66,7 @@ def square_loss(target: Outputs, *, mean: bool = True) -> SquareLoss:
         >>> print(square_loss(jnp.zeros(2))(jnp.array([1.0, 1.0])))
         0.5
     """
+    check_fits(target, "target")
     target = jnp.asarray(target)
     if jnp.iscomplexobj(target):
         msg = f"target must be real, got {target.dtype}; give real and imaginary parts as two columns."

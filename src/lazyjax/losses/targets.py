@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from lazyjax._core.checks import check_finite
+from lazyjax._core.checks import check_finite, check_fits
 from lazyjax.losses.cross_entropy import softmax_cross_entropy
 from lazyjax.losses.logistic import logistic_loss
 from lazyjax.losses.loss import Loss
@@ -65,6 +65,7 @@ def split_task(
     if y.ndim == 0 or y.size == 0 or y.shape[0] != shape[0]:
         msg = f"{name} must hold one target per sample, got shape {y.shape} for {shape[0]} samples."
         raise ValueError(msg)
+    check_fits(y, name)
     check_finite(jnp.asarray(y), name)
     task = _given(loss, jnp.asarray(y)) if callable(loss) else _named(loss, y, shape, name, like)
     task.build(task.targets).check(shape)
