@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import lazyjax as lj
+from lazyjax._core.lock import in_use
 from problems import normal
 from shared_training import key
 
@@ -30,6 +31,7 @@ SGD = optax.sgd(RATE, momentum=0.9)
 ALPHAS = np.array([1.0, 100.0, np.inf])
 # The function `train` hides its module.
 MODULE = importlib.import_module("lazyjax.training.train")
+run_epoch = MODULE.run_epoch
 
 
 def jitter(key, x):
@@ -123,7 +125,6 @@ def test_an_interruption_in_the_midst_of_an_epoch_or_a_write_loses_that_epoch_on
             raise KeyboardInterrupt
         return run_epoch(*args, **kwargs)
 
-    run_epoch = MODULE.run_epoch
     monkeypatch.setattr(MODULE, "run_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(5, folder)
@@ -192,12 +193,12 @@ def test_a_training_with_other_arrays_inside_its_functions_is_refused(tmp_path):
         return {**parts, "alpha": 10.0, "chunk": 1, "test": None}
 
     train(1, tmp_path / "kept", **options())
-    before = files(tmp_path)
+    before = files(tmp_path / "kept")
     for name in ("f", "augment", "loss"):
         match = r"holds another training \(arrays of f, augment, optimizer or loss \w+ there and \w+ here\)"
         with pytest.raises(ValueError, match=match):
             train(2, tmp_path / "kept", **options(**{name: np.float64(1.5)}))
-    assert files(tmp_path) == before
+    assert files(tmp_path / "kept") == before
 
 
 def test_fewer_epochs_than_there_are_is_refused(folder):
@@ -221,7 +222,7 @@ def test_folders_of_photographs_by_year_are_no_checkpoints(tmp_path):
     (tmp_path / "2019").mkdir()
     (tmp_path / "2019" / "sea.jpg").write_bytes(b"a long summer")
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"folder must hold whole checkpoints .* configuration in .*2019 cannot be re"):
+    with pytest.raises(ValueError, match=r"folder must be empty or hold checkpoints of a training, but .*2019 is none"):
         train(1, tmp_path)
     assert files(tmp_path) == before
     (tmp_path / "2019" / "sea.jpg").unlink()
@@ -231,16 +232,98 @@ def test_folders_of_photographs_by_year_are_no_checkpoints(tmp_path):
         train(1, tmp_path)
 
 
-@pytest.mark.parametrize("item", ["configuration", "state"])
-def test_a_checkpoint_that_was_cut_off_is_refused_and_left_alone(folder, item):
+def cut_off(folder, item):
     """By a full disk, say."""
     for path in (folder / "2" / item).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lost(folder, item):
+    shutil.rmtree(folder / "2" / item)
+
+
+def replaced(folder, item):
+    """By that of another training."""
+    train(2, folder.parent / "other", key=key(8))
+    lost(folder, item)
+    shutil.copytree(folder.parent / "other" / "2" / item, folder / "2" / item)
+
+
+@pytest.mark.parametrize(
+    ("damage", "item", "why"),
+    [
+        (cut_off, "configuration", "its configuration cannot be read"),
+        (cut_off, "state", "its state cannot be read"),
+        (lost, "configuration", "its configuration cannot be read"),
+        (lost, "state", "its state cannot be read"),
+        (replaced, "state", "the checksum of its state is another one"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_its_epochs_are_trained_again(folder, damage, item, why):
+    damage(folder, item)
+    with pytest.warns(UserWarning, match=rf"kept/2 is damaged \({why}.*renamed to 2.damaged, and what it held"):
+        again = train(5, folder)
+    assert same_bits(again, uninterrupted(5))
+    assert {path.name for path in folder.iterdir()} == {"2.damaged", "5"}
+
+
+def test_an_earlier_checkpoint_serves_if_the_last_one_is_damaged(folder, monkeypatch):
+    """Both are there if a training is killed after one is written, and before the one before it is removed."""
+    shutil.copytree(folder / "2", folder.parent / "2")
+    train(3, folder)
+    shutil.copytree(folder.parent / "2", folder / "2")
+    (folder / "3" / "state" / "_METADATA").write_bytes(b"{")
+    (folder / "3" / "state" / "manifest.ocdbt").write_bytes(b"{")
+    ran = []
+    monkeypatch.setattr(MODULE, "run_epoch", lambda *args: ran.append(args[3]) or run_epoch(*args))
+    with pytest.warns(UserWarning, match="kept/3 is damaged"):
+        again = train(5, folder)
+    assert same_bits(again, uninterrupted(5))
+    assert sorted(set(ran)) == [2, 3, 4]
+
+
+def test_a_folder_that_another_training_is_using_is_refused(folder):
     before = files(folder)
-    with pytest.raises(ValueError, match=rf"folder must hold whole checkpoints .* the {item} in .*2 cannot be read"):
+    with in_use(folder), pytest.raises(ValueError, match=r"is in use by process .* since .*; wait until it ends"):
         train(5, folder)
     assert files(folder) == before
+
+
+KILLED = """
+import os, signal, sys
+import jax; jax.config.update("jax_enable_x64", True)
+import test_checkpoint
+names, calls = ("fsync", "replace", "rename", "rmdir", "unlink"), []
+def killing(real):
+    def call(*args, **kwargs):
+        calls.append(real)
+        if len(calls) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+for name in names:
+    setattr(os, name, killing(getattr(os, name)))
+test_checkpoint.train(4, sys.argv[1])
+print(len(calls))
+"""
+
+
+@pytest.mark.end_to_end
+def test_a_training_that_is_killed_at_a_write_goes_on_to_the_same_bits(folder, tmp_path):
+    """At several of the calls that change files, from the first to the last one."""
+    paths = [Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2] / "src"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+    def run(folder, call):
+        command = [sys.executable, "-c", KILLED, str(folder), str(call)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    total = int(run(shutil.copytree(folder, tmp_path / "whole"), -1).stdout)
+    for call in sorted({1, total // 4, total // 2, 3 * total // 4, total}):
+        there = shutil.copytree(folder, tmp_path / f"killed-{call}")
+        assert run(there, call).returncode == -9
+        assert same_bits(train(5, there), uninterrupted(5))
 
 
 def test_bad_arguments_leave_no_folder(tmp_path):

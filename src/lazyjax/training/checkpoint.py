@@ -2,7 +2,7 @@
 
 On disk there is the latest finished epoch alone, in a folder named by its number:
 
-    FOLDER/12/configuration/    what the training is, as JSON (`configuration` below)
+    FOLDER/12/configuration/    as JSON what the training is (`configuration` below), and the digest of its arrays
     FOLDER/12/state/            its arrays, by their number in the tree of (states, history, failed)
 
 `states` has for each chunk of lanes the displacements u (w itself for the plain difference) and the state of the
@@ -10,8 +10,10 @@ optimizer; `history` has every measure so far, (epochs, lanes); `failed` tells w
 Random keys are kept as their data. Nothing else of a training is on disk: model, data and optimizer come from the call
 that continues it, which is refused if its configuration is another one. orbax writes a folder aside and renames it, so
 that an interruption loses the epoch under way and no more; what it leaves of one has a longer name and is passed over.
+A checkpoint that is not as it was written is renamed, with a warning, and its epochs are trained again.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +24,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
+from lazyjax._core.files import DamagedError, NotWrittenError, set_aside
 from lazyjax._core.keys import is_key
+from lazyjax._core.lock import in_use
 from lazyjax._core.records import as_json, check_configuration, digest_of, versions
 from lazyjax.training.lanes import Lanes, program_digest
 from lazyjax.training.step import State, TrainingSetup
@@ -61,7 +65,7 @@ class Checkpoints:
         folder: Made if it does not exist.
 
     Raises:
-        ValueError: the folder holds other files, or a checkpoint that cannot be read; it is left as it is.
+        ValueError: the folder holds other files, or is in use by another process; it is left as it is.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -69,35 +73,49 @@ class Checkpoints:
 
         self.folder = Path(folder).absolute()
         self.configuration: dict[str, Any] = {}
-        _check_folder(self.folder)
         self._ocp = ocp
-        self._options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=False)
         self._manager: Any = None
-        if self.folder.exists():
-            self._open()
-
-    def _open(self) -> None:
-        self._manager = self._ocp.CheckpointManager(
-            self.folder, options=self._options, item_names=("configuration", "state")
-        )
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Checkpoints":
+        _check_folder(self.folder)
+        with contextlib.ExitStack() as held:
+            held.enter_context(in_use(self.folder))
+            held.callback(self._close)
+            self._open()
+            self._held = held.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._held.close()
+
+    def _open(self) -> None:
+        options = self._ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False, create=False)
+        self._manager = self._ocp.CheckpointManager(self.folder, options=options, item_names=("configuration", "state"))
+
+    def _close(self) -> None:
         if self._manager is not None:
             self._manager.close()
 
     def latest(self) -> int | None:
         """Return the epoch of the checkpoint, or None if there is none."""
-        return None if self._manager is None else self._manager.latest_step()
+        return self._manager.latest_step()
 
     def found(self) -> dict[str, Any]:
         """Return the configuration of the checkpoint; it is empty if there is none."""
-        epoch = self.latest()
-        return {} if epoch is None else dict(self._restore(epoch, "configuration", self._ocp.args.JsonRestore()))
+        return self._found()[0]
+
+    def _found(self) -> tuple[dict[str, Any], str]:
+        """Return the configuration of the checkpoint and the digest of its arrays."""
+        while (epoch := self.latest()) is not None:
+            try:
+                found = self._restore(epoch, "configuration", self._ocp.args.JsonRestore())
+                return dict(found.get("training", {})), str(found.get("arrays"))
+            except DamagedError as error:
+                self._set_aside(epoch, str(error))
+        return {}, ""
 
     def claim(self, configuration: Mapping[str, Any]) -> None:
         """Say what the training is, by name.
@@ -106,34 +124,72 @@ class Checkpoints:
             ValueError: the folder holds another training; it is left as it is.
         """
         self.configuration = as_json(configuration)
+        there = self.found()
         if self.latest() is not None:
-            check_configuration(self.configuration, self.found(), holder=f"folder {self.folder}", kind="training")
+            check_configuration(self.configuration, there, holder=f"folder {self.folder}", kind="training")
 
     def load(self, epoch: int, like: Any) -> Any:
-        """Return the state at this epoch, with the structure, shapes and dtypes of another state."""
-        return _as_tree(self._restore(epoch, "state", self._ocp.args.StandardRestore(_as_arrays(like))), like)
+        """Return the state at this epoch, with the structure, shapes and dtypes of another state.
+
+        It is None if the checkpoint is damaged: it has been renamed then, and an earlier one may be there.
+        """
+        _, digest = self._found()
+        try:
+            arrays = self._restore(epoch, "state", self._ocp.args.StandardRestore(_as_arrays(like)))
+            why = None if digest_of(arrays) == digest else "the checksum of its state is another one"
+        except DamagedError as error:
+            arrays, why = {}, str(error)
+        if why is not None:
+            self._set_aside(epoch, why)
+            self.claim(self.configuration)
+            return None
+        return _as_tree(arrays, like)
 
     def _restore(self, epoch: int, name: str, item: Any) -> Any:
+        """Return a part of a checkpoint.
+
+        Raises:
+            DamagedError: it is not what was written.
+            ValueError: it is no checkpoint at all.
+        """
         try:
             return self._manager.restore(epoch, args=self._ocp.args.Composite(**{name: item}))[name]
         except Exception as error:  # orbax and its parts have many for a damaged or foreign folder
+            folder = self.folder / str(epoch)
+            if (folder / "_CHECKPOINT_METADATA").is_file():
+                msg = f"its {name} cannot be read: {type(error).__name__}"
+                raise DamagedError(msg) from error
             msg = (
-                f"folder must hold whole checkpoints of this training, but the {name} in {self.folder / str(epoch)} "
-                f"cannot be read ({type(error).__name__}); choose another folder, or delete it."
+                f"folder must be empty or hold checkpoints of a training, but {folder} is none "
+                f"({type(error).__name__}); choose another folder."
             )
             raise ValueError(msg) from error
 
+    def _set_aside(self, epoch: int, why: str) -> None:
+        self._manager.close()
+        set_aside(self.folder / str(epoch), why)
+        self._open()
+
     def store(self, epoch: int, state: Any) -> None:
-        """Keep a state, and forget the one before it."""
-        if self._manager is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._open()
+        """Keep a state, and forget the one before it.
+
+        Raises:
+            NotWrittenError: it cannot be written; the one before it stays.
+        """
+        arrays = _as_arrays(state)
         args = self._ocp.args.Composite(
-            configuration=self._ocp.args.JsonSave(self.configuration),
-            state=self._ocp.args.StandardSave(_as_arrays(state)),
+            configuration=self._ocp.args.JsonSave({"training": self.configuration, "arrays": digest_of(arrays)}),
+            state=self._ocp.args.StandardSave(arrays),
         )
         manager: Any = self._manager
-        manager.save(epoch, args=args)
+        try:
+            manager.save(epoch, args=args)
+        except Exception as error:  # orbax and its parts have many for a full disk
+            msg = (
+                f"the checkpoint of epoch {epoch} could not be written in {self.folder} ({type(error).__name__}: "
+                f"{error}); free some space, and call again to go on after the last one that was."
+            )
+            raise NotWrittenError(msg) from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -204,13 +204,15 @@ class _Run:
         Raises:
             ValueError: it has more epochs than the training is to have.
         """
-        done = checkpoints.latest() or 0
-        if done > epochs:
-            msg = f"epochs must be at least the {done} that the checkpoint in folder has, got {epochs}."
-            raise ValueError(msg)
-        if done:
+        while (done := checkpoints.latest()) is not None:
+            if done > epochs:
+                msg = f"epochs must be at least the {done} that the checkpoint in folder has, got {epochs}."
+                raise ValueError(msg)
             history = {name: np.empty((done, *rows.shape[1:]), rows.dtype) for name, rows in self.history.items()}
-            self.states, self.history, self.failed = checkpoints.load(done, (self.states, history, self.failed))
+            found = checkpoints.load(done, (self.states, history, self.failed))
+            if found is not None:
+                self.states, self.history, self.failed = found
+                return
 
     def advance(self) -> None:
         """Train all chunks for one more epoch; one whose lanes have all diverged rests."""
