@@ -1,6 +1,6 @@
 """Run the command `lazyjax` as `python -m lazyjax`."""
 
-from lazyjax.cli import main
+from lazyjax.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -10,6 +10,7 @@ import pytest
 
 from lazyjax._core.files import (
     DamagedError,
+    DamagedWarning,
     NotWrittenError,
     read_arrays,
     remove_partial,
@@ -149,6 +150,6 @@ def test_arrays_that_are_not_as_they_were_written_are_found_out(tmp_path, damage
 def test_what_is_set_aside_has_a_name_of_its_own_and_is_told(tmp_path):
     for i in range(2):
         (tmp_path / "part").write_text(str(i))
-        with pytest.warns(UserWarning, match=r"part is damaged \(no number\): it was renamed to part.damaged"):
+        with pytest.warns(DamagedWarning, match=r"part is damaged \(no number\): it was renamed to part.damaged"):
             set_aside(tmp_path / "part", "no number")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"part.damaged": "0", "part.damaged-2": "1"}

@@ -50,9 +50,9 @@ def test_one_process_has_a_folder_once(tmp_path):
 
 
 def test_a_folder_that_stays_empty_goes_again(tmp_path):
-    folder = tmp_path / "new"
+    folder = tmp_path / "deep" / "new"
     enter(folder)
-    assert not folder.exists()
+    assert not folder.parent.exists()
     with in_use(folder):
         (folder / "part").write_text("done")
     assert [path.name for path in folder.iterdir()] == ["part"]

@@ -6,6 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from lazyjax._core.files import DamagedWarning
 from lazyjax._core.keys import default_key, is_key
 from lazyjax._core.records import (
     check_configuration,
@@ -98,7 +99,7 @@ def test_a_configuration_is_written_once_and_compared_from_then_on(tmp_path):
 def test_a_damaged_configuration_is_set_aside_and_written_anew(tmp_path, content, why):
     path = tmp_path / "run.json"
     path.write_bytes(content)
-    with pytest.warns(UserWarning, match=rf"run.json is damaged \(.*{why}.*renamed to run.json.damaged"):
+    with pytest.warns(DamagedWarning, match=rf"run.json is damaged \(.*{why}.*renamed to run.json.damaged"):
         assert not keep_configuration(path, {"rate": 0.1}, holder="", kind="")
     assert read_configuration(path) == {"rate": 0.1}
     assert (tmp_path / "run.json.damaged").read_bytes() == content

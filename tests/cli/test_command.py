@@ -19,6 +19,7 @@ import pytest
 import xarray
 
 from lazyjax import LazinessReport
+from lazyjax._core.lock import in_use
 from lazyjax.cli import SELDOM
 from lazyjax.cli import command as cli
 from lazyjax.cli import main as entry
@@ -183,6 +184,14 @@ def written(tmp_path, monkeypatch):
     return SimpleNamespace(folder=folder, argv=argv)
 
 
+def unfinished(written, configuration):
+    """Leave what a report that was killed leaves: a part, and what it is of."""
+    kept = written.folder / ".report-partial"
+    (kept / "scales").mkdir(parents=True)
+    (kept / "scales" / "lanes-000000.npz").write_bytes(b"a part")
+    (kept / "configuration.json").write_text(json.dumps(configuration))
+
+
 class TestFolder:
     def test_holds_the_report_as_page_json_and_netcdf(self, written, capsys):
         assert {path.name for path in written.folder.rglob("*")} == {"report.html", "report.json", "sweep.nc"}
@@ -202,21 +211,71 @@ class TestFolder:
         cli.main(written.argv)
         assert (written.folder / "sweep.nc").stat().st_mtime_ns > before
 
-    def test_of_a_run_that_was_killed_while_writing_is_accepted(self, written):
-        (written.folder / "report.json").unlink()
-        (written.folder / "report.html").unlink()
-        (written.folder / "sweep.nc").rename(written.folder / ".sweep.nc.partial")
+    @pytest.mark.parametrize("there", [(), ("sweep.nc",), ("sweep.nc", "report.html")])
+    def test_of_a_run_that_was_killed_while_it_wrote_is_finished(self, written, there):
+        names = {"report.html", "report.json", "sweep.nc"}
+        configuration = strict((written.folder / "report.json").read_text())["configuration"]
+        unfinished(written, configuration)
+        for name in names - set(there):
+            (written.folder / name).rename(written.folder / f".{name}.123-abc.partial")
         cli.main(written.argv)
-        assert {path.name for path in written.folder.iterdir()} == {"report.html", "report.json", "sweep.nc"}
+        assert {path.name for path in written.folder.iterdir()} == names
 
-    def test_is_left_as_it_was_if_a_file_cannot_be_written(self, written, monkeypatch):
+    def test_of_a_killed_run_of_another_configuration_is_refused(self, written, fails):
+        configuration = strict((written.folder / "report.json").read_text())["configuration"]
+        unfinished(written, configuration | {"seed": 7})
+        (written.folder / "report.json").unlink()
+        fails(written.argv, r"holds another report \(seed 7 there and 0 here\); nothing was overwritten")
+
+    def test_whose_parts_have_lost_their_configuration_is_finished(self, written, capsys):
+        unfinished(written, {})
+        (written.folder / ".report-partial" / "configuration.json").write_text('{"seed')
+        cli.main(written.argv)
+        assert "lazyjax: warning: " in capsys.readouterr().err
+        assert not (written.folder / ".report-partial").exists()
+
+    def test_goes_on_with_the_scales_that_are_finished(self, written, monkeypatch):
+        """And keeps what is finished whatever happens: here the drawing fails."""
+        folders = []
+        monkeypatch.setattr(cli, "report_figures", lambda report: 1 / 0)
+
+        def diagnose(*args, folder, **options):
+            folders.append(folder)
+            (folder / "scales").mkdir(exist_ok=True)
+            (folder / "scales" / "lanes-000000.npz").write_bytes(b"finished")
+            return make_report()
+
+        monkeypatch.setattr(cli, "diagnose", diagnose)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(written.argv)
+        assert (written.folder / ".report-partial" / "scales" / "lanes-000000.npz").exists()
+        monkeypatch.setattr(cli, "report_figures", lambda report: {})
+        cli.main(written.argv)
+        assert folders == [written.folder / ".report-partial"] * 2
+        assert not folders[0].exists()
+
+    def test_that_another_report_is_using_is_refused(self, written, fails):
+        with in_use(written.folder):
+            fails(written.argv, "is in use by process .* since .*; wait until it ends")
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("NetCDF: HDF error")])
+    def test_is_left_as_it_was_if_a_file_cannot_be_written(self, written, monkeypatch, capsys, error):
         def fail(*args, **kwargs):
-            raise OSError("no space left")  # noqa: EM101
+            raise error
 
         before = {path.name: path.read_bytes() for path in written.folder.iterdir()}
         monkeypatch.setattr(xarray.Dataset, "to_netcdf", fail)
-        with pytest.raises(SystemExit):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
             cli.main(written.argv)
+        assert end.value.code == 1
+        printed = capsys.readouterr()
+        assert make_report().verdict[:40] in printed.out  # the results are shown all the same
+        line = printed.err.splitlines()[-1]
+        what = error.strerror if isinstance(error, OSError) else error
+        assert line.startswith(
+            f"lazyjax: error: {written.folder / 'sweep.nc'} could not be written ({what}); free some"
+        )
         assert {path.name: path.read_bytes() for path in written.folder.iterdir()} == before
 
     def test_of_another_configuration_is_refused(self, written, fails):

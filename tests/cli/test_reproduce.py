@@ -9,9 +9,11 @@ import jax
 import pytest
 import xarray
 
+from lazyjax._core.files import DamagedWarning
+from lazyjax._core.lock import in_use
 from lazyjax.cli import command as cli
 from lazyjax.cli import reproduce
-from lazyjax.cli.reproduce import describe_run
+from lazyjax.cli.reproduce import describe_run, digest_of_data
 from lazyjax.experiments.figure import FIGURES, Number, settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +120,10 @@ def test_a_file_that_is_no_dataset_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "fig1c.nc").write_text("mine")
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "fig1c", "--out", str(tmp_path)])
-    assert "fig1c.nc holds another figure (figure None there and fig1c here" in capsys.readouterr().err
+    assert (
+        "fig1c.nc must be a figure of lazyjax, but cannot be read (OSError); nothing was overwritten"
+        in capsys.readouterr().err
+    )
     assert jax.config.jax_enable_x64
 
 
@@ -139,6 +144,42 @@ def test_only_finished_parts_bind_the_next_run(tmp_path):
     (options.kept / "lanes-000000.npz").write_text("a part")
     with pytest.raises(ValueError, match=r"holds another interrupted run \(steps .* there and 41 here\)"):
         cli.choose_settings(options)
+
+
+def test_a_configuration_that_was_cut_off_keeps_the_parts(tmp_path):
+    """They tell by themselves what they are of."""
+    options = cli.Reproduce("fig1a", size="small", out=tmp_path / "out")
+    (options.kept / "flow").mkdir(parents=True)
+    (options.kept / "configuration.json").write_text('{"figure": "fig')
+    (options.kept / "flow" / "lanes-000000.npz").write_text("a part")
+    with pytest.warns(DamagedWarning, match="configuration.json is damaged"):
+        cli.choose_settings(options)
+    assert (options.kept / "flow" / "lanes-000000.npz").exists()
+
+
+def test_a_figure_that_another_process_is_making_is_refused(tmp_path, capsys):
+    with in_use(tmp_path, ".fig1c.lock"), pytest.raises(SystemExit) as stopped:
+        cli.main([*ARGUMENTS, "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "is in use by process" in capsys.readouterr().err
+
+
+def test_the_run_of_another_figure_is_shared_only_if_it_is_as_it_was_written(tmp_path):
+    settings = settings_of("fig1a", "small")
+    options = cli.Reproduce("fig6b", size="small", out=tmp_path)
+    data = xarray.Dataset({"loss": ("step", [1.0, float("nan"), float("inf")]), "failed": ("step", [True] * 3)})
+    data = data.assign_attrs(configuration=describe_run(options, settings, "fig1a"))
+    path, whole = tmp_path / "fig1a.nc", data.assign_attrs(digest=digest_of_data(data))
+    assert reproduce._shared_run(options, settings, "fig1a") is None
+    whole.to_netcdf(path, engine="netcdf4")
+    xarray.testing.assert_identical(reproduce._shared_run(options, settings, "fig1a"), whole)
+    assert reproduce._shared_run(options, settings_of("fig1a", "small", {"steps": 7}), "fig1a") is None
+    whole.assign(loss=2 * whole["loss"]).to_netcdf(path, engine="netcdf4")
+    with pytest.warns(DamagedWarning, match="fig1a.nc is not as it was written: its run is computed again"):
+        assert reproduce._shared_run(options, settings, "fig1a") is None
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.warns(DamagedWarning, match="fig1a.nc cannot be read .*: its run is computed again"):
+        assert reproduce._shared_run(options, settings, "fig1a") is None
 
 
 def test_the_numbers_of_a_figure_stand_next_to_their_references(monkeypatch):

@@ -16,6 +16,7 @@ from diffrax import RESULTS
 import lazyjax as lj
 import problems
 from helpers import relative_error
+from lazyjax._core.files import DamagedWarning
 from lazyjax._core.lock import in_use
 
 sweep_module = importlib.import_module("lazyjax.report.sweep")  # the package's attribute of that name is the function
@@ -267,7 +268,7 @@ def test_a_damaged_chunk_is_set_aside_and_computed_again(kept, damage):
     """And no other one."""
     whole, before = lj.sweep(**GIVEN), contents(kept)
     damage(kept / "lanes-000002.npz")
-    with pytest.warns(UserWarning, match=r"lanes-000002.npz is damaged .* renamed to lanes-000002.npz.damaged"):
+    with pytest.warns(DamagedWarning, match=r"lanes-000002.npz is damaged .* renamed to lanes-000002.npz.damaged"):
         again = lj.sweep(**GIVEN, folder=kept)
     xarray.testing.assert_identical(again, whole)
     assert set(contents(kept)) == {*before, "lanes-000002.npz.damaged"}
@@ -279,7 +280,7 @@ def test_a_damaged_chunk_is_set_aside_and_computed_again(kept, damage):
 def test_a_damaged_description_is_written_anew_and_the_chunks_are_kept(kept):
     before = contents(kept)
     (kept / "sweep.json").write_bytes(before["sweep.json"][:40])
-    with pytest.warns(UserWarning, match=r"sweep.json is damaged .* renamed to sweep.json.damaged"):
+    with pytest.warns(DamagedWarning, match=r"sweep.json is damaged .* renamed to sweep.json.damaged"):
         lj.sweep(**GIVEN, folder=kept)
     assert contents(kept) == before | {"sweep.json.damaged": before["sweep.json"][:40]}
 

@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import lazyjax as lj
+from lazyjax._core.files import DamagedWarning
 from lazyjax._core.lock import in_use
 from problems import normal
 from shared_training import key
@@ -262,7 +263,7 @@ def replaced(folder, item):
 )
 def test_a_damaged_checkpoint_is_set_aside_and_its_epochs_are_trained_again(folder, damage, item, why):
     damage(folder, item)
-    with pytest.warns(UserWarning, match=rf"kept/2 is damaged \({why}.*renamed to 2.damaged, and what it held"):
+    with pytest.warns(DamagedWarning, match=rf"kept/2 is damaged \({why}.*renamed to 2.damaged, and what it held"):
         again = train(5, folder)
     assert same_bits(again, uninterrupted(5))
     assert {path.name for path in folder.iterdir()} == {"2.damaged", "5"}
@@ -277,7 +278,7 @@ def test_an_earlier_checkpoint_serves_if_the_last_one_is_damaged(folder, monkeyp
     (folder / "3" / "state" / "manifest.ocdbt").write_bytes(b"{")
     ran = []
     monkeypatch.setattr(MODULE, "run_epoch", lambda *args: ran.append(args[3]) or run_epoch(*args))
-    with pytest.warns(UserWarning, match="kept/3 is damaged"):
+    with pytest.warns(DamagedWarning, match="kept/3 is damaged"):
         again = train(5, folder)
     assert same_bits(again, uninterrupted(5))
     assert sorted(set(ran)) == [2, 3, 4]

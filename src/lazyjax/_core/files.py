@@ -28,6 +28,10 @@ class DamagedError(ValueError):
     """A file that is not as it was written."""
 
 
+class DamagedWarning(UserWarning):
+    """A damaged file, which is not used."""
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a path to write to that becomes `path` at the end of the `with` block: whole, or not at all.
@@ -40,17 +44,27 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        _sync(aside)
-        os.replace(aside, path)
-        _sync(path.parent)
-    except OSError as error:
-        msg = f"{path} could not be written ({error.strerror or error}); free some space, or choose another folder."
-        raise NotWrittenError(msg) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            _sync(aside)
+            os.replace(aside, path)
+            _sync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # the folder, or the disk, may be gone
             aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of the system in a `with` block into a `NotWrittenError` that names the file."""
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except OSError as error:
+        msg = f"{path} could not be written ({error.strerror or error}); free some space, or choose another folder."
+        raise NotWrittenError(msg) from error
 
 
 def _sync(path: Path) -> None:
@@ -128,4 +142,4 @@ def set_aside(path: Path, why: str) -> None:
     there = next(name for name in names if not name.exists())
     os.rename(path, there)
     msg = f"{path} is damaged ({why}): it was renamed to {there.name}, and what it held is computed again."
-    warnings.warn(msg, stacklevel=2)
+    warnings.warn(msg, DamagedWarning, stacklevel=2)

@@ -19,7 +19,7 @@ def in_use(folder: Path, name: str = NAME) -> Iterator[None]:
     """Keep a folder to oneself during the `with` block.
 
     The system forgets a lock when its process ends, so that one that was killed is in nobody's way. The file is
-    removed at the end, and so is the folder if it was made here and is empty.
+    removed at the end, and so are the folders that were made here and are empty.
 
     Args:
         folder: Made if it does not exist.
@@ -29,7 +29,7 @@ def in_use(folder: Path, name: str = NAME) -> Iterator[None]:
         ValueError: the folder is in use; the message tells by whom and since when.
         NotWrittenError: nothing can be written there.
     """
-    new, path = not folder.exists(), folder / name
+    made, path = [here for here in (folder, *folder.parents) if not here.exists()], folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _open(path)
@@ -48,8 +48,10 @@ def in_use(folder: Path, name: str = NAME) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone
             path.unlink(missing_ok=True)
-            if new and not any(folder.iterdir()):
-                folder.rmdir()
+            for here in made:
+                if any(here.iterdir()):
+                    break
+                here.rmdir()
         os.close(descriptor)
 
 

@@ -2,7 +2,10 @@
 
 import gc
 import os
+import sys
 from collections.abc import Sequence
+
+from lazyjax.cli.signals import ending_at_once, interrupting
 
 SELDOM = (1_000_000, 10, 10)
 """Thresholds of Python's garbage collector. Tracing makes millions of small objects and few cycles among them: to look
@@ -23,8 +26,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     thresholds = gc.get_threshold()
     gc.set_threshold(*SELDOM)
     try:
-        from lazyjax.cli import command
-
-        command.main(argv)
+        with ending_at_once():
+            from lazyjax.cli import command
+        with interrupting():
+            command.main(argv)
     finally:
         gc.set_threshold(*thresholds)
+
+
+def run() -> None:
+    """Run the command line as a process of its own, which ends with it.
+
+    Once it was interrupted it ends without the usual clearing up, which waits for whatever is under way.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code in (130, 143):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shlex
-import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +16,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import tyro
+from tqdm import tqdm
 
-from lazyjax._core.files import whole_file, write_whole
+from lazyjax._core.files import PARTIAL, DamagedWarning, NotWrittenError, remove_partial, whole_file, writing
+from lazyjax._core.lock import in_use
 from lazyjax.cli.output import REPORT, all_versions, check_folder, describe
 from lazyjax.cli.quiet import without_cache_noise
 from lazyjax.cli.report import Report, check_options, choose_model, load_data, render_files
 from lazyjax.cli.reproduce import (
-    CONFIGURATION,
     Reproduce,
+    check_results,
     choose_settings,
     describe_run,
     draw_files,
@@ -30,6 +33,8 @@ from lazyjax.cli.reproduce import (
     make_figure,
     render_numbers,
 )
+from lazyjax.cli.signals import Interrupted
+from lazyjax.cli.unfinished import keeping
 from lazyjax.cli.user_model import parse_alphas, split_key
 from lazyjax.plot.axes import encode
 from lazyjax.plot.report import report_figures
@@ -73,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments; None for those of the process.
 
     Raises:
-        SystemExit: with one line on stderr: code 2 for bad input, 1 for a flow that failed, 130 for Ctrl-C.
+        SystemExit: with one line on stderr: code 2 for bad input, 1 for a flow that failed or a file that could not be
+            written, 130 for Ctrl-C, 143 if it was terminated.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = tyro.cli(
@@ -83,14 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="How lazily does a differentiable model train?",
     )
     try:
-        if isinstance(options, Info):
-            print("\n".join(f"{name:10} {value}" for name, value in describe_machine().items()))
-        elif isinstance(options, Verify):
-            run_verify(options)
-        elif isinstance(options, Reproduce):
-            run_reproduce(options)
-        else:
-            run_report(options, shlex.join(["lazyjax", *arguments]))
+        with _telling_warnings():
+            run(options, shlex.join(["lazyjax", *arguments]))
+    except NotWrittenError as error:
+        print(f"lazyjax: error: {' '.join(str(error).split())} {_describe_kept(options)}.", file=sys.stderr)
+        raise SystemExit(1) from None
     except (ValueError, TypeError, OSError) as error:
         print(f"lazyjax: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -99,11 +102,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         reason = str(error).split("-------------------")[0].strip().splitlines()[-1]
         print(f"lazyjax: error: {reason.removeprefix('equinox.EquinoxRuntimeError: ')}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        kept = isinstance(options, Reproduce) and options.kept.exists()
-        left = "the same command continues where it stopped" if kept else "nothing written"
-        print(f"lazyjax: interrupted, {left}", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as error:
+        line, code = (error.line, error.code) if isinstance(error, Interrupted) else ("interrupted", 130)
+        print(f"lazyjax: {line}, {_describe_kept(options)}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def run(options: Any, command: str) -> None:
+    """Run the command that the options are of; `command` is its text."""
+    if isinstance(options, Info):
+        print("\n".join(f"{name:10} {value}" for name, value in describe_machine().items()))
+    elif isinstance(options, Verify):
+        run_verify(options)
+    elif isinstance(options, Reproduce):
+        run_reproduce(options)
+    else:
+        run_report(options, command)
+
+
+def _describe_kept(options: Any) -> str:
+    """Return what a command that did not end well has left."""
+    kept = isinstance(options, Report | Reproduce) and options.kept.exists()
+    return "the same command continues where it stopped" if kept else "nothing written"
+
+
+@contextlib.contextmanager
+def _telling_warnings() -> Iterator[None]:
+    """Tell a warning in a line of the command's own, instead of two with a place in the library."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DamagedWarning)
+        warnings.showwarning = lambda message, *_, **__: tqdm.write(f"lazyjax: warning: {message}", file=sys.stderr)
+        yield
 
 
 def describe_machine() -> dict[str, str]:
@@ -179,31 +208,36 @@ def run_report(options: Report, command: str) -> None:
             seed=options.seed,
             train=train,
         )
-        check_folder(options.out, configuration)
+        check_folder(options.out, options.kept, configuration)
         key, probe_key = split_key(options.seed)
         f, w0 = choose_model(options, key, data)
-    with stages("diagnose", "the model and its tangent model"), without_cache_noise():
-        report = diagnose(
-            f,
-            w0,
-            data.x,
-            data.y,
-            loss=options.loss,
-            test=data.test,
-            alphas=alphas,
-            time=options.time,
-            key=probe_key,
-            progress=True,
-        )
-    with stages("figures", "drawing the figures"):
-        images = {
-            (name, kind): encode(figure, kind)
-            for name, figure in report_figures(report).items()
-            for kind in ("svg", "png")
-        }
-    print(report)
-    files = render_files(report, images, configuration, command, stages.seconds)
-    _write(options.out, {"sweep.nc": report.dataset}, files)
+    with in_use(options.out):
+        check_folder(options.out, options.kept, configuration)  # somebody else may just have finished
+        remove_partial(options.out, f"**/{PARTIAL}")
+        with keeping(options.kept, configuration, holder=f"--out {options.out}", kind="report"):
+            with stages("diagnose", "the model and its tangent model"), without_cache_noise():
+                report = diagnose(
+                    f,
+                    w0,
+                    data.x,
+                    data.y,
+                    loss=options.loss,
+                    test=data.test,
+                    alphas=alphas,
+                    time=options.time,
+                    key=probe_key,
+                    progress=True,
+                    folder=options.kept,
+                )
+            print(report, flush=True)  # before anything can go wrong with files
+            with stages("figures", "drawing the figures"):
+                images = {
+                    (name, kind): encode(figure, kind)
+                    for name, figure in report_figures(report).items()
+                    for kind in ("svg", "png")
+                }
+            files = render_files(report, images, configuration, command, stages.seconds)
+            _write(options.out, {"sweep.nc": report.dataset}, files)
     print(f"\nwrote {options.out / 'report.html'} (next to it: {REPORT}, sweep.nc, figures/)")
 
 
@@ -215,29 +249,18 @@ def run_reproduce(options: Reproduce) -> None:
     settings = choose_settings(options)
     _configure(options)
     stages = Stages()
-    with stages("run", f"{options.figure}, {options.size} size"), _keeping(options, settings), without_cache_noise():
-        data = make_figure(options, settings)
-    with stages("draw", "drawing the figure"):
-        files = draw_files(options, data)
-    print(render_numbers(options, data))
-    _write(options.out, {f"{options.figure}.nc": data}, files)
-    shutil.rmtree(options.kept, ignore_errors=True)
+    with in_use(options.out, f".{options.figure}.lock"):
+        check_results(options, settings)  # somebody else may just have finished
+        remove_partial(options.out, f".{options.figure}.*.partial")
+        configuration = json.loads(describe_run(options, settings))
+        with keeping(options.kept, configuration, holder=str(options.kept), kind="interrupted run"):
+            with stages("run", f"{options.figure}, {options.size} size"), without_cache_noise():
+                data = make_figure(options, settings)
+            print(render_numbers(options, data), flush=True)
+            with stages("draw", "drawing the figure"):
+                files = draw_files(options, data)
+            _write(options.out, {f"{options.figure}.nc": data}, files)
     print(f"\nwrote {options.out / options.figure}.png (next to it: .svg, .nc); {stages.seconds['run']:.0f} s")
-
-
-@contextlib.contextmanager
-def _keeping(options: Reproduce, settings: Any) -> Iterator[None]:
-    """Keep the configuration of a run next to its finished parts; a run that ends before it has any leaves nothing."""
-    name, there = options.kept / CONFIGURATION, options.out.exists()
-    write_whole(name, describe_run(options, settings))
-    try:
-        yield
-    except BaseException:
-        if list(options.kept.iterdir()) == [name]:
-            shutil.rmtree(options.kept)
-            if not there and not any(options.out.iterdir()):
-                options.out.rmdir()
-        raise
 
 
 def _configure(options: Report | Reproduce) -> None:
@@ -259,6 +282,15 @@ def _write(out: Path, datasets: Mapping[str, Any], files: Mapping[str, bytes]) -
         # The stack closes what it has entered last first.
         paths = {name: stack.enter_context(whole_file(out / name)) for name in reversed([*datasets, *files])}
         for name, dataset in datasets.items():
-            dataset.to_netcdf(paths[name], engine="netcdf4")
+            with writing(out / name):
+                _write_dataset(paths[name], dataset)
         for name, content in files.items():
-            paths[name].write_bytes(content)
+            with writing(out / name):
+                paths[name].write_bytes(content)
+
+
+def _write_dataset(path: Path, dataset: Any) -> None:
+    try:
+        dataset.to_netcdf(path, engine="netcdf4")
+    except RuntimeError as error:  # what the library of NetCDF says of a full disk
+        raise OSError(str(error)) from error

@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lazyjax._core.records import check_configuration, digest_of, versions
+from lazyjax._core.files import PARTIAL
+from lazyjax._core.lock import NAME as LOCK
+from lazyjax._core.records import check_configuration, digest_of, read_configuration, versions
+from lazyjax.cli.unfinished import CONFIGURATION
 from lazyjax.cli.user_model import GAIN, HIDDEN, split_spec
 from lazyjax.data.datasets import DataSet
 from lazyjax.report.certificate import certificate_table
@@ -70,8 +73,13 @@ def describe(
     }
 
 
-def check_folder(out: Path, configuration: Mapping[str, Any]) -> None:
+def check_folder(out: Path, kept: Path, configuration: Mapping[str, Any]) -> None:
     """Check that a folder may be written to: it is empty, or holds the results of this very configuration.
+
+    Args:
+        out: The folder.
+        kept: The folder in it for the parts of an unfinished report.
+        configuration: What is to be written.
 
     Raises:
         ValueError: not a folder, no permission to write, other files, or another configuration.
@@ -84,16 +92,17 @@ def check_folder(out: Path, configuration: Mapping[str, Any]) -> None:
     if not (above.is_dir() and os.access(above, os.W_OK)):
         msg = f"--out {out} cannot be written (no permission to write in {above}); choose another folder with --out."
         raise ValueError(msg)
-    # What a run leaves behind that is killed while it writes does not count.
-    if not any(path.is_file() and not path.match(".*.partial") for path in out.rglob("*")):
-        return
-    there = _read_configuration(out / REPORT)
-    if there is None:
+    # A report that was killed, even while it wrote its results, is known by the configuration of its parts.
+    found = [_read_configuration(out / REPORT), read_configuration(kept / CONFIGURATION)]
+    there = [path for path in out.rglob("*") if path.is_file() and not path.is_relative_to(kept)]
+    strange = [path for path in there if path.name != LOCK and not path.match(PARTIAL)]
+    if strange and found == [None, None]:
         msg = f"--out {out} holds files that are not a lazyjax report, nothing was overwritten; {remedy}."
         raise ValueError(msg)
-    check_configuration(
-        configuration, there, holder=f"--out {out}", kind="report", remedy=f"nothing was overwritten; {remedy}"
-    )
+    words = {"holder": f"--out {out}", "kind": "report", "remedy": f"nothing was overwritten; {remedy}"}
+    for one in found:
+        if one is not None:
+            check_configuration(configuration, one, **words)
 
 
 def _read_configuration(path: Path) -> dict[str, Any] | None:

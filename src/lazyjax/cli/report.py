@@ -58,6 +58,11 @@ class Report:
     cache: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     no_cache: tyro.conf.FlagCreatePairsOff[bool] = False
 
+    @property
+    def kept(self) -> Path:
+        """Folder of the finished parts of an unfinished report."""
+        return self.out / ".report-partial"
+
 
 def check_options(options: Report) -> None:
     """Check the options by themselves.

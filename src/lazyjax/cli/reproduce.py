@@ -4,23 +4,24 @@ import ast
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
-from lazyjax._core.records import check_configuration
+from lazyjax._core.files import DamagedWarning
+from lazyjax._core.records import check_configuration, digest_of, read_configuration
 from lazyjax._core.tables import format_table
 from lazyjax.cli.output import encode_numbers
+from lazyjax.cli.unfinished import CONFIGURATION, has_parts
 from lazyjax.experiments.figure import FIGURES, find, settings_of
 from lazyjax.plot.axes import encode
 
 if TYPE_CHECKING:
     import xarray
-
-CONFIGURATION = "configuration.json"
-"""The file in the folder of an unfinished run that says what its parts belong to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,18 @@ def choose_settings(options: Reproduce) -> Any:
     if options.out.exists() and not options.out.is_dir():
         msg = f"--out {options.out} must be a folder, but is a file; choose another folder with --out."
         raise ValueError(msg)
+    check_results(options, settings)
+    return settings
+
+
+def check_results(options: Reproduce, settings: Any) -> None:
+    """Check that what is in the folder, finished or not, is of this very figure.
+
+    Raises:
+        ValueError: a file or the parts of another configuration.
+    """
     _check_file(options, settings)
     _check_kept(options, settings)
-    return settings
 
 
 def _changes(options: Reproduce) -> dict[str, Any]:
@@ -135,21 +145,24 @@ def _check_file(options: Reproduce, settings: Any) -> None:
     path = options.out / f"{options.figure}.nc"
     if not path.exists():
         return
+    remedy = "nothing was overwritten; choose another folder with --out"
     try:
         with xarray.open_dataset(path, engine="netcdf4") as data:
             there = json.loads(data.attrs.get("configuration", "{}"))
-    except (OSError, ValueError):
-        there = {}
-    remedy = "nothing was overwritten; choose another folder with --out"
+    except Exception as error:  # NetCDF, HDF5 and xarray have many for a file that they did not write
+        msg = (
+            f"{path} must be a figure of lazyjax, but cannot be read ({type(error).__name__}); {remedy}, or delete it."
+        )
+        raise ValueError(msg) from error
     _compare(options, settings, there, holder=str(path), kind="figure", remedy=remedy)
 
 
 def _check_kept(options: Reproduce, settings: Any) -> None:
     """Refuse the finished parts of another interrupted run: they would be deleted at the end."""
-    path = options.kept / CONFIGURATION
-    if not (options.kept.is_dir() and any(entry != path for entry in options.kept.iterdir())):
+    there = read_configuration(options.kept / CONFIGURATION)
+    if there is None or not has_parts(options.kept):
+        # Parts without a configuration, since it was damaged, tell by themselves what they are of.
         return
-    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     remedy = "nothing was changed; finish that one, choose another folder with --out, or delete this one"
     _compare(options, settings, there, holder=str(options.kept), kind="interrupted run", remedy=remedy)
 
@@ -166,12 +179,29 @@ def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
         more = {"data_dir": options.data_dir} if figure.images else {}
         data = figure.run(settings, seed=options.seed, folder=options.kept, progress=True, **more)
     return data.assign_attrs(
-        figure=options.figure, title=figure.title, size=options.size, configuration=describe_run(options, settings)
+        figure=options.figure,
+        title=figure.title,
+        size=options.size,
+        configuration=describe_run(options, settings),
+        digest=digest_of_data(data),
+    )
+
+
+def digest_of_data(data: "xarray.Dataset") -> str:
+    """Return a digest of the numbers of a dataset, the same after it was written and read again."""
+    numbers = {str(name): values.values for name, values in data.variables.items() if values.dtype.kind in "iufb"}
+    # NetCDF knows one NaN.
+    floats = {name: values for name, values in numbers.items() if values.dtype.kind == "f"}
+    return digest_of(
+        {**numbers, **{name: np.where(np.isnan(v), v.dtype.type(np.nan), v) for name, v in floats.items()}}
     )
 
 
 def _shared_run(options: Reproduce, settings: Any, other: str | None) -> "xarray.Dataset | None":
-    """Return what another figure of the same run and with equal settings has left in the folder."""
+    """Return what another figure of the same run and with equal settings has left in the folder.
+
+    One that is damaged is left where it is, with a warning, and computed again for this figure.
+    """
     import xarray
 
     path = options.out / f"{other}.nc"
@@ -179,9 +209,17 @@ def _shared_run(options: Reproduce, settings: Any, other: str | None) -> "xarray
         return None
     try:
         data = xarray.load_dataset(path, engine="netcdf4")
-    except (OSError, ValueError):
+    except Exception as error:  # NetCDF, HDF5 and xarray have many for a file that they did not write
+        warnings.warn(
+            f"{path} cannot be read ({type(error).__name__}): its run is computed again.", DamagedWarning, stacklevel=2
+        )
         return None
-    return data if data.attrs.get("configuration") == describe_run(options, settings, other) else None
+    if data.attrs.get("configuration") != describe_run(options, settings, other):
+        return None
+    if data.attrs.get("digest") != digest_of_data(data):
+        warnings.warn(f"{path} is not as it was written: its run is computed again.", DamagedWarning, stacklevel=2)
+        return None
+    return data
 
 
 def draw_files(options: Reproduce, data: "xarray.Dataset") -> dict[str, bytes]:

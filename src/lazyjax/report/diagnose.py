@@ -3,6 +3,7 @@ r"""One answer to "how lazily does this model train?": a sweep over alpha next t
 import textwrap
 import time as clock
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -123,6 +124,7 @@ def diagnose(
     time: float | None = None,
     key: PRNGKeyArray | None = None,
     progress: bool = False,
+    folder: str | Path | None = None,
 ) -> LazinessReport:
     r"""Train a model and its tangent model at many scales alpha, and tell how lazily the model trains.
 
@@ -144,12 +146,16 @@ def diagnose(
             but no more than 1000, or 300 for other losses, over the largest eigenvalue of the kernel.
         key: For the Lanczos starts; None for a fixed one.
         progress: Say on stderr what is being done, and show a progress bar.
+        folder: Where to keep each scale that is finished, so that the same call continues if it was interrupted; see
+            `sweep`.
 
     Returns:
         `LazinessReport`.
 
     Raises:
-        ValueError, TypeError: a bad argument, found before any long computation.
+        ValueError, TypeError: a bad argument, found before any long computation; `folder` holds something else or is
+            in use.
+        OSError: a scale cannot be written to `folder`.
 
     Source:
         Chizat, Oyallon, Bach (2019), sections 1 and 3.2, theorems 2.2 to 2.5.
@@ -177,7 +183,7 @@ def diagnose(
     ts = jnp.asarray([0.0, *(horizon * np.geomspace(1e-3, 1.0, NUM_TIMES - 1))], jnp.result_type(float))
     announce(f"the flow of the tangent model up to time {horizon:.4g}", progress)
     reference = follow_tangent(problem, ts, solver)
-    data, solvers = follow_scales(problem, reference, alphas, ts, solver, progress)
+    data, solvers = follow_scales(problem, reference, alphas, ts, solver, progress, folder)
     again = [alpha for alpha in alphas if solvers[alpha] is not solver]
     if again:
         scales = ", ".join(f"{alpha:g}" for alpha in again)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffrax
@@ -22,21 +23,28 @@ THROUGH_KINKS = ThroughKinks(diffrax.Tsit5())
 
 
 def follow_scales(
-    problem: Problem, reference: Reference, alphas: Sequence[float], ts: Array, solver: Solver, progress: bool
+    problem: Problem,
+    reference: Reference,
+    alphas: Sequence[float],
+    ts: Array,
+    solver: Solver,
+    progress: bool,
+    folder: str | Path | None,
 ) -> tuple["xarray.Dataset", dict[float, Solver]]:
-    """Follow the model at each alpha, and measure everything along its flows.
+    """Follow the model at each alpha, and measure everything along its flows; finished scales are kept in a folder.
 
     Returns:
         The sweep, and the solver whose flow stands in it at each alpha: of a model with kinks the scales that failed
         with `solver` are followed again, through the kinks.
     """
     announce(f"the flows of the model at {len(alphas)} scales alpha (compiled first)", progress)
-    data = _sweep_scales(problem, reference, alphas, ts, solver, progress)
+    first, second = (None if folder is None else Path(folder) / name for name in ("scales", "kinks"))
+    data = _sweep_scales(problem, reference, alphas, ts, solver, progress, first)
     failed = [float(alpha) for alpha in data["alpha"][data["failed"]]]
     solvers = dict.fromkeys(alphas, solver)
     if failed and has_gates(problem):
         announce(f"{len(failed)} of the flows again, through the kinks of the model", progress)
-        again = _sweep_scales(problem, reference, failed, ts, THROUGH_KINKS, progress)
+        again = _sweep_scales(problem, reference, failed, ts, THROUGH_KINKS, progress, second)
         data = replace_points(data, again, "alpha")
         solvers |= dict.fromkeys(failed, THROUGH_KINKS)
     return data, solvers
@@ -49,7 +57,13 @@ def announce(text: str, progress: bool) -> None:
 
 
 def _sweep_scales(
-    problem: Problem, reference: Reference, alphas: Sequence[float], ts: Array, solver: Solver, progress: bool
+    problem: Problem,
+    reference: Reference,
+    alphas: Sequence[float],
+    ts: Array,
+    solver: Solver,
+    progress: bool,
+    folder: Path | None,
 ) -> "xarray.Dataset":
     return sweep(
         run_lane,
@@ -60,4 +74,5 @@ def _sweep_scales(
         # On a CPU lanes in one batch are no faster than one by one, which shows more progress.
         chunk=1 if jax.default_backend() == "cpu" else None,
         progress=progress,
+        folder=folder,
     )
