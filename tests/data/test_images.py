@@ -223,8 +223,8 @@ class TestBrokenCifar:
         ("content", "match"),
         [
             ([1, 2], "a dictionary whose 'data' are bytes .*they are NoneType"),
-            ({"data": np.zeros((2, 3072)), "labels": [0, 1]}, r"they are float64 \(2, 3072\)"),
-            ({"data": np.zeros((2, 9), np.uint8), "labels": [0, 1]}, r"they are uint8 \(2, 9\)"),
+            ({"data": np.zeros((2, 3072)), "labels": [0, 1]}, r"they are f8 \(2, 3072\)"),
+            ({"data": np.zeros((2, 9), np.uint8), "labels": [0, 1]}, r"they are u1 \(2, 9\)"),
             ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "a list of 2 'labels'"),
             ({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", "b"]}, "a list of 2 'labels'"),
             ({"data": np.zeros((0, 3072), np.uint8), "labels": []}, "a list of 0 'labels'"),

@@ -1,36 +1,23 @@
 """Files of images: IDX as MNIST has them, and both published formats of CIFAR-10. Read only, never downloaded.
 
-Pickles can run programs when they are read; those of CIFAR-10 hold plain containers and arrays, and nothing else is let
-through.
+Pickles can run programs when they are read; those of CIFAR-10 are read by a machine that cannot (`plain_pickle`).
 """
 
 import gzip
-import pickle
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+
+from lazyjax.data.plain_pickle import PlainArray, load_plain
 
 BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 SIDE, CHANNELS, CLASSES = 32, 3, 10
 """The images of CIFAR-10: pixels of a side, colors, classes."""
 RECORD = 1 + SIDE * SIDE * CHANNELS
 """Bytes of an image in its binary format: the label, then one plane per color."""
-UNREADABLE = (
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ImportError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-)
-"""The errors that `pickle` raises on bytes that are no pickle."""
-
 Arrays = tuple[np.ndarray, np.ndarray]
 """Images as bytes (n, height, width, channels), labels (n,)."""
 
@@ -91,67 +78,43 @@ def _read_binary(path: Path, remedy: str) -> Arrays:
     if not raw.size or raw.size % RECORD:
         _refuse(path, f"records of {RECORD} bytes, a label and an image", f"it has {raw.size} bytes", remedy)
     records = raw.reshape(-1, RECORD)
-    return _arrays(path, records[:, 1:], records[:, 0], remedy)
+    check_labels(path, records[:, 0], CLASSES, remedy)
+    return _as_images(records[:, 1:]), records[:, 0]
 
 
 def _read_pickle(path: Path, remedy: str) -> Arrays:
     try:
-        with path.open("rb") as file:
-            found = _Unpickler(file, encoding="bytes").load()
-    except UNREADABLE as error:
+        found = load_plain(path.read_bytes())
+    except ValueError as error:
         _refuse(path, "a pickle of plain containers and arrays", f"reading it failed ({error})", remedy)
     # Python 2 wrote them: its strings are bytes.
-    named = {k.decode() if isinstance(k, bytes) else k: v for k, v in found.items()} if isinstance(found, dict) else {}
-    data, labels = named.get("data"), named.get("labels")
-    size = SIDE * SIDE * CHANNELS
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != size:
-        got = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+    entries = found.items() if isinstance(found, dict) else ()
+    named: dict[str, Any] = {name.decode("latin1") if isinstance(name, bytes) else name: item for name, item in entries}
+    data, labels, size = named.get("data"), named.get("labels"), SIDE * SIDE * CHANNELS
+    if not isinstance(data, PlainArray) or (data.dtype, *data.shape[1:]) != ("u1", size):
+        got = f"{data.dtype} {data.shape}" if isinstance(data, PlainArray) else type(data).__name__
         _refuse(path, f"a dictionary whose 'data' are bytes (n, {size})", f"they are {got}", remedy)
-    fit = isinstance(labels, list) and len(labels) == len(data) > 0 and all(isinstance(label, int) for label in labels)
-    if not fit:
-        _refuse(path, f"a dictionary with a list of {len(data)} 'labels'", "it has none such", remedy)
-    return _arrays(path, data, np.asarray(labels), remedy)
-
-
-def _arrays(path: Path, planes: np.ndarray, labels: np.ndarray, remedy: str) -> Arrays:
+    count = data.shape[0]
+    if len(data.content) != count * size:
+        _refuse(path, f"{count} images of {size} bytes", f"their data have {len(data.content)} bytes", remedy)
+    if not isinstance(labels, list) or len(labels) != count or count == 0 or {type(one) for one in labels} != {int}:
+        _refuse(path, f"a dictionary with a list of {count} 'labels'", "it has none such", remedy)
     check_labels(path, labels, CLASSES, remedy)
-    return planes.reshape(-1, CHANNELS, SIDE, SIDE).transpose(0, 2, 3, 1), labels
+    planes = np.frombuffer(data.content, np.uint8).reshape(data.shape, order="F" if data.fortran else "C")
+    return _as_images(planes), np.asarray(labels)
 
 
-def check_labels(path: Path, labels: np.ndarray, classes: int, remedy: str) -> None:
+def _as_images(planes: np.ndarray) -> np.ndarray:
+    return planes.reshape(-1, CHANNELS, SIDE, SIDE).transpose(0, 2, 3, 1)
+
+
+def check_labels(path: Path, labels: np.ndarray | Sequence[int], classes: int, remedy: str) -> None:
     """Check that labels are classes."""
-    if labels.min() < 0 or labels.max() >= classes:
-        _refuse(path, f"labels in 0..{classes - 1}", f"they are in {labels.min()}..{labels.max()}", remedy)
+    low, high = min(labels), max(labels)
+    if low < 0 or high >= classes:
+        _refuse(path, f"labels in 0..{classes - 1}", f"they are in {low}..{high}", remedy)
 
 
 def _refuse(path: Path, rule: str, got: str, remedy: str) -> NoReturn:
     msg = f"{path} must hold {rule}, but {got}; {remedy}"
     raise ValueError(msg)
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """Encode bytes as Python 3 writes them for Python 2 to read."""
-    if encoding != "latin1":
-        msg = f"it asks for the encoding {encoding!r}"
-        raise pickle.UnpicklingError(msg)
-    return text.encode("latin1")
-
-
-class _Unpickler(pickle.Unpickler):
-    """An unpickler of plain arrays, which refuses every other name before anything is called."""
-
-    # NumPy's own function for it, whose module differs between versions.
-    _reconstruct = np.empty(0).__reduce__()[0]
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what a name in a pickle stands for."""
-        known = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("_codecs", "encode"): _latin1,
-            **{(f"numpy.{core}.multiarray", "_reconstruct"): self._reconstruct for core in ("core", "_core")},
-        }
-        if (module, name) not in known:
-            msg = f"it asks for {module}.{name}, which was not run"
-            raise pickle.UnpicklingError(msg)
-        return known[module, name]
