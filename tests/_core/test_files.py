@@ -12,6 +12,8 @@ from lazyjax._core.files import (
     DamagedError,
     DamagedWarning,
     NotWrittenError,
+    add_last_line,
+    check_last_line,
     read_arrays,
     remove_partial,
     set_aside,
@@ -145,6 +147,20 @@ def test_arrays_that_are_not_as_they_were_written_are_found_out(tmp_path, damage
     damage(path)
     with pytest.raises(DamagedError, match=why):
         read_arrays(path)
+
+
+def test_a_last_line_tells_whether_a_file_is_as_it_was_written(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    assert not check_last_line(path)
+    add_last_line(path)
+    assert path.read_bytes().startswith(b"content\nlazyjax sha256 ")
+    assert check_last_line(path)
+    whole = path.read_bytes()
+    for other in (b"C" + whole[1:], whole[:-1], whole + b"\n", whole[:-2] + b"?\n"):
+        path.write_bytes(other)
+        with pytest.raises(DamagedError, match="its checksum is another one"):
+            check_last_line(path)
 
 
 def test_what_is_set_aside_has_a_name_of_its_own_and_is_told(tmp_path):

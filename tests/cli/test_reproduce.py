@@ -13,7 +13,7 @@ from lazyjax._core.files import DamagedWarning
 from lazyjax._core.lock import in_use
 from lazyjax.cli import command as cli
 from lazyjax.cli import reproduce
-from lazyjax.cli.reproduce import describe_run, digest_of_data
+from lazyjax.cli.reproduce import describe_run
 from lazyjax.experiments.figure import FIGURES, Number, settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -120,10 +120,7 @@ def test_a_file_that_is_no_dataset_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "fig1c.nc").write_text("mine")
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "fig1c", "--out", str(tmp_path)])
-    assert (
-        "fig1c.nc must be a figure of lazyjax, but cannot be read (OSError); nothing was overwritten"
-        in capsys.readouterr().err
-    )
+    assert "fig1c.nc must be a figure of lazyjax, but cannot be read ([Errno" in capsys.readouterr().err
     assert jax.config.jax_enable_x64
 
 
@@ -169,17 +166,30 @@ def test_the_run_of_another_figure_is_shared_only_if_it_is_as_it_was_written(tmp
     options = cli.Reproduce("fig6b", size="small", out=tmp_path)
     data = xarray.Dataset({"loss": ("step", [1.0, float("nan"), float("inf")]), "failed": ("step", [True] * 3)})
     data = data.assign_attrs(configuration=describe_run(options, settings, "fig1a"))
-    path, whole = tmp_path / "fig1a.nc", data.assign_attrs(digest=digest_of_data(data))
+    path = tmp_path / "fig1a.nc"
     assert reproduce._shared_run(options, settings, "fig1a") is None
-    whole.to_netcdf(path, engine="netcdf4")
-    xarray.testing.assert_identical(reproduce._shared_run(options, settings, "fig1a"), whole)
+    cli._write(tmp_path, {"fig1a.nc": data}, {})
+    xarray.testing.assert_identical(reproduce._shared_run(options, settings, "fig1a"), data)
     assert reproduce._shared_run(options, settings_of("fig1a", "small", {"steps": 7}), "fig1a") is None
-    whole.assign(loss=2 * whole["loss"]).to_netcdf(path, engine="netcdf4")
-    with pytest.warns(DamagedWarning, match="fig1a.nc is not as it was written: its run is computed again"):
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\xf0\x3f", b"\xe0\x3f"))
+    with pytest.warns(DamagedWarning, match=r"fig1a.nc is damaged \(its checksum .*\): its run is computed again"):
         assert reproduce._shared_run(options, settings, "fig1a") is None
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.warns(DamagedWarning, match="fig1a.nc cannot be read .*: its run is computed again"):
+    path.write_bytes(whole[:500])
+    with pytest.warns(DamagedWarning, match=r"fig1a.nc has no checksum: its run is computed again"):
         assert reproduce._shared_run(options, settings, "fig1a") is None
+
+
+def test_a_damaged_figure_is_not_overwritten(tmp_path):
+    settings = settings_of("fig1a", "small")
+    options = cli.Reproduce("fig1a", size="small", out=tmp_path)
+    data = xarray.Dataset({"loss": ("step", [1.0, 2.0])}).assign_attrs(configuration=describe_run(options, settings))
+    cli._write(tmp_path, {"fig1a.nc": data}, {})
+    cli.choose_settings(options)
+    raw = (tmp_path / "fig1a.nc").read_bytes()
+    (tmp_path / "fig1a.nc").write_bytes(raw[:50] + b"?" + raw[51:])
+    with pytest.raises(ValueError, match=r"fig1a.nc must be a figure .* cannot be read \(its checksum is another one"):
+        cli.choose_settings(options)
 
 
 def test_the_numbers_of_a_figure_stand_next_to_their_references(monkeypatch):

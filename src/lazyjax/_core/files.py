@@ -20,6 +20,10 @@ PARTIAL = ".*.partial"
 """The pattern of the names of files under way."""
 
 
+LAST_LINE = b"\nlazyjax sha256 "
+"""How the last line of a file with a checksum begins."""
+
+
 class NotWrittenError(OSError):
     """A file that could not be written: the disk is full, say, or the folder must not be written to."""
 
@@ -129,6 +133,29 @@ def _seal(name: str, arrays: Sequence[np.ndarray], owner: str) -> str:
         digest.update(f" {array.dtype} {array.shape} ".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def add_last_line(path: Path) -> None:
+    """Append the checksum of a file of another format, such as NetCDF, whose readers pass over what follows it."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("ab") as file:
+        file.write(LAST_LINE + digest.encode() + b"\n")
+
+
+def check_last_line(path: Path) -> bool:
+    """Check a file by the checksum in its last line, before a reader that may crash or hang on a damaged one has it.
+
+    Returns:
+        Whether it has one.
+
+    Raises:
+        DamagedError: it is that of another content.
+    """
+    content, mark, digest = path.read_bytes().rpartition(LAST_LINE)
+    if mark and hashlib.sha256(content).hexdigest().encode() + b"\n" != digest:
+        msg = "its checksum is another one"
+        raise DamagedError(msg)
+    return bool(mark)
 
 
 def set_aside(path: Path, why: str) -> None:

@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import tyro
 from tqdm import tqdm
 
-from lazyjax._core.files import PARTIAL, DamagedWarning, NotWrittenError, remove_partial, whole_file, writing
+from lazyjax._core.files import (
+    PARTIAL,
+    DamagedWarning,
+    NotWrittenError,
+    add_last_line,
+    remove_partial,
+    whole_file,
+    writing,
+)
 from lazyjax._core.lock import in_use
 from lazyjax.cli.output import REPORT, all_versions, check_folder, describe
 from lazyjax.cli.quiet import without_cache_noise
@@ -294,3 +302,4 @@ def _write_dataset(path: Path, dataset: Any) -> None:
         dataset.to_netcdf(path, engine="netcdf4")
     except RuntimeError as error:  # what the library of NetCDF says of a full disk
         raise OSError(str(error)) from error
+    add_last_line(path)

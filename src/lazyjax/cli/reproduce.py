@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
-from lazyjax._core.files import DamagedWarning
-from lazyjax._core.records import check_configuration, digest_of, read_configuration
+from lazyjax._core.files import DamagedError, DamagedWarning, check_last_line
+from lazyjax._core.records import check_configuration, read_configuration
 from lazyjax._core.tables import format_table
 from lazyjax.cli.output import encode_numbers
 from lazyjax.cli.unfinished import CONFIGURATION, has_parts
@@ -147,12 +146,11 @@ def _check_file(options: Reproduce, settings: Any) -> None:
         return
     remedy = "nothing was overwritten; choose another folder with --out"
     try:
+        check_last_line(path)  # figures of earlier versions have none
         with xarray.open_dataset(path, engine="netcdf4") as data:
             there = json.loads(data.attrs.get("configuration", "{}"))
     except Exception as error:  # NetCDF, HDF5 and xarray have many for a file that they did not write
-        msg = (
-            f"{path} must be a figure of lazyjax, but cannot be read ({type(error).__name__}); {remedy}, or delete it."
-        )
+        msg = f"{path} must be a figure of lazyjax, but cannot be read ({error}); {remedy}, or delete it."
         raise ValueError(msg) from error
     _compare(options, settings, there, holder=str(path), kind="figure", remedy=remedy)
 
@@ -183,17 +181,6 @@ def make_figure(options: Reproduce, settings: Any) -> "xarray.Dataset":
         title=figure.title,
         size=options.size,
         configuration=describe_run(options, settings),
-        digest=digest_of_data(data),
-    )
-
-
-def digest_of_data(data: "xarray.Dataset") -> str:
-    """Return a digest of the numbers of a dataset, the same after it was written and read again."""
-    numbers = {str(name): values.values for name, values in data.variables.items() if values.dtype.kind in "iufb"}
-    # NetCDF knows one NaN.
-    floats = {name: values for name, values in numbers.items() if values.dtype.kind == "f"}
-    return digest_of(
-        {**numbers, **{name: np.where(np.isnan(v), v.dtype.type(np.nan), v) for name, v in floats.items()}}
     )
 
 
@@ -208,18 +195,14 @@ def _shared_run(options: Reproduce, settings: Any, other: str | None) -> "xarray
     if other is None or not path.exists():
         return None
     try:
-        data = xarray.load_dataset(path, engine="netcdf4")
-    except Exception as error:  # NetCDF, HDF5 and xarray have many for a file that they did not write
-        warnings.warn(
-            f"{path} cannot be read ({type(error).__name__}): its run is computed again.", DamagedWarning, stacklevel=2
-        )
+        why = None if check_last_line(path) else "has no checksum"
+    except DamagedError as error:
+        why = f"is damaged ({error})"
+    if why is not None:
+        warnings.warn(f"{path} {why}: its run is computed again.", DamagedWarning, stacklevel=2)
         return None
-    if data.attrs.get("configuration") != describe_run(options, settings, other):
-        return None
-    if data.attrs.get("digest") != digest_of_data(data):
-        warnings.warn(f"{path} is not as it was written: its run is computed again.", DamagedWarning, stacklevel=2)
-        return None
-    return data
+    data = xarray.load_dataset(path, engine="netcdf4")
+    return data if data.attrs.get("configuration") == describe_run(options, settings, other) else None
 
 
 def draw_files(options: Reproduce, data: "xarray.Dataset") -> dict[str, bytes]:
