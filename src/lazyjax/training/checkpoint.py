@@ -156,7 +156,7 @@ class Checkpoints:
             return self._manager.restore(epoch, args=self._ocp.args.Composite(**{name: item}))[name]
         except Exception as error:  # orbax and its parts have many for a damaged or foreign folder
             folder = self.folder / str(epoch)
-            if (folder / "_CHECKPOINT_METADATA").is_file():
+            if any((folder / part).exists() for part in ("_CHECKPOINT_METADATA", "configuration", "state")):
                 msg = f"its {name} cannot be read: {type(error).__name__}"
                 raise DamagedError(msg) from error
             msg = (
