@@ -54,6 +54,17 @@ def cifar_pickle(folder: Path, protocol: int = 2) -> tuple[Path, Read]:
     return path, lambda: [array.tolist() for array in _read_pickle(path, REMEDY)]
 
 
+def cifar_pickle_of_python_2(folder: Path) -> tuple[Path, Read]:
+    path, read = cifar_pickle(folder)
+    data = bytes(range(256)) * 24
+    path.write_bytes(
+        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b"
+        b"\x87Rq\x05(K\x01K\x02M\x00\x0c\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ"
+        b"\xff\xff\xff\xffK\x00tbI00\nT\x00\x18\x00\x00" + data + b"tbU\x06labelsq\x08]q\t(K\x01K\x02eu."
+    )
+    return path, read
+
+
 def cifar_pickle_of_today(folder: Path) -> tuple[Path, Read]:
     return cifar_pickle(folder, 4)
 
@@ -178,6 +189,7 @@ KINDS = {
     kind.__name__: kind
     for kind in (
         cifar_pickle,
+        cifar_pickle_of_python_2,
         cifar_pickle_of_today,
         cifar_binary,
         idx,

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import xarray
 
+import lazyjax as lj
 from lazyjax import LazinessReport
 from lazyjax._core.lock import in_use
 from lazyjax.cli import SELDOM
@@ -374,6 +375,22 @@ class TestBadOptions:
         (tmp_path / "my.npz").write_text("x, y")
         fails(["report", "--data", str(tmp_path / "my.npz")], r"must be a \.npz file of plain numeric arrays")
 
+    @pytest.mark.parametrize(
+        ("word", "hint"),
+        [
+            ("reprot", "did you mean report?"),
+            ("Verify", "did you mean verify?"),
+            ("reproduces", "did you mean reproduce?"),
+            ("nonsense", "choose one of these."),
+        ],
+    )
+    def test_a_word_that_is_no_command_is_answered_with_the_nearest_one(self, word, hint, capsys):
+        with pytest.raises(SystemExit) as end:
+            cli.main([word, "--seed", "0"])
+        assert end.value.code == 2
+        line = f"lazyjax: error: there is no command '{word}' among report, verify, reproduce, info; {hint}\n"
+        assert capsys.readouterr().err == line
+
     @pytest.mark.parametrize("argv", [["report", "--loss", "hinge"], ["report", "--no-such"], ["nonsense"], []])
     def test_what_the_parser_refuses_also_ends_with_code_2(self, argv, capsys):
         with pytest.raises(SystemExit) as exit_info:
@@ -494,6 +511,10 @@ class TestMachine:
         finally:
             gc.set_threshold(*before)
         assert during == [(["info"], SELDOM)]
+
+    def test_the_version_is_told(self, capsys):
+        cli.main(["--version"])
+        assert capsys.readouterr().out == f"lazyjax {lj.__version__}\n"
 
     def test_help_explains_the_options(self, capsys):
         with pytest.raises(SystemExit) as exit_info:

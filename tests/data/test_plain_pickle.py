@@ -31,6 +31,19 @@ def test_arrays_are_told_by_dtype_shape_order_and_bytes(protocol, order):
     assert dataclasses.astuple(found[1])[:2] == ("f8", (2,))
 
 
+def test_a_pickle_of_python_2_is_read_as_it_is_published():
+    content = bytes(range(6))
+    raw = (
+        b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b"
+        b"\x87Rq\x05(K\x01K\x02K\x03\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01\x87Rq\x07(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff"
+        b"\xff\xffK\x00tbI00\nT\x06\x00\x00\x00"
+        + content
+        + b"tbU\x06labelsq\x08]q\t(K\x01K\x02eU\x0bbatch_labelq\nU\x01au."
+    )
+    expected = {b"data": PlainArray("u1", (2, 3), False, content), b"labels": [1, 2], b"batch_label": b"a"}
+    assert load_plain(raw) == expected
+
+
 ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
 DTYPE = b"cnumpy\ndtype\nU\x02O8K\x00K\x01\x87R"
 

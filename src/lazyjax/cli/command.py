@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import shlex
@@ -9,8 +10,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import equinox as eqx
 import jax
@@ -71,12 +73,10 @@ class Info:
     """Print versions, devices, precision and the cache folder."""
 
 
-Command = (
-    Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-)
+COMMANDS = {"report": Report, "verify": Verify, "reproduce": Reproduce, "info": Info}
+"""The commands by name; the options of each are the fields of a class."""
+
+Command = Union[*(Annotated[options, tyro.conf.subcommand(name)] for name, options in COMMANDS.items())]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             written, 130 for Ctrl-C, 143 if it was terminated.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(f"lazyjax {version('lazyjax')}")
+        return
+    _check_command(arguments)
     options = tyro.cli(
         Command,  # pyright: ignore[reportArgumentType] - a union of annotated types is one at run time
         args=arguments,
@@ -114,6 +118,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         line, code = (error.line, error.code) if isinstance(error, Interrupted) else ("interrupted", 130)
         print(f"lazyjax: {line}, {_describe_kept(options)}", file=sys.stderr)
         raise SystemExit(code) from None
+
+
+def _check_command(arguments: Sequence[str]) -> None:
+    """Refuse a first word that is no command, with the nearest one; all else is the parser's."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0].lower(), COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "choose one of these."
+        print(
+            f"lazyjax: error: there is no command {arguments[0]!r} among {', '.join(COMMANDS)}; {hint}", file=sys.stderr
+        )
+        raise SystemExit(2)
 
 
 def run(options: Any, command: str) -> None:
