@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,6 +376,13 @@ class TestBadOptions:
         (tmp_path / "my.npz").write_text("x, y")
         fails(["report", "--data", str(tmp_path / "my.npz")], r"must be a \.npz file of plain numeric arrays")
 
+    def test_a_file_for_the_cache_is_refused(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(SystemExit) as end:
+            cli.main(["report", "--cache", str(tmp_path / "file"), "--out", str(tmp_path / "out")])
+        assert end.value.code == 2
+        assert "must be a folder, but is a file" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("word", "hint"),
         [
@@ -415,6 +423,7 @@ class TestModelFile:
             ("x = 1\nimport no_such_module", r"ModuleNotFoundError: No module .*\(line 2 of my_net\.py\)"),
             ("raise SystemExit(3)", "failed with SystemExit: 3"),
             ("def make(key): ...", r"no function 'build' \(it has: make\)"),
+            ("def build(key):\n    raise SystemExit(3)", r"build\(key\) failed with SystemExit: 3 \(line 2 of my_net"),
             ("build = 3", r"no function 'build' \(it has: none\)"),
             ("def build(key):\n    return 1 / 0", r"build\(key\) failed with ZeroDivisionError: .*\(line 2 of my_net"),
             ("def build(): ...", r"build\(key\) failed with TypeError"),
@@ -566,6 +575,28 @@ def test_only_the_false_alarms_of_the_cache_are_dropped(monkeypatch, capfd):
     assert "cpu_aot_loader" not in err
     for text in ("keep this", "and this", "and what follows"):
         assert text in err
+
+
+NOISY = """
+import os, sys
+import lazyjax.cli
+from lazyjax.cli import command
+def noisy(options, text):
+    for _ in range(100):
+        os.write(2, b"E1123 cpu_aot_loader.cc:195] could lead to SIGILL\\n")
+    os.write(2, b"E1123 another.cc:1] a real error\\n")
+    print("lazyjax: our own", file=sys.stderr)
+command.run = noisy
+sys.argv[1:] = [sys.argv[1]]
+lazyjax.cli.run()
+"""
+
+
+@pytest.mark.parametrize("name", ["info", "verify"])
+def test_the_false_alarms_of_the_cache_are_dropped_in_every_command_from_begin_to_end(name):
+    command = [sys.executable, "-c", NOISY, name]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert sorted(ended.stderr.splitlines()) == ["E1123 another.cc:1] a real error", "lazyjax: our own"]
 
 
 def test_html_escapes_everything():

@@ -84,6 +84,8 @@ def test_list_names_every_figure(capsys):
         (["fig1c", "--set", "width=3"], "width must be even for a symmetrized init"),
         (["fig1a", "--set", "tau=-1"], "tau must be a positive finite number, got -1.0"),
         (["fig1c", "--set", "taus"], "--set takes NAME=VALUE"),
+        (["fig1c", "--set", f"taus={'-' * 9999}1"], "taus must be of type float"),
+        (["fig1c", "--set", "seeds=2", "--set", "width=4"], "--set must be there once, with all changes after it"),
         (["fig1c", "--set", "color=red"], "fig1c has no setting 'color'"),
         (["fig1c", "--seed", "-1"], "--seed must lie in 0..2^31 - 1, got -1"),
     ],

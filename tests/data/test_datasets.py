@@ -146,6 +146,10 @@ class TestLoadArrays:
         with pytest.raises(FileNotFoundError, match=r"no\.npz does not exist"):
             load_arrays(tmp_path / "no.npz")
 
+    def test_refuses_a_folder(self, tmp_path):
+        with pytest.raises(ValueError, match=r"must be a \.npz file with arrays x and y, but is a folder"):
+            load_arrays(tmp_path)
+
     @pytest.mark.parametrize("content", [b"", b"x,y\n1,2\n", b"PK\x03\x04 cut off"])
     def test_refuses_a_file_that_is_not_an_npz(self, tmp_path, content):
         (tmp_path / "my.csv").write_bytes(content)

@@ -98,10 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         Command,  # pyright: ignore[reportArgumentType] - a union of annotated types is one at run time
         args=arguments,
         prog="lazyjax",
-        description="How lazily does a differentiable model train?",
+        description="How lazily does a differentiable model train? (lazyjax --version tells the version.)",
     )
     try:
-        with _telling_warnings():
+        with without_cache_noise(), _telling_warnings():
             run(options, shlex.join(["lazyjax", *arguments]))
     except NotWrittenError as error:
         print(f"lazyjax: error: {' '.join(str(error).split())} {_describe_kept(options)}.", file=sys.stderr)
@@ -121,7 +121,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_command(arguments: Sequence[str]) -> None:
-    """Refuse a first word that is no command, with the nearest one; all else is the parser's."""
+    """Refuse what the parser would take in silence, or refuse without a hint.
+
+    Raises:
+        SystemExit: the first word is no command; the nearest one is told. Or --set is there twice: all but the last
+            would be forgotten.
+    """
+    if sum(argument.partition("=")[0] == "--set" for argument in arguments) > 1:
+        print("lazyjax: error: --set must be there once, with all changes after it, got it twice.", file=sys.stderr)
+        raise SystemExit(2)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         near = difflib.get_close_matches(arguments[0].lower(), COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "choose one of these."
@@ -219,7 +227,7 @@ def run_report(options: Report, command: str) -> None:
     check_options(options)
     _configure(options)
     stages = Stages()
-    with stages("input", "reading the data and building the model"), without_cache_noise():
+    with stages("input", "reading the data and building the model"):
         data = load_data(options)
         train = None if options.data is not None else data.x.shape[0]
         configuration = describe(
@@ -238,7 +246,7 @@ def run_report(options: Report, command: str) -> None:
         check_folder(options.out, options.kept, configuration)  # somebody else may just have finished
         remove_partial(options.out, f"**/{PARTIAL}")
         with keeping(options.kept, configuration, holder=f"--out {options.out}", kind="report"):
-            with stages("diagnose", "the model and its tangent model"), without_cache_noise():
+            with stages("diagnose", "the model and its tangent model"):
                 report = diagnose(
                     f,
                     w0,
@@ -277,7 +285,7 @@ def run_reproduce(options: Reproduce) -> None:
         remove_partial(options.out, f".{options.figure}.*.partial")
         configuration = json.loads(describe_run(options, settings))
         with keeping(options.kept, configuration, holder=str(options.kept), kind="interrupted run"):
-            with stages("run", f"{options.figure}, {options.size} size"), without_cache_noise():
+            with stages("run", f"{options.figure}, {options.size} size"):
                 data = make_figure(options, settings)
             print(render_numbers(options, data), flush=True)
             with stages("draw", "drawing the figure"):
@@ -292,6 +300,9 @@ def _configure(options: Report | Reproduce) -> None:
         jax.config.update("jax_enable_x64", True)
     if not options.no_cache:
         folder = options.cache or default_cache()
+        if folder.exists() and not folder.is_dir():
+            msg = f"--cache {folder} must be a folder, but is a file; choose another one, or leave it out."
+            raise ValueError(msg)
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Small programs too: each costs little to compile, but all of them seconds.

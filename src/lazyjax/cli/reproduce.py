@@ -85,7 +85,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
             raise ValueError(msg)
         try:
             changes[name] = ast.literal_eval(re.sub(r"\binf\b", "1e999", value))
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # a text, or brackets too deep
             changes[name] = value
     return changes
 

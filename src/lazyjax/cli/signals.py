@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +57,8 @@ def _raise(number: int, _: FrameType | None) -> None:
 
 
 def _end(number: int, left: str) -> None:
-    os.write(2, f"\nlazyjax: {SIGNALS[signal.Signals(number)]}, {left}\n".encode())
+    # Not to 2, of which the command filters what others write.
+    os.write(sys.stderr.fileno(), f"\nlazyjax: {SIGNALS[signal.Signals(number)]}, {left}\n".encode())
     os._exit(exit_code(number))
 
 

@@ -112,7 +112,7 @@ def load_model(spec: str, key: PRNGKeyArray) -> tuple[Model, Params]:
             raise ValueError(msg)  # noqa: TRY004 - it is the command line's value that is wrong
         try:
             built: Any = build(key)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             msg = f"--model {spec}: {name}(key) failed with {_describe(error, path)}"
             raise ValueError(msg) from error
     if not isinstance(built, tuple | list) or len(built) != 2 or not callable(built[0]):
@@ -183,7 +183,7 @@ def check_model(f: Model, w0: Params, data: DataSet, spec: str) -> None:
             continue
         try:
             eqx.filter_eval_shape(f, w0, x)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             msg = f"--model {spec}: f(params, {name}) failed on {name} of shape {x.shape} with {_describe(error, path)}"
             raise ValueError(msg) from error
 

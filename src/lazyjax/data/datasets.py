@@ -186,6 +186,9 @@ def load_arrays(path: str | Path) -> DataSet:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
+    if path.is_dir():
+        msg = f"{path} must be a .npz file with arrays x and y, but is a folder; give the path of the file in it."
+        raise ValueError(msg)
     if not path.is_file():
         msg = f"data file {path} does not exist; give the path of a .npz file with arrays x and y."
         raise FileNotFoundError(msg)
