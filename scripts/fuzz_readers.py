@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from lazyjax._core.files import DamagedError
+
 Read = Callable[[], Any]
 """Reads the file that was changed, to numbers and texts that can be compared."""
 
@@ -270,8 +272,10 @@ def work(kind: str, first: int, last: int) -> Iterator[tuple[int, str]]:
 def _outcome(read: Read, whole: Any, folder: Path) -> str:
     try:
         found = read()
+    except DamagedError:  # who asks for it names the file, and renames it
+        return "refused"
     except (ValueError, TypeError, FileNotFoundError) as error:
-        return "refused" if str(folder) in str(error) or "cannot be read" in str(error) else f"unclear: {error!r:.200}"
+        return "refused" if str(folder) in str(error) else f"unclear: {error!r:.200}"
     except TimeoutError:
         return "hangs"
     except BaseException as error:  # this is what is looked for

@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with without_cache_noise(), _telling_warnings():
             run(options, shlex.join(["lazyjax", *arguments]))
     except NotWrittenError as error:
-        print(f"lazyjax: error: {' '.join(str(error).split())} {_describe_kept(options)}.", file=sys.stderr)
+        text = " ".join(str(error).split()).rstrip(".")
+        print(f"lazyjax: error: {text}; {_describe_kept(options)}.", file=sys.stderr)
         raise SystemExit(1) from None
     except (ValueError, TypeError, OSError) as error:
         print(f"lazyjax: error: {' '.join(str(error).split())}", file=sys.stderr)
