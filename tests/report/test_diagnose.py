@@ -1,6 +1,7 @@
 """The report: what it measures is what NumPy and SciPy find, and bad input stops it at once."""
 
 import doctest
+import importlib
 import itertools
 import math
 
@@ -23,6 +24,7 @@ from lazyjax.report.problem import make_problem
 from lazyjax.report.verdict import fit_slope, kernel_facts, rounding_notes, write_verdict
 from reports import make_report
 
+DIAGNOSE = importlib.import_module("lazyjax.report.diagnose")  # which its function hides
 F = lj.models.mlp(jnp.tanh)
 SIZES = (4, 8, 3)
 N, N_TEST = 12, 20
@@ -45,9 +47,32 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def report(start):
+def folder(tmp_path_factory):
+    """Where the report keeps its scales."""
+    return tmp_path_factory.mktemp("report")
+
+
+@pytest.fixture(scope="module")
+def report(start, folder):
     w0, x, x_test = start
-    return lj.diagnose(F, w0, x, LABELS, test=(x_test, LABELS_TEST), alphas=ALPHAS, time=TIME)
+    return lj.diagnose(F, w0, x, LABELS, test=(x_test, LABELS_TEST), alphas=ALPHAS, time=TIME, folder=folder)
+
+
+@pytest.mark.end_to_end
+def test_an_interrupted_report_goes_on_with_the_scales_that_are_missing(report, start, folder, monkeypatch):
+    monkeypatch.setattr(DIAGNOSE, "certify_scale", lambda *_: (None, []))  # takes most of the time
+    w0, x, x_test = start
+    chunks = sorted((folder / "scales").glob("lanes-*.npz"))
+    assert len(chunks) == len(ALPHAS) + 1
+    chunks[2].unlink()
+    times = {path: path.stat().st_mtime_ns for path in chunks if path.exists()}
+    given = {"test": (x_test, LABELS_TEST), "alphas": ALPHAS, "folder": folder}
+    again = lj.diagnose(F, w0, x, LABELS, time=TIME, **given)
+    assert {path: path.stat().st_mtime_ns for path in chunks if path != chunks[2]} == times
+    assert chunks[2].exists()
+    xarray.testing.assert_equal(again.dataset, report.dataset)
+    with pytest.raises(ValueError, match=r"scales holds another sweep \(.*arrays in shared .* there and"):
+        lj.diagnose(F, w0, x, LABELS, time=2 * TIME, **given)
 
 
 def pack(w):
