@@ -468,3 +468,11 @@ def test_a_tangent_and_a_start_of_other_structure_are_refused():
     tangent = lj.linearize(CENTERED.h, CENTERED.w0)
     with pytest.raises(ValueError, match="structure of the parameters that h was linearized at"):
         flow(CENTERED._replace(h=tangent, w0={"a": CENTERED.w0["a"]}))
+
+
+@pytest.mark.parametrize("alpha", [1e39, 1e-46])
+def test_a_scale_that_the_outputs_do_not_hold_is_refused(alpha):
+    w0 = jnp.ones(2, jnp.float32)
+    loss = lj.square_loss(jnp.ones(2, jnp.float32))
+    with pytest.raises(ValueError, match=r"alpha must be a number that float32 holds, got 1e"):
+        check_start(jnp.sin, loss, w0, alpha, 1e-6)

@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
-from lazyjax._core.checks import check_alpha, check_outputs, is_concrete, split_params
+from lazyjax._core.checks import check_alpha, check_fits, check_outputs, is_concrete, split_params
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.losses.loss import Loss
 from lazyjax.models.maps import declares_zero
@@ -81,6 +81,8 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
         msg = "w0 must have the structure of the parameters that h was linearized at."
         raise ValueError(msg)
     out = check_outputs(h, w0)
+    if is_concrete(alpha):  # else 1e39 would be the tangent model's inf in single precision
+        check_fits(np.asarray(alpha), "alpha", out.dtype, tiny=False)
     loss.check(out.shape)
     zero = declares_zero(h, w0)
     if is_concrete((eqx.filter(h, eqx.is_array), eqx.filter(loss, eqx.is_array), w0)):
