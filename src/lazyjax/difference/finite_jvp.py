@@ -19,6 +19,7 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from lazyjax._core.checks import split_params
+from lazyjax._core.forward import jvp
 from lazyjax._core.program import as_function, literal_value
 from lazyjax._core.types import Params
 from lazyjax.difference.control_flow import CONTROL_RULES
@@ -60,7 +61,8 @@ def finite_jvp(
     are followed where the step crosses a kink; what remains there is the rounding of the crossing value
     itself, divided by $\epsilon$. A `jax.lax.stop_gradient`
     only stops the limit $\epsilon = 0$, a `jax.custom_jvp` rule is used there and its function is
-    differenced elsewhere; a `jax.custom_vjp` function is always differenced itself.
+    differenced elsewhere; a `jax.custom_vjp` function is always differenced itself: at
+    $\epsilon = 0$ the derivative is that of the program it runs.
 
     Args:
         h: Model, parameters to a pytree of floating arrays, the data inside.
@@ -140,7 +142,7 @@ def finite_value_and_jvp(
     _check_outputs(closed.out_avals)
     step = Step.of_size(size, never_zero=known is not None and known != 0)
     if known == 0:
-        old, delta = jax.jvp(core.jaxpr_as_fun(closed), leaves, directions)
+        old, delta = jvp(core.jaxpr_as_fun(closed), leaves, directions)
     elif difference == "plain":
         old, delta = _plain(core.jaxpr_as_fun(closed), leaves, directions, step)
     else:
@@ -221,7 +223,7 @@ def _plain(
     if step.never_zero:
         old = program(*leaves)
         return old, [step.quotient(b - a) for a, b in zip(old, new, strict=True)]
-    old, tangents = jax.jvp(program, leaves, directions)
+    old, tangents = jvp(program, leaves, directions)
     return old, [
         jnp.where(step.is_zero(a.dtype), t, step.quotient(b - a)) for a, b, t in zip(old, new, tangents, strict=True)
     ]

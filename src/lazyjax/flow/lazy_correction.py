@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_times, is_concrete
+from lazyjax._core.forward import jvp
 from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
@@ -177,7 +178,7 @@ class PairField(TangentField):
         """
         displacement, v = u
         model, w0 = self._anchor()
-        slope, curvature = jax.jvp(lambda w: jax.jvp(model, (w,), (displacement,))[1], (w0,), (displacement,))
+        slope, curvature = jvp(lambda w: jvp(model, (w,), (displacement,))[1], (w0,), (displacement,))
         return self.start + jnp.concatenate([slope, self.tangent.jvp(v) + 0.5 * curvature])
 
     def linearization_point(self, u: Params | None = None) -> LinearizationPoint:
@@ -190,13 +191,13 @@ class PairField(TangentField):
         r"""Return $(\bar u', v')$."""
         model, w0 = self._anchor()
         y, z = jnp.split(self.outputs(u), 2)
-        cotangents = jax.jvp(self.loss.cotangent, (y,), (z,))
+        cotangents = jvp(self.loss.cotangent, (y,), (z,))
 
         def pull(w: Params, r: Outputs) -> Params:
             return jax.vjp(model, w)[1](r)[0]
 
         # Dh(w0 + eps u)^T grad R, and its derivative by eps.
-        pulled = jax.jvp(pull, (w0, cotangents[0]), (u[0], cotangents[1]))
+        pulled = jvp(pull, (w0, cotangents[0]), (u[0], cotangents[1]))
         return jtu.tree_map(jnp.negative, pulled)
 
 
@@ -294,7 +295,7 @@ def _probe(h: Model, loss: Loss, w0: Params) -> tuple[Outputs, Outputs, Outputs]
 
     initial, vjp = jax.vjp(model, coordinates)
     (d,) = vjp(loss.cotangent(jnp.zeros_like(initial)))
-    curvature = jax.jvp(lambda w: jax.jvp(model, (w,), (d,))[1], (coordinates,), (d,))[1]
+    curvature = jvp(lambda w: jvp(model, (w,), (d,))[1], (coordinates,), (d,))[1]
 
     def largest(tree: Params) -> Array:
         sizes = [jnp.max(jnp.abs(leaf), initial=0).astype(initial.dtype) for leaf in jtu.tree_leaves(tree)]

@@ -25,6 +25,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
+from lazyjax._core import forward
 from lazyjax._core.cost import POWERS, count_flops
 from lazyjax._core.lanczos import krylov, lanczos
 from lazyjax._core.phi import phi
@@ -38,19 +39,18 @@ GRAM_BLOCK = 128
 class Products(eqx.Module):
     """The products with B and its transpose at a linearization point."""
 
-    jvp: Callable[[Params], Outputs]
+    derivative: forward.Products
     root: HessianRoot
     shape: tuple[int, ...] = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
     def matvec(self, v: Params) -> Array:
         """Return B v, flat."""
-        return self.root.transpose(self.jvp(v)).ravel()
+        return self.root.transpose(self.derivative.push(v)).ravel()
 
     def rmatvec(self, r: Array, like: Params) -> Params:
         """Return B^T r."""
-        (out,) = jax.linear_transpose(self.jvp, like)(self.root.apply(r.reshape(self.shape)))
-        return out
+        return self.derivative.transpose(self.root.apply(r.reshape(self.shape)), like)
 
 
 class LinearizationPoint(eqx.Module):
@@ -80,8 +80,8 @@ class LinearizationPoint(eqx.Module):
     def products(self) -> Products:
         """Linearize here. No derivative is taken through it: a method's linear part is its choice, not its result."""
         coordinates, root = jax.lax.stop_gradient((self.coordinates, self.root))
-        outputs, jvp = jax.linearize(self._model(), coordinates)
-        return Products(jvp, root, outputs.shape, outputs.dtype)
+        outputs, derivative = forward.products(self._model(), coordinates)
+        return Products(derivative, root, outputs.shape, outputs.dtype)
 
 
 class Expansion(eqx.Module):

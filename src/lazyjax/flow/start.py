@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_alpha, check_fits, check_outputs, is_concrete, split_params
+from lazyjax._core.forward import gap_of_products, jvp, warn_if_apart
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
 from lazyjax.losses.loss import Loss
 from lazyjax.models.maps import declares_zero
@@ -73,7 +74,8 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
             different shapes; h(w0) or its gradient not finite; alpha infinite with h(w0) not zero.
 
     Warns:
-        UserWarning: h(w0) is a rounding residue, yet alpha h(w0) is above the tolerance.
+        UserWarning: h(w0) is a rounding residue, yet alpha h(w0) is above the tolerance; or h has a `jax.custom_vjp`
+            rule that is not the derivative of its program.
     """
     check_alpha(alpha)
     split_params(w0)
@@ -86,8 +88,9 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
     loss.check(out.shape)
     zero = declares_zero(h, w0)
     if is_concrete((eqx.filter(h, eqx.is_array), eqx.filter(loss, eqx.is_array), w0)):
-        initial, gradient, rounding, residual = values_of(_measure_start, as_argument(h), loss, w0)
+        initial, gradient, rounding, residual, gap = values_of(_measure_start, as_argument(h), loss, w0)
         _check_finite(initial, gradient)
+        warn_if_apart(gap, stacklevel=4)
         if not zero and is_concrete(alpha):
             _check_zero(initial, float(alpha), float(rounding), rtol * float(residual))
     return zero
@@ -103,21 +106,27 @@ def values_of(function: Callable[..., Any], *args: Any) -> Any:
 @eqx.filter_jit
 def _measure_start(
     argument: tuple[Model, Params | None], loss: Loss, w0: Params
-) -> tuple[Outputs, Params, Array, Array]:
-    """Return h(w0), the gradient there, the rounding error to expect of h(w0), the largest entry of grad R."""
+) -> tuple[Outputs, Params, Array, Array, Array]:
+    """Return h(w0), the gradient there, the rounding error to expect of h(w0), the largest entry of grad R.
+
+    And by how much the forward and the backward product with Dh(w0) differ.
+    """
     h = as_model(argument)
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
     initial, vjp = jax.vjp(lambda w: h(eqx.combine(w, rest)), coordinates)
-    (gradient,) = vjp(loss.cotangent(initial))
+    cotangent = loss.cotangent(initial)
+    (gradient,) = vjp(cotangent)
     # A relative perturbation of every parameter by eps moves h by about eps times this random jvp.
     leaves, tree = jtu.tree_flatten(coordinates)
     ends = np.cumsum([leaf.size for leaf in leaves])
     # One draw for all leaves: compilers take long over the bits of each.
     parts = jnp.split(jr.rademacher(jr.key(0), (ends[-1],), jnp.int8), ends[:-1])
     signs = [leaf * part.reshape(leaf.shape).astype(leaf.dtype) for leaf, part in zip(leaves, parts, strict=True)]
-    sensitivity = jax.jvp(lambda w: h(eqx.combine(w, rest)), (coordinates,), (tree.unflatten(signs),))[1]
+    direction = tree.unflatten(signs)
+    sensitivity = jvp(lambda w: h(eqx.combine(w, rest)), (coordinates,), (direction,))[1]
     rounding = jnp.finfo(initial.dtype).eps * jnp.max(jnp.abs(sensitivity))
-    return initial, gradient, rounding, jnp.max(jnp.abs(loss.gradient(jnp.zeros_like(initial))))
+    gap = gap_of_products(cotangent, sensitivity, gradient, direction)
+    return initial, gradient, rounding, jnp.max(jnp.abs(loss.gradient(jnp.zeros_like(initial)))), gap
 
 
 def _check_finite(initial: np.ndarray, gradient: Any) -> None:

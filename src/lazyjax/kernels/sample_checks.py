@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lazyjax._core.checks import check_finite, check_outputs, is_concrete
+from lazyjax._core.forward import jvp
 from lazyjax._core.program import aval_of
 from lazyjax._core.types import Model, Params
 
@@ -98,7 +99,7 @@ def _compare(f: Model, w: Params, pair: Array) -> tuple[Array, Array, Array, Arr
         together = f(eqx.combine(c, rest), pair)
         return together, jax.vmap(lambda row: f(eqx.combine(c, rest), row[None])[0])(pair)
 
-    (together, alone), slopes = jax.jvp(both, (coordinates,), (direction,))
+    (together, alone), slopes = jvp(both, (coordinates,), (direction,))
     joint, single = (slope.astype(jnp.result_type(float)) for slope in slopes)
     largest = jnp.maximum(jnp.max(jnp.abs(joint)), jnp.max(jnp.abs(single)))
     turned = jnp.where(largest > 0, jnp.max(jnp.abs(joint - single)) / jnp.where(largest > 0, largest, 1), 0)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, PRNGKeyArray, Shaped
 
 from lazyjax._core.checks import check_finite, check_outputs, split_params
+from lazyjax._core.forward import products
 from lazyjax._core.lanczos import top_eigenvalues
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.kernels.gram import gram
@@ -49,9 +49,8 @@ def kernel_matvec(f: Model, w: Params, x: Shaped[Array, "n ..."]) -> Callable[[O
     coordinates, rest = split_params(w, "w")
     check_finite(x, "x")
     out = check_outputs(f, w, x, name="f")
-    _, jvp = jax.linearize(lambda c: f(eqx.combine(c, rest), x), coordinates)
-    vjp = jax.linear_transpose(jvp, coordinates)
-    return lambda r: jvp(*vjp(match_outputs(r, out)))
+    _, derivative = products(lambda c: f(eqx.combine(c, rest), x), coordinates)
+    return lambda r: derivative.push(derivative.transpose(match_outputs(r, out), coordinates))
 
 
 def spectrum(

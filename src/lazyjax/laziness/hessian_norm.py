@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.cost import count_flops
+from lazyjax._core.forward import hessian, jvp, linearize
 from lazyjax._core.lanczos import krylov
 from lazyjax._core.types import Model, Params
 
@@ -57,11 +58,11 @@ class SecondDerivative(eqx.Module):
 
     def hessian(self, z: Float[Array, " q"]) -> Callable[[Array], Array]:
         """Return the product with H_z as a function, forward over reverse."""
-        return jax.linearize(jax.grad(lambda v: jnp.sum(z * self.model(v))), self.point())[1]
+        return linearize(jax.grad(lambda v: jnp.sum(z * self.model(v))), self.point())[1]
 
     def dense(self) -> Float[Array, "q p p"]:
         """Return all numbers of B."""
-        return jax.hessian(self.model)(self.point())
+        return hessian(self.model, self.point())
 
     def cost(self, outputs: int) -> float:
         """Return the multiply-adds of a product with H_z."""
@@ -71,7 +72,7 @@ class SecondDerivative(eqx.Module):
 
 def second_directional_derivative(model: Callable[[Params], Array], point: Params, u: Params) -> Array:
     """Return $D^2h(u, u)$ of a model at a point, flat vectors or trees."""
-    return jax.jvp(lambda v: jax.jvp(model, (v,), (u,))[1], (point,), (u,))[1]
+    return jvp(lambda v: jvp(model, (v,), (u,))[1], (point,), (u,))[1]
 
 
 def check_starts(starts: int) -> None:

@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.checks import check_outputs
+from lazyjax._core.forward import jvp
 from lazyjax._core.lanczos import lanczos
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params
@@ -28,7 +29,7 @@ def differential_change(
 
     def difference(v: Params) -> Outputs:
         def product(c: Params) -> Outputs:
-            return jax.jvp(lambda w: h(eqx.combine(w, rest)), (c,), (v,))[1]
+            return jvp(lambda w: h(eqx.combine(w, rest)), (c,), (v,))[1]
 
         return finite_jvp(product, coordinates, u, eps)
 

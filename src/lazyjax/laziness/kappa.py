@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Real
 
 from lazyjax._core.checks import check_alpha, check_outputs, is_concrete
+from lazyjax._core.forward import jvp
 from lazyjax._core.keys import default_key
 from lazyjax._core.lanczos import lanczos_slack
 from lazyjax._core.trees import safe_ratio, tree_norm
@@ -326,7 +327,7 @@ def measure_kinks(
         direction = jr.normal(k, point.shape, point.dtype)
         u = length * direction / jnp.linalg.norm(direction)
         ends = jnp.stack([point, point + u])
-        before, after = jax.lax.map(lambda at: jax.jvp(form.model, (at,), (u,))[1], ends)
+        before, after = jax.lax.map(lambda at: jvp(form.model, (at,), (u,))[1], ends)
 
         def add(total: Array, node: tuple[Array, Array]) -> tuple[Array, Array]:
             bent = second_directional_derivative(form.model, point + node[0] * u, u)

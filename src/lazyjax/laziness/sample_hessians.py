@@ -19,6 +19,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import is_concrete
+from lazyjax._core.forward import jvp
 from lazyjax._core.types import Model, Params
 from lazyjax.kernels.factors import Factors
 from lazyjax.kernels.plan import SampleJacobian, block_sizes, sample_jacobian
@@ -150,7 +151,7 @@ class SampleRows(eqx.Module):
 
         def slope(w: Params, x: Array) -> Array:
             coordinates, rest = eqx.partition(w, eqx.is_inexact_array)
-            return jax.jvp(lambda c: self.f(eqx.combine(c, rest), x), (coordinates,), (direction,))[1]
+            return jvp(lambda c: self.f(eqx.combine(c, rest), x), (coordinates,), (direction,))[1]
 
         return sample_jacobian(slope, self.w0, self.x, count=1)
 

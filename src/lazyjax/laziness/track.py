@@ -3,13 +3,13 @@ r"""How lazy a training is, from within any training loop: a function of the cur
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_inputs, split_params
+from lazyjax._core.forward import jvp
 from lazyjax._core.show import show
 from lazyjax._core.trees import safe_ratio, tree_norm
 from lazyjax._core.types import Model, Params
@@ -155,7 +155,7 @@ def _measure(tracker: Tracker, w: Params) -> Laziness:
         return tracker.f(eqx.combine(c, rest), tracker.x)
 
     change = _change(tracker, outputs, start, step)[1]
-    gap = change - jax.jvp(outputs, (start,), (step,))[1]
+    gap = change - jvp(outputs, (start,), (step,))[1]
     scale = jnp.asarray(change.shape[0] ** -0.5, change.dtype)
     moved, error = scale * tree_norm(change), scale * tree_norm(gap)
     has_units = hasattr(tracker.f, "preactivations")

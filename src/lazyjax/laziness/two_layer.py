@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lazyjax._core.cost import eigh_cost
+from lazyjax._core.forward import jvp
 from lazyjax._core.keys import default_key
 from lazyjax._core.show import show
 from lazyjax._core.types import Model, Params
@@ -136,9 +137,9 @@ class Neurons(eqx.Module):
         ones = jnp.ones(self.x.shape[0], self.x.dtype)
 
         def slope(s: Array) -> Array:
-            return jax.jvp(self.activation, (s,), (ones,))[1]
+            return jvp(self.activation, (s,), (ones,))[1]
 
-        first, second = jax.jvp(slope, (self.x @ b,), (ones,))
+        first, second = jvp(slope, (self.x @ b,), (ones,))
         root = root * self.factor
         return Neuron(root * first, root * a * second, self.x)
 

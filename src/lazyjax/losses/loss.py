@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lazyjax._core.checks import check_finite, check_fits
+from lazyjax._core.forward import hessian, jvp
 from lazyjax._core.types import Outputs
 from lazyjax.losses.hessian_root import DenseRoot, HessianRoot
 
@@ -69,14 +70,14 @@ class Loss(eqx.Module):
 
     def hvp(self, y: Outputs, v: Outputs) -> Outputs:
         """Return the F-Hessian of R at y times v."""
-        return jax.jvp(self.gradient, (y,), (v,))[1]
+        return jvp(self.gradient, (y,), (v,))[1]
 
     def root(self, y: Outputs) -> HessianRoot:
         r"""Return S with $\nabla^2 R(y) = SS^T$, the plain Hessian: `weight` times that of F.
 
         The default is the root of the positive part of the dense Hessian.
         """
-        return DenseRoot.of(jax.hessian(lambda v: self(v.reshape(y.shape)))(y.ravel()))
+        return DenseRoot.of(hessian(lambda v: self(v.reshape(y.shape)), y.ravel()))
 
     def strong_convexity(self, radius: float = math.inf) -> float | None:
         r"""Return m with $\nabla^2 R \ge m$ in F on all outputs $|y| \le r$ entry by entry; None if it is not known.

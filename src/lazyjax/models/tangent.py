@@ -5,16 +5,15 @@ singular values of $Dh(w_0)$: R^p -> F are $\sqrt{c}$ times those of J. They com
 re-orthogonalization, one jvp and one vjp for each product, so that no Jacobian is ever formed.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lazyjax._core.checks import check_outputs, split_params
+from lazyjax._core.checks import check_outputs, is_concrete, split_params
+from lazyjax._core.forward import Products, products, warn_if_apart
 from lazyjax._core.lanczos import lanczos
 from lazyjax._core.show import show
 from lazyjax._core.types import Model, Outputs, Params
@@ -34,7 +33,7 @@ class Tangent(IdentityHashed):
     h: Model
     w0: Params
     outputs: Outputs
-    _jvp: Callable[[Params], Outputs]
+    _derivative: Products
 
     def __call__(self, w: Params) -> Outputs:
         r"""Return $\bar h(w) = h(w_0) + Dh(w_0)(w - w_0)$."""
@@ -43,13 +42,12 @@ class Tangent(IdentityHashed):
 
     def jvp(self, u: Params) -> Outputs:
         """Return $Dh(w_0) u$ for a direction u of w0's structure."""
-        return self._jvp(_match(u, self.w0))
+        return self._derivative.push(_match(u, self.w0))
 
     def vjp(self, r: Outputs) -> Params:
         """Return the plain $J^T r$, a tree of w0's coordinates; $Dh(w_0)^* r$ in F's metric is `weight` times it."""
         coordinates = eqx.filter(self.w0, eqx.is_inexact_array)
-        (out,) = jax.linear_transpose(self._jvp, coordinates)(match_outputs(r, self.outputs))
-        return out
+        return self._derivative.transpose(match_outputs(r, self.outputs), coordinates)
 
     def declares_zero(self, w: Params) -> bool:
         """Return whether w is w0 and h is declared zero there."""
@@ -59,7 +57,8 @@ class Tangent(IdentityHashed):
 def linearize(h: Model, w0: Params) -> Tangent:
     r"""Return the tangent model $\bar h(w) = h(w_0) + Dh(w_0)(w - w_0)$: a model of the same arguments.
 
-    It is made by `jax.linearize`: h is evaluated once, and every product shares that evaluation. If its products
+    It is made by `jax.linearize`: h is evaluated once, and every product shares that evaluation (a model with a
+    `jax.custom_vjp` rule once more: its forward products are those of the program that it runs). If its products
     belong to a jitted function, call `linearize` in that function too, so that its residuals are not compiled in as
     constants.
 
@@ -73,6 +72,9 @@ def linearize(h: Model, w0: Params) -> Tangent:
     Raises:
         TypeError, ValueError: parameters or outputs that do not fit (no floating leaf, NaN, wrong shape).
 
+    Warns:
+        UserWarning: h has a `jax.custom_vjp` rule that is not the derivative of its program.
+
     Source:
         Chizat, Oyallon, Bach (2019), section 1.1.
 
@@ -83,15 +85,17 @@ def linearize(h: Model, w0: Params) -> Tangent:
     """
     coordinates, rest = split_params(w0)
     check_outputs(h, w0)
-    outputs, jvp = _linearize(h, coordinates, rest, declares_zero(h, w0))
-    return Tangent(h, w0, outputs, jvp)
+    outputs, derivative, gap = _linearize(h, coordinates, rest, declares_zero(h, w0))
+    if gap is not None and is_concrete(gap):
+        warn_if_apart(gap, stacklevel=3)
+    return Tangent(h, w0, outputs, derivative)
 
 
 @eqx.filter_jit
-def _linearize(h: Model, coordinates: Params, rest: Params, zero: bool) -> tuple[Outputs, Callable[[Params], Outputs]]:
-    """Return h(w0), exactly zero if that is declared, and the product with Dh(w0); one program."""
-    outputs, jvp = jax.linearize(lambda w: h(eqx.combine(w, rest)), coordinates)
-    return jnp.zeros_like(outputs) if zero else outputs, jvp
+def _linearize(h: Model, coordinates: Params, rest: Params, zero: bool) -> tuple[Outputs, Products, Array | None]:
+    """Return h(w0), exactly zero if that is declared, the products with Dh(w0), and their gap; one program."""
+    outputs, derivative = products(lambda w: h(eqx.combine(w, rest)), coordinates)
+    return jnp.zeros_like(outputs) if zero else outputs, derivative, derivative.gap(outputs, coordinates)
 
 
 def _match(u: Params, w0: Params) -> Params:
