@@ -6,11 +6,14 @@ r"""Difference rules of calls and control flow: each is entered, its body walked
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
 from lazyjax._core.program import as_function
+from lazyjax.difference import ordering
+from lazyjax.difference.measured import FACTORIZATIONS, measured
 from lazyjax.difference.pair import (
     Moved,
     Step,
@@ -29,13 +32,13 @@ ControlRule = Callable[[Walk, Step, core.JaxprEqn, list[Value]], list[Value]]
 
 def body_of(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]]:
     """Return the program that a call runs and its constants, under whichever name it is kept."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         if name in eqn.params:
             body = eqn.params[name]
             return (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, ())
     msg = (
         f"h calls the primitive {eqn.primitive.name!r}, whose program cannot be found in its "
-        f"parameters {sorted(eqn.params)}; use difference='plain' in float64 with a moderate eps."
+        f"parameters {sorted(eqn.params)}; write h without it."
     )
     raise ValueError(msg)
 
@@ -46,15 +49,33 @@ def _call(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> li
 
 
 def _custom_jvp(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """Enter the function for eps != 0; at eps = 0 apply the custom rule, which decides ties for one."""
+    """Enter the function for eps != 0; at eps = 0 apply the custom rule, which decides ties for one.
+
+    A function of a factorization (determinant, pseudo-inverse) is differenced as one: it does not depend on the order
+    of pivots or on signs of vectors, though the factors do, and its rule knows.
+    """
+    moves = any(isinstance(v, Moved) for v in values)
+    if moves and _factorizes(body_of(eqn)[0]):
+        return measured(step, eqn, values)
     outs = _call(walk, step, eqn, values)
-    if step.never_zero or not any(isinstance(v, Moved) for v in values):
+    if step.never_zero or not moves:
         return outs
     limits = derivative(eqn, values)
     return [
         Moved(old_of(out), _at_zero(step, limit, delta_of(out))) if is_floating(var.aval) else out
         for var, out, limit in zip(eqn.outvars, outs, limits, strict=True)
     ]
+
+
+def _factorizes(jaxpr: core.Jaxpr) -> bool:
+    """Return whether a program has a factorization in it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in FACTORIZATIONS:
+            return True
+        inner = [getattr(v, "jaxpr", v) for v in eqn.params.values()]
+        if any(_factorizes(j) for j in inner if hasattr(j, "eqns")):
+            return True
+    return False
 
 
 def _at_zero(step: Step, limit: Any, delta: Any | None) -> Any:
@@ -142,32 +163,48 @@ def _scan(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> li
 
 
 def _while(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """Enter a loop whose number of turns does not depend on the parameters."""
+    """Enter a loop as long as it goes on at both ends of the step; one that goes on at one end only, goes on there.
+
+    With as many turns at both ends, no digit is lost. With another number of turns h jumps, and so does its difference.
+    """
     params = eqn.params
     condition, body = params["cond_jaxpr"], params["body_jaxpr"]
     tests, start = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     inputs = [is_pair(v) for v in values]
     carries = slice(start - tests, len(values) - tests)
     flags = reached_carries(body.jaxpr, inputs[tests:], carries)[carries]
-    if any(reached(condition.jaxpr, [*inputs[:tests], *flags])):
-        msg = (
-            "h runs a while loop whose number of turns depends on the parameters, and finite_jvp "
-            "has no exact rule for it; use a loop of fixed length (jax.lax.scan), or "
-            "difference='plain' in float64 with a moderate eps."
-        )
-        raise ValueError(msg)
     avals = [v.aval for v in body.jaxpr.invars[carries]]
+
+    def going(carry: list[Value]) -> tuple[Any, Any]:
+        (flag,) = walk(step, condition.jaxpr, condition.consts, [*values[:tests], *carry])
+        return old_of(flag), step.new_of(flag)
 
     def turn(carry: list[Value]) -> list[Value]:
         outs = walk(step, body.jaxpr, body.consts, [*values[tests:start], *carry])
-        return _lift_all(outs, avals, flags)
+        outs = [v if is_pair(v) else jnp.asarray(v) for v in _lift_all(outs, avals, flags)]
+        return [_chosen(jnp.logical_and(*going(carry)), out, kept) for out, kept in zip(outs, carry, strict=True)]
 
-    def go_on(carry: list[Value]) -> Any:
-        olds = [old_of(v) for v in [*values[:tests], *carry]]
-        return core.jaxpr_as_fun(condition)(*olds)[0]
+    initial = [v if is_pair(v) else jnp.asarray(v) for v in _lift_all(values[start:], avals, flags)]
+    both = lax.while_loop(lambda carry: jnp.any(jnp.logical_and(*going(carry))), turn, initial)
+    if not any(reached(condition.jaxpr, [*inputs[:tests], *flags])):
+        return both
+    before, after = (as_function(eqn)(*[end(v) for v in [*values[:start], *both]]) for end in (old_of, step.new_of))
+    goes_on = jnp.not_equal(*going(both))
+    outs: list[Value] = []
+    for value, old, new in zip(both, before, after, strict=True):
+        if isinstance(value, Moved):
+            lanes = jnp.expand_dims(goes_on, tuple(range(goes_on.ndim, old.ndim)))
+            outs.append(Moved(old, jnp.where(lanes, step.quotient(new - old), value.delta)))
+        else:
+            outs.append(Switched(old, new) if isinstance(value, Switched) else value)
+    return outs
 
-    initial = _lift_all(values[start:], avals, flags)
-    return lax.while_loop(go_on, turn, [v if is_pair(v) else jnp.asarray(v) for v in initial])
+
+def _chosen(flags: Any, yes: Value, no: Value) -> Value:
+    """Return a value after a turn of a loop, or without it in the lanes of a batch where the loop has ended."""
+    if jnp.ndim(flags) == 0:  # it has not, or there would be no turn
+        return yes
+    return jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(flags, tuple(range(flags.ndim, a.ndim))), a, b), yes, no)
 
 
 def _cond(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
@@ -202,6 +239,44 @@ def _switched(step: Step, before: Any, after: Value, aval: Any) -> Value:
     return Moved(before, jump if delta is None else delta + jump)
 
 
+def _linear_solve(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """Solve A x = b by a solver of its own: x moves by A^-1 (db - dA x), A at the end of the step."""
+    lengths, programs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    outs = as_function(eqn)(*[old_of(v) for v in values])
+    constants, right = values[: len(values) - len(programs.matvec.out_avals)], values[-len(programs.matvec.out_avals) :]
+    if len(outs) != len(right):
+        return measured(step, eqn, values)  # a solver with something else to tell
+    matrix = programs.matvec
+    images = walk(step, matrix.jaxpr, matrix.consts, [*constants[: lengths.matvec], *outs])
+    residuals = [_difference(b, image) for b, image in zip(right, images, strict=True)]
+    deltas = as_function(eqn)(*[step.new_of(v) for v in constants], *residuals)
+    return [Moved(out, delta) for out, delta in zip(outs, deltas, strict=True)]
+
+
+def _difference(b: Value, image: Value) -> Any:
+    """Return the difference of b without that of the other one."""
+    first, second = (
+        v.delta if isinstance(v, Moved) else jnp.zeros(jnp.shape(old_of(v)), jnp.result_type(old_of(v)))
+        for v in (b, image)
+    )
+    return first - second
+
+
+def _cumlogsumexp(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """Add the logarithms of sums up pairwise."""
+
+    def combine(x: Moved, y: Moved) -> Value:
+        closed = jax.make_jaxpr(jnp.logaddexp)(x.old, y.old)
+        return walk(step, closed.jaxpr, closed.consts, [x, y])[0]
+
+    options = {name: eqn.params[name] for name in ("axis", "reverse")}
+    return [lax.associative_scan(combine, values[0], **options)]
+
+
+def _without_walk(rule: Callable[[Step, core.JaxprEqn, list[Value]], list[Value]]) -> ControlRule:
+    return lambda walk, step, eqn, values: rule(step, eqn, values)  # noqa: ARG005
+
+
 CALLS = (
     "jit",
     "pjit",
@@ -211,6 +286,8 @@ CALLS = (
     "remat",
     "remat2",
     "checkpoint",
+    "composite",
+    "custom_vmap_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
 )
@@ -226,4 +303,8 @@ CONTROL_RULES: dict[str, ControlRule] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "custom_linear_solve": _linear_solve,
+    "cumlogsumexp": _cumlogsumexp,
+    "sort": _without_walk(ordering.sort),
+    "top_k": _without_walk(ordering.top_k),
 }

@@ -9,6 +9,7 @@ of its output without subtracting close numbers. At $\epsilon = 0$ the same walk
 $\alpha = \infty$ is an ordinary value, also inside `vmap`, `jit` and `grad`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from lazyjax._core.program import as_function, literal_value
 from lazyjax._core.types import Params
 from lazyjax.difference.control_flow import CONTROL_RULES
 from lazyjax.difference.linear import ALGEBRAIC_RULES
+from lazyjax.difference.measured import measured
 from lazyjax.difference.pair import (
     Moved,
     Step,
@@ -38,6 +40,12 @@ from lazyjax.difference.pair import (
 from lazyjax.difference.piecewise import COMPARISONS, PIECEWISE_RULES, at_both_ends, compare
 from lazyjax.difference.pooling import WINDOW_RULES
 from lazyjax.difference.smooth import SMOOTH_RULES
+
+COMPLEX_RULES = (
+    *(set(ALGEBRAIC_RULES) - {"sqrt", "rsqrt"}),
+    *("abs", "cos", "cosh", "cumprod", "exp", "exp2", "expm1", "logistic", "reduce_prod", "sin", "sinh", "tan", "tanh"),
+)
+"""Rules that hold for complex numbers too; roots and logarithms have branches there."""
 
 # A new rule goes into one of these tables, or into `CONTROL_RULES` if it enters a program.
 RULES = {**ALGEBRAIC_RULES, **SMOOTH_RULES, **PIECEWISE_RULES, **WINDOW_RULES}
@@ -57,6 +65,10 @@ def finite_jvp(
     small multiple of `jax.jvp`, and passes through `jit`, `vmap` (also over `eps`, zeros included)
     and `grad` with respect to `w0`, `u` and `eps`.
 
+    Linear algebra and special functions are differenced by the better of two ways (see `measured`); eigenvectors and
+    orthogonal factors keep their signs along the step. A loop that takes another number of turns at the end of the
+    step makes h jump, and so its difference.
+
     Rounding is relative to the values of h and to how far they move. Maxima, comparisons and branches
     are followed where the step crosses a kink; what remains there is the rounding of the crossing value
     itself, divided by $\epsilon$. A `jax.lax.stop_gradient`
@@ -73,16 +85,15 @@ def finite_jvp(
         eps: Step size, a real scalar of either sign; 0 gives the derivative. A size below the
             smallest normal number of the dtype counts as 0.
         difference: "exact" walks the program of h; "plain" subtracts two evaluations of h, which
-            loses about $\log_{10}(1/\epsilon)$ digits: for models with a primitive that
-            has no rule, in float64 with a moderate `eps`.
+            loses about $\log_{10}(1/\epsilon)$ digits: in float64 with a moderate `eps`.
 
     Returns:
         The divided difference, of the structure, shapes and dtypes of h's output.
 
     Raises:
         TypeError: `w0` has no floating array, or a complex one.
-        ValueError: `w0` is not finite, `u` does not match it, `eps` is no real scalar, h returns
-            something other than floating arrays or applies a primitive without a rule.
+        ValueError: `w0` is not finite, `u` does not match it, `eps` is no finite real scalar, h returns
+            something other than real floating arrays or applies a primitive without a derivative.
 
     Source:
         Chizat, Oyallon, Bach (2019), equation (2), in the coordinates $u = \alpha(w - w_0)$.
@@ -177,11 +188,11 @@ def _directions(w0: Params, u: Params, leaves: Sequence[Any]) -> list[Any]:
         raise ValueError(msg)
     chosen = [d for z, d in zip(at_w0, at_u, strict=True) if eqx.is_inexact_array(z)]
     for leaf, direction in zip(leaves, chosen, strict=True):
-        if not eqx.is_inexact_array(direction) or direction.shape != leaf.shape:
-            got = jnp.shape(direction) if eqx.is_array_like(direction) else direction
+        if not eqx.is_inexact_array(direction) or direction.shape != leaf.shape or jnp.iscomplexobj(direction):
+            got = f"{direction.shape} {direction.dtype}" if eqx.is_array(direction) else repr(direction)
             msg = (
-                "u must have a floating array of the same shape for each coordinate of w0, "
-                f"expected shape {leaf.shape} and a dtype like {leaf.dtype}, got {got!r}; "
+                "u must have a real floating array of the same shape for each coordinate of w0, "
+                f"expected shape {leaf.shape} and a dtype like {leaf.dtype}, got {got}; "
                 "build it with jax.tree.map over w0."
             )
             raise ValueError(msg)
@@ -201,12 +212,15 @@ def _step_size(eps: ArrayLike, dtype: Any) -> tuple[Any, float | None]:
         known = float(size)
     except jax.errors.ConcretizationTypeError:
         return size, None
+    if not math.isfinite(known):
+        msg = f"eps must be finite, got {known}; eps = 0 gives the derivative."
+        raise ValueError(msg)
     return size, known if abs(known) >= float(jnp.finfo(dtype).tiny) else 0.0
 
 
 def _check_outputs(avals: Sequence[Any]) -> None:
     for aval in avals:
-        if not is_floating(aval):
+        if not jnp.issubdtype(aval.dtype, jnp.floating):
             msg = (
                 f"h must return real floating arrays, got dtype {aval.dtype} of shape "
                 f"{aval.shape}; return scores or logits instead of classes."
@@ -251,13 +265,19 @@ def _apply(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
         return as_function(eqn)(*olds)
     if name in CONTROL_RULES:
         return CONTROL_RULES[name](_walk, step, eqn, values)
-    _check_rule(eqn, values)
     moves = any(isinstance(v, Moved) for v in values)
+    if name == "bitcast_convert_type" and is_floating(eqn.outvars[0].aval):
+        msg = (
+            "h makes numbers of bits that depend on the parameters, by the primitive 'bitcast_convert_type', and no "
+            "difference keeps their digits; compute with the numbers instead."
+        )
+        raise ValueError(msg)
     if name in COMPARISONS and moves:
         return compare(step, eqn, values)
-    if moves and any(is_floating(v.aval) for v in eqn.outvars):
-        return _ruled(step, eqn, values)
-    return at_both_ends(step, eqn, values)
+    if not moves or not any(is_floating(v.aval) for v in eqn.outvars):
+        return at_both_ends(step, eqn, values)
+    has_rule = name in RULES and (name in COMPLEX_RULES or not any(jnp.iscomplexobj(old) for old in olds))
+    return _ruled(step, eqn, values) if has_rule else measured(step, eqn, values)
 
 
 def _ruled(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
@@ -277,26 +297,3 @@ def _ruled(step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
         deltas = [d + step.jump(b, a) for d, b, a in zip(deltas, outs, before, strict=True)]
         outs = before
     return [Moved(out, delta) for out, delta in zip(outs, deltas, strict=True)]
-
-
-def _check_rule(eqn: core.JaxprEqn, values: Sequence[Value]) -> None:
-    """Check that no digits would be lost silently: refuse complex values and primitives without a rule."""
-    name = eqn.primitive.name
-    dtypes = sorted({str(getattr(v.aval, "dtype", "")) for v in eqn.outvars})
-    if any(dtype.startswith("complex") for dtype in dtypes):
-        msg = (
-            f"h must be real throughout, got the primitive {name!r} with output {dtypes} on values "
-            "that depend on the parameters; hold real and imaginary parts as two arrays, or use "
-            "difference='plain' in float64 with a moderate eps."
-        )
-        raise ValueError(msg)
-    moves = any(isinstance(v, Moved) for v in values)
-    # A discrete result is evaluated at both ends, but bits are digits.
-    exempt = not any(is_floating(v.aval) for v in eqn.outvars) and name != "bitcast_convert_type"
-    if moves and not exempt and name not in RULES:
-        msg = (
-            f"h applies the primitive {name!r} to values that depend on the parameters, and "
-            "finite_jvp has no exact rule for it; write h without it, or use "
-            "difference='plain' in float64 with a moderate eps (it loses digits)."
-        )
-        raise ValueError(msg)

@@ -27,12 +27,16 @@ _LINEAR = (
     "all_gather",
     "all_to_all",
     "broadcast_in_dim",
+    "complex",
     "concatenate",
+    "conj",
     "convert_element_type",
     "copy",
     "cumsum",
     "dynamic_slice",
     "dynamic_update_slice",
+    "fft",
+    "imag",
     "layout_constraint",
     "mesh_cast",
     "name",
@@ -44,6 +48,7 @@ _LINEAR = (
     "psum2",
     "psum_invariant",
     "pvary",
+    "real",
     "reduce_precision",
     "reduce_scatter",
     "reduce_sum",
@@ -56,6 +61,7 @@ _LINEAR = (
     "scatter-sub",
     "scatter_add",
     "scatter_sub",
+    "select_if_vmap",
     "select_n",
     "sharding_constraint",
     "slice",
@@ -102,12 +108,12 @@ def _sub(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -
 
 def _bilinear(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
     del outs
-    x, y = values
+    x, y, *rest = values  # group sizes of a ragged product
     terms = []
     if delta_of(x) is not None:
-        terms += bind(eqn, [x.delta, step.new_of(y)])
+        terms += bind(eqn, [x.delta, step.new_of(y), *rest])
     if delta_of(y) is not None:
-        terms += bind(eqn, [old_of(x), y.delta])
+        terms += bind(eqn, [old_of(x), y.delta, *rest])
     return [terms[0] if len(terms) == 1 else terms[0] + terms[1]]
 
 
@@ -168,6 +174,28 @@ def _integer_pow(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[V
     return [-result.delta * outs[0] / step.new_of(result)]
 
 
+def _triangular_solve(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
+    """Solve A x = b: x moves by A^-1 (db - dA x), A at the end of the step."""
+    a, b = values
+    params = eqn.params
+    right = jnp.zeros_like(outs[0]) if delta_of(b) is None else b.delta
+    if isinstance(a, Moved):
+        triangle = jnp.tril if params["lower"] else jnp.triu
+        strict = (-1 if params["lower"] else 1) if params["unit_diagonal"] else 0
+        change = triangle(a.delta, strict)
+        change = jnp.conj(change) if params["conjugate_a"] else change
+        change = jnp.swapaxes(change, -1, -2) if params["transpose_a"] else change
+        factors = (change, outs[0]) if params["left_side"] else (outs[0], change)
+        right = right - jnp.matmul(*factors, precision="highest")
+    return bind(eqn, [step.new_of(a), right])
+
+
+def _first(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
+    """Return the difference of the first operand, which the primitive changes by a rounding only."""
+    del step, eqn
+    return [delta_or_zeros(values[0]).astype(outs[0].dtype)]
+
+
 ALGEBRAIC_RULES: dict[str, Rule] = {
     **dict.fromkeys(_LINEAR, _linear),
     "gather": _gather,
@@ -177,6 +205,7 @@ ALGEBRAIC_RULES: dict[str, Rule] = {
     "mul": _bilinear,
     "dot_general": _bilinear,
     "conv_general_dilated": _bilinear,
+    "ragged_dot_general": _bilinear,
     "sqrt": _sqrt,
     "rsqrt": _rsqrt,
     "cbrt": _cbrt,
@@ -184,4 +213,6 @@ ALGEBRAIC_RULES: dict[str, Rule] = {
     "square": _square,
     "one_minus_square": _one_minus_square,
     "integer_pow": _integer_pow,
+    "triangular_solve": _triangular_solve,
+    "nextafter": _first,
 }

@@ -61,8 +61,8 @@ def delta_or_zeros(value: Value) -> Any:
 
 
 def is_floating(aval: Any) -> bool:
-    """Return whether an array type is real floating, hence carried as a `Moved` pair."""
-    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
+    """Return whether an array type is real or complex floating, hence carried as a `Moved` pair."""
+    return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
 def unit_roundoff(dtype: Any) -> float:
@@ -76,6 +76,8 @@ def gap(x: Any, y: Any) -> Any:
     Finite, because the value is multiplied by 1/eps in branches that are not taken, and
     a zero cotangent times an infinity would turn a gradient into NaN.
     """
+    if jnp.iscomplexobj(x):
+        return lax.complex(gap(jnp.real(x), jnp.real(y)), gap(jnp.imag(x), jnp.imag(y)))
     largest = float(jnp.finfo(jnp.result_type(x)).max)
     return jnp.clip(jnp.where(x == y, 0, x - y), -largest, largest)
 
@@ -92,6 +94,11 @@ def snapped_gap(x: Any, y: Any) -> Any:
     # An infinite operand must not make the threshold infinite, else every gap would vanish.
     threshold = resolution * jnp.minimum(jnp.abs(x), jnp.abs(y))
     return jnp.where(jnp.abs(difference) <= threshold, 0, difference)
+
+
+def _times(real: Any, z: Any) -> Any:
+    """Return a real number times a real or complex array: part by part, so that an infinite part stays alone."""
+    return lax.complex(real * jnp.real(z), real * jnp.imag(z)) if jnp.iscomplexobj(z) else real * z
 
 
 def _parts(eps: Any, dtype: Any) -> tuple[Any, Any, Any]:
@@ -126,15 +133,16 @@ class Step:
         return cls(eps, _parts(eps, eps.dtype), never_zero)
 
     def _parts_in(self, dtype: Any) -> tuple[Any, Any, Any]:
+        dtype = jnp.finfo(dtype).dtype  # the real one of a complex dtype
         return self.parts if dtype == self.eps.dtype else _parts(self.eps, dtype)
 
     def scaled(self, delta: Any) -> Any:
         """Return eps * delta: how far the value moves."""
-        return self._parts_in(delta.dtype)[0] * delta
+        return _times(self._parts_in(delta.dtype)[0], delta)
 
     def quotient(self, difference: Any) -> Any:
         """Return difference / eps, and 0 at eps = 0."""
-        return self._parts_in(difference.dtype)[1] * difference
+        return _times(self._parts_in(difference.dtype)[1], difference)
 
     def is_zero(self, dtype: Any) -> Any:
         """Return whether eps is zero, a boolean scalar."""

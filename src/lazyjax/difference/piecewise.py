@@ -8,6 +8,7 @@ x + eps dx would round to x. At eps = 0 only the old winner takes part, ties as 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
@@ -128,8 +129,13 @@ def _reduce_min(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Va
 
 
 def _abs(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
-    del outs
     z, delta = values[0]
+    if jnp.iscomplexobj(z):
+        # (|b|^2 - |a|^2) / (|b| + |a|)
+        total = jnp.abs(step.new_of(values[0])) + outs[0]
+        product = jnp.real(jnp.conj(delta) * (z + step.new_of(values[0])))
+        moved = jnp.where(total == 0, jnp.abs(delta), product / jnp.where(total == 0, 1, total))
+        return [step.limit_or(lambda: derivative(eqn, values)[0], moved)]
     upward = delta + step.quotient(jnp.where(z < 0, 2 * z, 0))
     downward = -delta - step.quotient(jnp.where(z > 0, 2 * z, 0))
     result = jnp.where(step.new_of(values[0]) >= 0, upward, downward)
@@ -151,6 +157,68 @@ def _stepwise(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Valu
     return [step.quotient(gap(new, outs[0]))]
 
 
+def _rem(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
+    """Return the difference of x - q y, with the whole numbers q at both ends."""
+    x, y = values
+    (new,) = bind(eqn, [step.new_of(v) for v in values])
+    before, after = (
+        jnp.round((p - r) / q) for p, q, r in ((old_of(x), old_of(y), outs[0]), (step.new_of(x), step.new_of(y), new))
+    )
+    return [delta_or_zeros(x) - after * delta_or_zeros(y) - step.quotient(after - before) * old_of(y)]
+
+
+def _scattered_extreme(sign: int) -> Rule:
+    """Make the rule of a scatter that keeps the larger (or smaller) one of an entry and of all updates to it."""
+
+    def rule(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
+        operand, indices, updates = values
+        dimensions, params = eqn.params["dimension_numbers"], eqn.params
+        options = {name: params[name] for name in ("indices_are_sorted", "unique_indices", "mode")}
+
+        def added(part: Any) -> Any:
+            return lax.scatter_add(jnp.zeros_like(outs[0]), indices, part, dimensions, **options)
+
+        (at_updates,) = jax.linear_transpose(added, old_of(updates))(outs[0])
+
+        def candidates(value: Value, winner: Any) -> Any:
+            behind = sign * snapped_gap(old_of(value), winner)
+            found = sign * delta_or_zeros(value) + step.quotient(behind)
+            return found if step.never_zero else jnp.where(step.is_zero(found.dtype) & (behind < 0), -jnp.inf, found)
+
+        # A negative eps turns the maximum of the differences into a minimum.
+        turn = jnp.where(step.scaled(jnp.ones((), outs[0].dtype)) < 0, -1, 1).astype(outs[0].dtype)
+        best = lax.scatter_max(
+            turn * candidates(operand, outs[0]), indices, turn * candidates(updates, at_updates), dimensions, **options
+        )
+        return [step.limit_or(lambda: derivative(eqn, values)[0], sign * turn * best)]
+
+    return rule
+
+
+def _scatter_mul(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
+    """Difference a product of entries with updates, one to each entry at most."""
+    operand, indices, updates = values
+    dimensions = eqn.params["dimension_numbers"]
+    if not eqn.params["unique_indices"]:
+        msg = (
+            "h multiplies entries by a scatter whose indices may repeat, of which JAX has no derivative; give it "
+            "unique_indices=True."
+        )
+        raise ValueError(msg)
+    options = {name: eqn.params[name] for name in ("indices_are_sorted", "unique_indices", "mode")}
+    delta = jnp.zeros_like(outs[0])
+    if isinstance(operand, Moved):
+        delta = bind(eqn, [operand.delta, indices, step.new_of(updates)])[0]
+    if isinstance(updates, Moved):
+
+        def added(part: Any) -> Any:
+            return lax.scatter_add(jnp.zeros_like(outs[0]), indices, part, dimensions, **options)
+
+        (factors,) = jax.linear_transpose(added, updates.old)(old_of(operand))
+        delta = delta + added(factors * updates.delta)
+    return [delta]
+
+
 PIECEWISE_RULES: dict[str, Rule] = {
     "max": _binary(max_moved),
     "min": _binary(_min_moved),
@@ -162,6 +230,13 @@ PIECEWISE_RULES: dict[str, Rule] = {
     "reduce_min": _reduce_min,
     "abs": _abs,
     "clamp": _clamp,
+    "rem": _rem,
+    "scatter-max": _scattered_extreme(1),
+    "scatter-min": _scattered_extreme(-1),
+    "scatter-mul": _scatter_mul,
+    "scatter_max": _scattered_extreme(1),
+    "scatter_min": _scattered_extreme(-1),
+    "scatter_mul": _scatter_mul,
     "sign": _stepwise,
     "floor": _stepwise,
     "ceil": _stepwise,

@@ -273,6 +273,21 @@ def _distance_to_one(z: Any) -> Any:
     return 1 - jnp.abs(z)
 
 
+def _distance_to_pole(z: Any) -> Any:
+    """Return how far the next pole of the logarithm of the gamma function is."""
+    return jnp.where(z > 0, z, jnp.abs(z - jnp.round(z)))
+
+
+def _bessel_i0e(step: Step, eqn: core.JaxprEqn, outs: list[Any], values: list[Value]) -> list[Any]:
+    """Difference a function of |z| that is smooth for |z| >= 0."""
+    z = values[0].old
+    upward = values[0].delta + step.quotient(jnp.where(z < 0, 2 * z, 0))
+    downward = -values[0].delta - step.quotient(jnp.where(z > 0, 2 * z, 0))
+    size = Moved(jnp.abs(z), jnp.where(step.new_of(values[0]) >= 0, upward, downward))
+    (delta,) = _smooth(_quadrature_slope, 0.25)(step, eqn, outs, [size])
+    return [step.limit_or(lambda: derivative(eqn, values)[0], delta)]
+
+
 SMOOTH_RULES: dict[str, Rule] = {
     "exp": _smooth(_exp_slope, 1.0),
     "exp2": _smooth(_exp2_slope, 1.0),
@@ -293,6 +308,10 @@ SMOOTH_RULES: dict[str, Rule] = {
     "erf_inv": _smooth(_quadrature_slope, _fraction_of(_distance_to_one)),
     "asinh": _smooth(_quadrature_slope, _fraction_of(jnp.ones_like)),
     "acosh": _smooth(_quadrature_slope, _fraction_of(lambda z: z - 1)),
+    "lgamma": _smooth(_quadrature_slope, _fraction_of(_distance_to_pole)),
+    "digamma": _smooth(_quadrature_slope, _fraction_of(_distance_to_pole)),
+    "bessel_i0e": _bessel_i0e,
+    "bessel_i1e": _smooth(_quadrature_slope, lambda z: jnp.minimum(jnp.abs(z), 0.25)),
     "log": _log(0.0, 1.0),
     "log1p": _log(1.0, 1.0),
     "log2": _log(0.0, 1 / math.log(2)),
