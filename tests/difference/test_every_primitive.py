@@ -369,3 +369,9 @@ def test_derivatives_pass_through_measured_rules():
 
     for eps, tolerance in ((1e-3, 1e-9), (0.0, 1e-13)):
         np.testing.assert_allclose(*both(A, U, eps), rtol=tolerance, atol=tolerance)
+
+
+def test_a_flow_refuses_before_any_work():
+    h = lambda w: lax.linalg.schur(w)[0][0]
+    with pytest.raises(ValueError, match="h applies the primitive 'schur'"):
+        lj.gradient_flow(h, lj.square_loss(jnp.zeros(4)), jnp.asarray(A), jnp.array([0.0, 1.0]))

@@ -13,7 +13,7 @@ from jax.extend import core
 
 from lazyjax._core.program import as_function
 from lazyjax.difference import ordering
-from lazyjax.difference.measured import FACTORIZATIONS, measured
+from lazyjax.difference.measured import measured
 from lazyjax.difference.pair import (
     Moved,
     Step,
@@ -25,6 +25,7 @@ from lazyjax.difference.pair import (
     is_pair,
     old_of,
 )
+from lazyjax.difference.rules import RULES
 
 Walk = Callable[[Step, core.Jaxpr, Sequence[Any], Sequence[Value]], list[Value]]
 ControlRule = Callable[[Walk, Step, core.JaxprEqn, list[Value]], list[Value]]
@@ -51,31 +52,41 @@ def _call(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> li
 def _custom_jvp(walk: Walk, step: Step, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     """Enter the function for eps != 0; at eps = 0 apply the custom rule, which decides ties for one.
 
-    A function of a factorization (determinant, pseudo-inverse) is differenced as one: it does not depend on the order
-    of pivots or on signs of vectors, though the factors do, and its rule knows.
+    A function of primitives without a rule of their own (determinant, pseudo-inverse, a check that calls back) is
+    differenced as one: it does not depend on the order of pivots or on signs of vectors, and its rule knows.
     """
     moves = any(isinstance(v, Moved) for v in values)
-    if moves and _factorizes(body_of(eqn)[0]):
+    if moves and not is_known(body_of(eqn)[0]):
         return measured(step, eqn, values)
     outs = _call(walk, step, eqn, values)
     if step.never_zero or not moves:
         return outs
-    limits = derivative(eqn, values)
+    try:
+        limits = derivative(eqn, values)
+    except RuntimeError:
+        # Solvers mark what no derivative passes (the sizes of their steps, behind a stop_gradient) by a rule that only
+        # raises. There the difference is zero at eps = 0 already.
+        return outs
     return [
         Moved(old_of(out), _at_zero(step, limit, delta_of(out))) if is_floating(var.aval) else out
         for var, out, limit in zip(eqn.outvars, outs, limits, strict=True)
     ]
 
 
-def _factorizes(jaxpr: core.Jaxpr) -> bool:
-    """Return whether a program has a factorization in it."""
+def is_known(jaxpr: core.Jaxpr) -> bool:
+    """Return whether every primitive of a program that gives floating numbers has a rule of its own."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in FACTORIZATIONS:
-            return True
-        inner = [getattr(v, "jaxpr", v) for v in eqn.params.values()]
-        if any(_factorizes(j) for j in inner if hasattr(j, "eqns")):
-            return True
-    return False
+        inner = [getattr(v, "jaxpr", v) for v in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program)]
+        if not all(is_known(j) for j in inner if hasattr(j, "eqns")):
+            return False
+        known = eqn.primitive.name in RULES or eqn.primitive.name in CONTROL_RULES
+        if not known and any(is_floating(v.aval) for v in eqn.outvars) and eqn.invars:
+            return False
+    return True
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
 
 
 def _at_zero(step: Step, limit: Any, delta: Any | None) -> Any:

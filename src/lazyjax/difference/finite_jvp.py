@@ -23,8 +23,7 @@ from lazyjax._core.checks import split_params
 from lazyjax._core.forward import jvp
 from lazyjax._core.program import as_function, literal_value
 from lazyjax._core.types import Params
-from lazyjax.difference.control_flow import CONTROL_RULES
-from lazyjax.difference.linear import ALGEBRAIC_RULES
+from lazyjax.difference.control_flow import CONTROL_RULES, is_known
 from lazyjax.difference.measured import measured
 from lazyjax.difference.pair import (
     Moved,
@@ -37,18 +36,8 @@ from lazyjax.difference.pair import (
     is_pair,
     old_of,
 )
-from lazyjax.difference.piecewise import COMPARISONS, PIECEWISE_RULES, at_both_ends, compare
-from lazyjax.difference.pooling import WINDOW_RULES
-from lazyjax.difference.smooth import SMOOTH_RULES
-
-COMPLEX_RULES = (
-    *(set(ALGEBRAIC_RULES) - {"sqrt", "rsqrt"}),
-    *("abs", "cos", "cosh", "cumprod", "exp", "exp2", "expm1", "logistic", "reduce_prod", "sin", "sinh", "tan", "tanh"),
-)
-"""Rules that hold for complex numbers too; roots and logarithms have branches there."""
-
-# A new rule goes into one of these tables, or into `CONTROL_RULES` if it enters a program.
-RULES = {**ALGEBRAIC_RULES, **SMOOTH_RULES, **PIECEWISE_RULES, **WINDOW_RULES}
+from lazyjax.difference.piecewise import COMPARISONS, at_both_ends, compare
+from lazyjax.difference.rules import COMPLEX_RULES, RULES
 
 
 def finite_jvp(
@@ -163,6 +152,20 @@ def finite_value_and_jvp(
         delta = [delta_or_zeros(out) for out in outs]
     structure = jax.tree.structure(shapes)
     return jax.tree.unflatten(structure, old), jax.tree.unflatten(structure, delta)
+
+
+def check_difference(h: Callable[[Any], Any], w0: Params) -> None:
+    """Check that h can be differenced, by tracing alone; nothing is traced but h if all its primitives have rules.
+
+    Raises:
+        ValueError: as for `finite_jvp`.
+    """
+    leaves, rebuild = coordinates_of(w0)
+    shapes = [jax.ShapeDtypeStruct(z.shape, z.dtype) for z in leaves]
+    closed = jax.make_jaxpr(lambda *coordinates: h(rebuild(coordinates)))(*shapes)
+    if not is_known(closed.jaxpr):
+        eps = jax.ShapeDtypeStruct((), leaves[0].dtype)
+        jax.eval_shape(lambda eps, *z: finite_jvp(lambda w: h(rebuild(w)), z, z, eps), eps, *shapes)
 
 
 def coordinates_of(w0: Params) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from lazyjax._core.checks import check_alpha, check_fits, check_outputs, is_concrete, split_params
 from lazyjax._core.forward import gap_of_products, jvp, warn_if_apart
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
+from lazyjax.difference.finite_jvp import check_difference
 from lazyjax.losses.loss import Loss
 from lazyjax.models.maps import declares_zero
 from lazyjax.models.tangent import Tangent, linearize
@@ -86,6 +87,8 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
     if is_concrete(alpha):  # else 1e39 would be the tangent model's inf in single precision
         check_fits(np.asarray(alpha), "alpha", out.dtype, tiny=False)
     loss.check(out.shape)
+    if not isinstance(h, Tangent):
+        check_difference(h, w0)
     zero = declares_zero(h, w0)
     if is_concrete((eqx.filter(h, eqx.is_array), eqx.filter(loss, eqx.is_array), w0)):
         initial, gradient, rounding, residual, gap = values_of(_measure_start, as_argument(h), loss, w0)
@@ -113,9 +116,14 @@ def _measure_start(
     """
     h = as_model(argument)
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
-    initial, vjp = jax.vjp(lambda w: h(eqx.combine(w, rest)), coordinates)
-    cotangent = loss.cotangent(initial)
-    (gradient,) = vjp(cotangent)
+    if isinstance(h, Tangent):
+        initial = h(w0)
+        cotangent = loss.cotangent(initial)
+        gradient = h.vjp(cotangent)
+    else:
+        initial, vjp = jax.vjp(lambda w: h(eqx.combine(w, rest)), coordinates)
+        cotangent = loss.cotangent(initial)
+        (gradient,) = vjp(cotangent)
     # A relative perturbation of every parameter by eps moves h by about eps times this random jvp.
     leaves, tree = jtu.tree_flatten(coordinates)
     ends = np.cumsum([leaf.size for leaf in leaves])
