@@ -94,6 +94,25 @@ def test_value_gradient_and_hessian_are_those_of_the_formula_in_the_metric_of_f(
         np.testing.assert_allclose(far["value"], 1e3 * wrong, rtol=1e-6)
 
 
+def test_confident_samples_keep_their_digits_in_single_precision():
+    """At a gap of 20 the probability of the label is 1 to rounding, its gradient -2.8e-9; in the wrong class, too."""
+    gaps = np.float32([0.5, 5, 10, 15, 20, 40, 80, -15, -40])
+    y = gaps[:, None] * np.float32([1.0, 0.0, 0.1]) + np.float32([0.0, 0.3, -0.2])
+    v, r = normal(0, *y.shape, dtype=np.float32), np.zeros(len(gaps), int)
+    loss = lj.softmax_cross_entropy(jnp.asarray(r), mean=False)
+
+    @jax.jit
+    def rows(y, v):
+        root = loss.root(y)
+        value = jax.vmap(lambda z: lj.softmax_cross_entropy(jnp.zeros(1, int))(z[None]))(y)
+        return value[:, None], loss.gradient(y), loss.hvp(y, v), root.transpose(v), root.apply(v)
+
+    single, double = (rows(jnp.asarray(y, dtype), jnp.asarray(v, dtype)) for dtype in ("float32", "float64"))
+    for ours, right in zip(single, double, strict=True):
+        np.testing.assert_allclose(ours, right, rtol=5e-6)
+    np.testing.assert_allclose(single[1][4, 0], -np.sum(np.exp([0.3 - 20, 2 - 0.2 - 20])), rtol=5e-6)
+
+
 def test_the_norm_has_a_zero_gradient_at_zero_and_its_own_elsewhere():
     zero, y = np.zeros((N, K)), np.asarray(normal(2, N, K))
     for mean in (True, False):

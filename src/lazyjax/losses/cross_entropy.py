@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lazyjax._core.checks import check_fits, is_concrete
 from lazyjax._core.types import Outputs
@@ -26,17 +26,27 @@ class SoftmaxCrossEntropy(Loss):
     def __call__(self, y: Float[Array, "n k"]) -> Float[Array, ""]:
         r"""Return $\frac1n \sum_i (\log \sum_c e^{y_{ic}} - y_{i, label_i})$."""
         self.check(y.shape)
-        chosen = jnp.take_along_axis(y, self.labels[:, None], axis=1)[:, 0]
-        return jnp.asarray(self.weight, y.dtype) * jnp.sum(jax.nn.logsumexp(y, axis=1) - chosen)
+        chosen = jnp.take_along_axis(y, self.labels[:, None], axis=1)
+        # log(1 + sum over the other classes of exp(y_c - y_label)): of a confident sample the sum is all there is.
+        others = jax.nn.logsumexp(jnp.where(self._is_label(y), -jnp.inf, y - chosen), axis=1)
+        return jnp.asarray(self.weight, y.dtype) * jnp.sum(jax.nn.softplus(others))
 
     def gradient(self, y: Float[Array, "n k"]) -> Float[Array, "n k"]:
         """Return the class probabilities minus the one-hot labels."""
         self.check(y.shape)
-        return jax.nn.softmax(y, axis=1) - jax.nn.one_hot(self.labels, y.shape[1], dtype=y.dtype)
+        label = self._is_label(y)
+        others = jnp.where(label, 0, jax.nn.softmax(y, axis=1))
+        # The probability of the label minus 1 is minus that of all others, which keeps its digits where they are small.
+        return jnp.where(label, -jnp.sum(others, axis=1, keepdims=True), others)
+
+    def _is_label(self, y: Float[Array, "n k"]) -> Bool[Array, "n k"]:
+        return self.labels[:, None] == jnp.arange(y.shape[1])[None]
 
     def hvp(self, y: Float[Array, "n k"], v: Float[Array, "n k"]) -> Float[Array, "n k"]:
         r"""Return $(\mathrm{diag}(p_i) - p_i p_i^T) v_i$."""
         p = jax.nn.softmax(y, axis=1)
+        # Relative to the likeliest class, whose own term would cancel all but rounding: constants do not matter.
+        v = v - jnp.take_along_axis(v, jnp.argmax(p, axis=1, keepdims=True), axis=1)
         return p * (v - jnp.sum(p * v, axis=1, keepdims=True))
 
     def root(self, y: Float[Array, "n k"]) -> HessianRoot:
@@ -81,7 +91,12 @@ class SoftmaxRoot(HessianRoot):
     scale: Float[Array, ""]
 
     def _project(self, v: Outputs) -> Outputs:
-        return v - self.root * jnp.sum(self.root * v, axis=1, keepdims=True)
+        """Return v - r r^T v; of the likeliest class without its own terms, v (1 - r^2), which would cancel."""
+        likeliest = jnp.argmax(self.root, axis=1, keepdims=True) == jnp.arange(self.root.shape[1])[None]
+        others = jnp.where(likeliest, 0, self.root)
+        rest, sum_of_others = (jnp.sum(others * z, axis=1, keepdims=True) for z in (others, v))
+        whole = jnp.sum(self.root * v, axis=1, keepdims=True)
+        return jnp.where(likeliest, rest * v - self.root * sum_of_others, v - self.root * whole)
 
     def apply(self, v: Outputs) -> Outputs:
         """Return S v."""
