@@ -223,6 +223,45 @@ def test_infinite_time_runs_to_a_stationary_point():
     assert 0 < float(run.loss[-1]) < 1e-8
 
 
+def test_a_long_horizon_in_single_precision_ends_where_an_infinite_one_does():
+    """Its rounding is all that moves there; a residual is left, and times before the end are as ever."""
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal(shape), np.float32) for shape in ((20, 3), 20))
+    h, loss, w0 = lj.on_data(_rows_times_weights, x), lj.square_loss(y), jnp.zeros(3, np.float32)
+    best = x @ np.linalg.lstsq(np.asarray(x, np.float64), np.asarray(y, np.float64))[0].astype(np.float32)
+    early = None
+    for end in (1e9, 1e11, 1e20, 1e30):
+        flow = lj.gradient_flow(h, loss, w0, jnp.array([0.0, 1.0, end, 2 * end], np.float32))
+        assert relative_error(flow.outputs[2:], np.stack([best, best])) < 1e-5
+        assert flow.stats["num_steps"] < 50
+        early = flow.outputs[1] if early is None else early
+        assert relative_error(flow.outputs[1], early) < 1e-5
+
+
+def _rows_times_weights(w, x):
+    return x @ w
+
+
+def test_a_flow_that_fails_in_its_first_step_keeps_its_start():
+    problem = problems.linear()
+    options = {"solver": diffrax.Tsit5(), "stepsize_controller": diffrax.ConstantStepSize(), "dt0": 1e6, "throw": False}
+    flow = lj.gradient_flow(problem.h, problem.loss, problem.w0, jnp.array([0.0, 1e30]), max_steps=1, **options)
+    np.testing.assert_array_equal(flow.outputs[0], np.zeros(5))
+    assert not np.isfinite(flow.outputs[1]).any()
+
+
+def test_times_are_counted_from_the_first_one(untyped):
+    """1e8 and 1e8 + 1 are one number in single precision, but not their distance from the start."""
+    problem = problems.linear(dtype=np.float32)
+    late, early = (
+        lj.gradient_flow(problem.h, problem.loss, problem.w0, start + np.array([0.0, 0.5, 1.0])) for start in (1e8, 0.0)
+    )
+    np.testing.assert_array_equal(late.outputs, early.outputs)
+    np.testing.assert_array_equal(late.ts, np.float32([1e8, 1e8, 1e8]))
+    with pytest.raises(ValueError, match=r"ts must be strictly increasing in the precision of the outputs, float32"):
+        lj.gradient_flow(problem.h, problem.loss, problem.w0, np.array([0.0, 1e8, 1e8 + 1]))
+
+
 def test_a_flow_that_is_not_stationary_in_time_says_so():
     run = flow(CENTERED, TO_INFINITY, max_steps=20, throw=False, **TSIT5)
     assert bool(run.result == diffrax.RESULTS.max_steps_reached)

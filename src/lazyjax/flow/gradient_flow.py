@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
-from lazyjax._core.checks import check_times, is_concrete
+from lazyjax._core.checks import check_outputs, check_times, is_concrete
 from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Outputs, Params, RealScalar
@@ -128,7 +128,8 @@ def gradient_flow(
         loss: R on outputs, from `lazyjax.losses`, or any function of the outputs.
         w0: Start; any pytree, its floating arrays are the coordinates.
         ts: Times to save at, strictly increasing; the first is the start, the last may be inf: run until
-            $\|u'(t)\| \le$ rtol $\|u'(t_0)\|$. Flow time, not steps: a gradient-descent step of size eta on
+            $\|u'(t)\| \le$ rtol $\|u'(t_0)\|$. A finite horizon too long for the precision ends likewise, once the
+            gradient has fallen to its rounding. Flow time, not steps: a gradient-descent step of size eta on
             $F_\alpha$ advances it by eta.
         alpha: Output scale in (0, inf]; inf is the tangent flow and needs h(w0) = 0.
         solver: Any diffrax solver, or `lazyjax.flow.ThroughKinks` of one for models with kinks. None: for a `Tangent`
@@ -188,11 +189,13 @@ def gradient_flow(
         progress,
         throw and not zero_start,  # a start declared zero has nothing to throw at
     )
-    flow = _follow(objective, jnp.asarray(ts), options, ends_at_infinity(ts))
+    times = _since_start(h, w0, ts)
+    flow = _follow(objective, times, options, ends_at_infinity(ts))
     if chosen and _ended_at_kinks(flow, h, w0):
         assert isinstance(options.solver, diffrax.AbstractSolver)
         options = dataclasses.replace(options, chosen=False, solver=ThroughKinks(options.solver))
-        flow = _follow(objective, jnp.asarray(ts), options, ends_at_infinity(ts))
+        flow = _follow(objective, times, options, ends_at_infinity(ts))
+    flow = eqx.tree_at(lambda f: f.ts, flow, jnp.asarray(ts, flow.ts.dtype))
     return check_successful(flow.result, flow) if throw else flow
 
 
@@ -205,6 +208,29 @@ def _ended_at_kinks(flow: Flow, h: Model, w0: Params) -> bool:
         return len(gated(h, w0).kinks) > 0
     except NoGatesError:
         return False
+
+
+def _since_start(h: Model, w0: Params, ts: Array) -> Array:
+    """Return the times since the first one, which stay apart in single precision where the times themselves do not.
+
+    Raises:
+        ValueError: they do not stay apart.
+    """
+    if not is_concrete(ts):
+        return ts - ts[0]
+    times = np.asarray(ts, np.float64)
+    times = times - times[0]
+    if (np.diff(times.astype(np.float32)) <= 0).any():
+        dtype = check_outputs(h, w0).dtype
+        rounded = times.astype(dtype)
+        if (np.diff(rounded) <= 0).any():
+            i = int(np.argmax(np.diff(rounded) <= 0))
+            msg = (
+                f"ts must be strictly increasing in the precision of the outputs, {dtype}, but ts[{i}] and ts[{i + 1}] "
+                f"are both {times[i]} after ts[0]; take fewer times, or outputs in float64."
+            )
+            raise ValueError(msg)
+    return jnp.asarray(times)
 
 
 class Options(eqx.Module):
@@ -352,8 +378,18 @@ def integrate(
     solver, controller, rtol, dt0 = _prepare(field, solver, ts, options, to_infinity, _controller)
     u0 = jtu.tree_map(jnp.zeros_like, field.coordinates)
     observe = _observer(field, options)
-    subs = [diffrax.SubSaveAt(ts=finite, fn=lambda t, u, args: observe(u))]  # noqa: ARG005
-    subs += [diffrax.SubSaveAt(t1=True, fn=lambda t, u, args: observe(u))] if to_infinity else []  # noqa: ARG005
+
+    def save(t: Any, u: Params, args: Any) -> dict[str, Any]:
+        del t, args
+        return observe(u)
+
+    subs = [diffrax.SubSaveAt(ts=finite, fn=save), diffrax.SubSaveAt(t1=True, fn=save)]
+    if to_infinity:
+        end = diffrax.Event(_stationary(field, field(u0), finite[-1], rtol))
+    elif isinstance(solver, TangentExponential):
+        end = diffrax.Event(_settled(field, field(u0), ts[-1], rtol, options.atol))
+    else:
+        end = None
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(Velocity(field)),
         solver,
@@ -364,11 +400,20 @@ def integrate(
         saveat=diffrax.SaveAt(subs=subs),
         stepsize_controller=controller,
         max_steps=options.max_steps,
-        event=diffrax.Event(_stationary(field, field(u0), finite[-1], rtol)) if to_infinity else None,
+        event=end,
         progress_meter=_progress(options),
         throw=False,
     )
-    saved = jtu.tree_map(lambda *parts: jnp.concatenate(parts), *cast("list[Any]", solution.ys))
+    (times, _), (saved, last) = cast("Any", solution.ts), cast("Any", solution.ys)
+    if to_infinity:
+        saved = jtu.tree_map(lambda *parts: jnp.concatenate(parts), saved, last)
+    else:
+        settled = jnp.isinf(times) & (solution.result == diffrax.RESULTS.event_occurred)
+        saved = jtu.tree_map(
+            lambda a, b: jnp.where(jnp.expand_dims(settled, tuple(range(1, a.ndim))), b, a), saved, last
+        )
+    # A flow that fails in its first step has its start all the same.
+    saved = jtu.tree_map(lambda a, b: a.at[0].set(b), saved, observe(u0))
     return saved, _result(solution.result), _count(solution.stats, solver)
 
 
@@ -425,9 +470,13 @@ def _controller(solver: diffrax.AbstractSolver, finite: Array, rtol: Array, opti
 
 def _pid(solver: diffrax.AbstractSolver, finite: Array, rtol: Array, options: Options) -> diffrax.PIDController:
     # A lane that turned NaN rejects every step: the smallest step ends it, far below any step of use.
-    span = finite[-1] - finite[0] if finite.size > 1 else jnp.zeros((), finite.dtype)
+    # A long horizon may begin with short steps.
+    span = jnp.min(jnp.diff(finite)) if finite.size > 1 else jnp.zeros((), finite.dtype)
     dtmin = 1e-6 * float(jnp.finfo(finite.dtype).eps) * span
     exponential = isinstance(solver, TangentExponential)
+    if isinstance(solver, TangentExponential) and solver.linear is not None:
+        top = solver.linear.top.astype(span.dtype)
+        span = jnp.where(top * span > 1, 1 / jnp.where(top > 0, top, 1), span)
     growth = EXPONENTIAL_GROWTH if exponential else 10.0
     coefficients: dict[str, Any] = EXPONENTIAL_PI if exponential else EXPLICIT_PI
     return diffrax.PIDController(
@@ -443,6 +492,23 @@ def _stationary(field: ModelField | TangentField, start: Params, after: Array, r
         del args, kwargs
         # Strictly after: an event at the very start would leave nothing saved.
         return (t > after) & (tree_norm(field(u)) <= bound)
+
+    return reached
+
+
+def _settled(field: ModelField | TangentField, start: Params, end: Array, rtol: Array, atol: Array) -> Any:
+    """Return the event that the gradient has fallen to its rounding, while the time left would make that an error.
+
+    The rounding errors of a step h are eps h |f|. Where the rest of the horizon is too long for one, only noise is left
+    to be followed, by many steps: the point is stationary, as for an infinite horizon.
+    """
+    unit = float(jnp.finfo(end.dtype).eps)
+    bound = 32 * unit * tree_norm(start)
+
+    def reached(t: Any, u: Params, args: Any, **kwargs: Any) -> Array:
+        del args, kwargs
+        long = unit * bound * (end - t) > atol.astype(end.dtype) + rtol * tree_norm(u)
+        return jax.lax.cond(long, lambda: tree_norm(field(u)) <= bound, lambda: jnp.asarray(False))
 
     return reached
 
