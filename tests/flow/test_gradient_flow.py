@@ -515,3 +515,23 @@ def test_a_scale_that_the_outputs_do_not_hold_is_refused(alpha):
     loss = lj.square_loss(jnp.ones(2, jnp.float32))
     with pytest.raises(ValueError, match=r"alpha must be a number that float32 holds, got 1e"):
         check_start(jnp.sin, loss, w0, alpha, 1e-6)
+
+
+def test_a_loss_without_a_derivative_at_the_start_is_named():
+    singular = lj.losses.function_loss(lambda y: jnp.sum(jnp.log(y)))
+    with pytest.raises(ValueError, match=r"loss must be differentiable at the outputs.* 5 of the 5 entries"):
+        flow(problems.linear()._replace(loss=singular))
+
+
+def test_forward_mode_passes_through_a_flow():
+    """d/ds of the flow of target s y from 0 is the flow of target y, for a linear model."""
+    problem = problems.linear()
+    ts = jnp.asarray(TIMES)
+
+    def outputs(s):
+        loss = lj.square_loss(s * problem.target)
+        adjoint = diffrax.ForwardMode()
+        return lj.gradient_flow(problem.h, loss, problem.w0, ts, solver=diffrax.Tsit5(), adjoint=adjoint).outputs
+
+    value, slope = jax.jvp(outputs, (jnp.ones(()),), (jnp.ones(()),))
+    np.testing.assert_allclose(slope, value, rtol=1e-4, atol=1e-6)

@@ -675,3 +675,10 @@ def test_eight_devices_give_the_gram_of_one(tmp_path):
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False)
     assert done.stdout == "equal\n", done.stderr
+
+
+def test_a_sample_without_a_derivative_is_named():
+    f, x = lambda w, x: jnp.sqrt(x @ w), jnp.array([[1.0], [2.0], [-1.0], [3.0]])
+    for call in (lj.gram, lj.gram_diagonal, lj.spectrum):
+        with pytest.raises(ValueError, match=r"f must be differentiable at every sample.* 1 of 4 .* at index 2"):
+            call(f, jnp.ones(1), x)

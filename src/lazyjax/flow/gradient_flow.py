@@ -117,6 +117,7 @@ def gradient_flow(
     max_steps: int = 4096,
     progress: bool = False,
     throw: bool = True,
+    adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Flow:
     r"""Follow $w'(t) = -\nabla F_\alpha(w(t))$, $F_\alpha(w) = R(\alpha h(w))/\alpha^2$, from $w(t_0) = w_0$.
 
@@ -151,6 +152,8 @@ def gradient_flow(
         max_steps: Steps after which to stop with a `result`.
         progress: Show a progress bar.
         throw: Raise if the flow stopped early; False leaves that to `result`, for sweeps under `jax.vmap`.
+        adjoint: How diffrax differentiates the flow: None is its default, for `jax.grad`; `diffrax.ForwardMode()`
+            for `jax.jvp`.
 
     Returns:
         `Flow`.
@@ -188,6 +191,7 @@ def gradient_flow(
         max_steps,
         progress,
         throw and not zero_start,  # a start declared zero has nothing to throw at
+        adjoint,
     )
     times = _since_start(h, w0, ts)
     flow = _follow(objective, times, options, ends_at_infinity(ts))
@@ -250,6 +254,7 @@ class Options(eqx.Module):
     max_steps: int = eqx.field(static=True)
     progress: bool = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
+    adjoint: diffrax.AbstractAdjoint | None = None
 
 
 def check_options(save: Sequence[str], rtol: float, atol: float, max_steps: int) -> None:
@@ -336,6 +341,9 @@ def _solve(
     if gated_field is None:
         saved, result, stats = integrate(field, solver, ts, options, to_infinity=to_infinity)
         return saved, result, stats | no_kinks()
+    if options.adjoint is not None:
+        msg = "adjoint is for flows without kinks on their way, got one with ThroughKinks; leave it out."
+        raise ValueError(msg)
     options = dataclasses.replace(options, rtol=WITHIN * options.rtol, atol=WITHIN * options.atol)
     solver, controller, rtol, dt0 = _prepare(field, solver, ts, options, to_infinity, _pid)
     saved, result, stats = follow_through_kinks(
@@ -358,7 +366,8 @@ def _gated_field(
     field: ModelField | TangentField, solver: diffrax.AbstractSolver | ThroughKinks, options: Options
 ) -> GatedField | None:
     """Return the field with the gates of a model with kinks, if the flow is to be followed through them."""
-    if not isinstance(field, ModelField) or not (options.chosen or isinstance(solver, ThroughKinks)):
+    chosen = options.chosen and options.adjoint is None
+    if not isinstance(field, ModelField) or not (chosen or isinstance(solver, ThroughKinks)):
         return None
     try:
         gated_field = GatedField.of(field)
@@ -400,6 +409,7 @@ def integrate(
         saveat=diffrax.SaveAt(subs=subs),
         stepsize_controller=controller,
         max_steps=options.max_steps,
+        adjoint=diffrax.RecursiveCheckpointAdjoint() if options.adjoint is None else options.adjoint,
         event=end,
         progress_meter=_progress(options),
         throw=False,

@@ -91,8 +91,8 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
         check_difference(h, w0)
     zero = declares_zero(h, w0)
     if is_concrete((eqx.filter(h, eqx.is_array), eqx.filter(loss, eqx.is_array), w0)):
-        initial, gradient, rounding, residual, gap = values_of(_measure_start, as_argument(h), loss, w0)
-        _check_finite(initial, gradient)
+        initial, cotangent, gradient, rounding, residual, gap = values_of(_measure_start, as_argument(h), loss, w0)
+        _check_finite(initial, cotangent, gradient)
         warn_if_apart(gap, stacklevel=4)
         if not zero and is_concrete(alpha):
             _check_zero(initial, float(alpha), float(rounding), rtol * float(residual))
@@ -109,10 +109,11 @@ def values_of(function: Callable[..., Any], *args: Any) -> Any:
 @eqx.filter_jit
 def _measure_start(
     argument: tuple[Model, Params | None], loss: Loss, w0: Params
-) -> tuple[Outputs, Params, Array, Array, Array]:
-    """Return h(w0), the gradient there, the rounding error to expect of h(w0), the largest entry of grad R.
+) -> tuple[Outputs, Outputs, Params, Array, Array, Array]:
+    """Return h(w0), the gradients there by outputs and by parameters, and three numbers.
 
-    And by how much the forward and the backward product with Dh(w0) differ.
+    They are the rounding error to expect of h(w0), the largest entry of grad R at zero, and by how much the forward and
+    the backward product with Dh(w0) differ.
     """
     h = as_model(argument)
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
@@ -134,13 +135,20 @@ def _measure_start(
     sensitivity = jvp(lambda w: h(eqx.combine(w, rest)), (coordinates,), (direction,))[1]
     rounding = jnp.finfo(initial.dtype).eps * jnp.max(jnp.abs(sensitivity))
     gap = gap_of_products(cotangent, sensitivity, gradient, direction)
-    return initial, gradient, rounding, jnp.max(jnp.abs(loss.gradient(jnp.zeros_like(initial)))), gap
+    return initial, cotangent, gradient, rounding, jnp.max(jnp.abs(loss.gradient(jnp.zeros_like(initial)))), gap
 
 
-def _check_finite(initial: np.ndarray, gradient: Any) -> None:
+def _check_finite(initial: np.ndarray, cotangent: np.ndarray, gradient: Any) -> None:
     bad = int(np.sum(~np.isfinite(initial)))
     if bad:
         msg = f"h(w0) must be finite, but {bad} of its {initial.size} entries are not; check the model and its data."
+        raise ValueError(msg)
+    bad = int(np.sum(~np.isfinite(cotangent)))
+    if bad:
+        msg = (
+            f"loss must be differentiable at the outputs h(w0), but {bad} of the {cotangent.size} entries of its "
+            "gradient are NaN or infinite; make it finite there (a logarithm or a root at 0?), or start elsewhere."
+        )
         raise ValueError(msg)
     for path, leaf in jtu.tree_leaves_with_path(gradient):
         bad = int(np.sum(~np.isfinite(leaf)))

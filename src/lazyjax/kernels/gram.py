@@ -16,7 +16,7 @@ from lazyjax._core.checks import split_params
 from lazyjax._core.types import Model, Outputs, Params
 from lazyjax.kernels.plan import GramPlan, block_sizes, describe, sample_jacobian
 from lazyjax.kernels.products import assemble, product
-from lazyjax.kernels.sample_checks import check_rows, check_samples
+from lazyjax.kernels.sample_checks import check_rows, check_samples, check_slopes
 
 Method = Literal["auto", "jacobian"]
 
@@ -73,7 +73,7 @@ def gram(
     _check_method(method)
     split_params(w, "w")
     check_samples(f, w, x1, x2)
-    return _gram(f, w, x1, x2, method, trace, mesh)
+    return check_slopes(_gram(f, w, x1, x2, method, trace, mesh), "x1" if x2 is None else "x1 or x2")
 
 
 @eqx.filter_jit
@@ -120,7 +120,7 @@ def gram_diagonal(f: Model, w: Params, x: Shaped[Array, "n ..."], *, method: Met
     _check_method(method)
     split_params(w, "w")
     check_samples(f, w, x, None)
-    return _diagonal(f, w, x, method)
+    return check_slopes(_diagonal(f, w, x, method), "x")
 
 
 @eqx.filter_jit

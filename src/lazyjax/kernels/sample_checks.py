@@ -60,6 +60,30 @@ def check_samples(f: Model, w: Params, x1: Array, x2: Array | None) -> None:
         raise ValueError(msg)
 
 
+def check_slopes(values: Array, name: str) -> Array:
+    """Return what was computed sample by sample, after a check that it is finite for all of them, if it can be read.
+
+    Raises:
+        ValueError: f has no derivative at a sample.
+    """
+    if is_concrete(values) and is_concrete(finite := _all_finite(values)) and not finite:
+        rows = np.isfinite(np.asarray(values)).reshape(values.shape[0], -1)
+        # A sample without a derivative takes a whole row with it, and an entry of every other one.
+        bad = np.nonzero(~rows.any(axis=1) if not rows.any(axis=1).all() else ~rows.all(axis=1))[0]
+        msg = (
+            f"f must be differentiable at every sample, but what it gives for {bad.size} of {rows.shape[0]} samples of "
+            f"{name} is NaN or infinite, the first at index {bad[0]}; remove them, or make f finite there (a root or a "
+            "logarithm at 0 or below?)."
+        )
+        raise ValueError(msg)
+    return values
+
+
+@jax.jit
+def _all_finite(values: Array) -> Array:
+    return jnp.all(jnp.isfinite(values))
+
+
 def check_rows(f: Model, w: Params, x: Array) -> jax.ShapeDtypeStruct:
     """Refuse a model whose outputs are not one row (or number) per sample; for use while tracing."""
     out = check_outputs(f, w, x, name="f")
