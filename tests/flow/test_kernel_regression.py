@@ -196,6 +196,19 @@ def test_the_spectrum_is_that_of_the_gram_in_the_metric_of_the_loss():
         np.testing.assert_allclose(found.effective_rank, lj.kernels.effective_rank(jnp.asarray(values)), rtol=1e-10)
 
 
+def test_dropped_modes_are_counted_and_the_condition_with_them_is_told():
+    """Three samples in two dimensions: the zero of the third mode is rounding, and makes another condition."""
+    x = np.array([[1.0, 0.0], [1.0, 1e-7], [0.0, 1e-3]])
+    arguments = (linear, jnp.zeros(2), jnp.asarray(x), lj.square_loss(jnp.ones(3)))
+    found = kernel_regression(*arguments)
+    assert [int(found.rank), int(found.dropped)] == [2, 1]
+    np.testing.assert_allclose(found.condition, 2e6, rtol=1e-5)
+    assert float(found.whole_condition) > 1e15
+    assert "1 below rounding, condition with them" in str(found)
+    kept = kernel_regression(linear, jnp.zeros(2), jnp.asarray(x[:1]), lj.square_loss(jnp.ones(1)))
+    assert (float(kept.condition), float(kept.whole_condition), int(kept.dropped)) == (1.0, 1.0, 0)
+
+
 def test_what_is_not_above_rtol_is_never_learned():
     x, y = in_modes(np.array([1.0, 0.3, 0.1, 0.01]), n=6, seed=11), np.asarray(normal(12, 6))
     w0, loss = jnp.asarray(np.zeros(4)), lj.square_loss(jnp.asarray(y))

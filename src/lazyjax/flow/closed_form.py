@@ -32,6 +32,8 @@ class TangentSolution(eqx.Module):
     Attributes:
         eigenvalues: The eigenvalues of K in F's metric, (m,), falling, the zeros at the end.
         condition: Largest over smallest nonzero eigenvalue.
+        whole_condition: Largest over smallest of all eigenvalues before any was taken for zero, in absolute value; in
+            so far as rounding lets it be known.
         vectors: The eigenvectors, as columns.
         coefficients: $\bar y(0) - y^*$ on the eigenvectors, (m,).
         start: $\bar y(0)$.
@@ -40,6 +42,7 @@ class TangentSolution(eqx.Module):
 
     eigenvalues: Float[Array, " m"]
     condition: Float[Array, ""]
+    whole_condition: Float[Array, ""]
     vectors: Float[Array, "m m"]
     coefficients: Float[Array, " m"]
     start: Outputs
@@ -181,9 +184,12 @@ def tangent_solution(
     rtol: float | None = None,
 ) -> TangentSolution:
     """Return the solution for the eigenvalues (rising) and eigenvectors of K; rtol as for `condition_number`."""
+    smallest = jnp.min(jnp.abs(values))
+    whole = jnp.where(smallest > 0, values[-1] / jnp.where(smallest > 0, smallest, 1), jnp.inf)
     values = without_rounding(values, rtol)
     coefficients = vectors.T @ (start - target.astype(start.dtype)).ravel()
-    return TangentSolution(values[::-1], condition_of(values), vectors[:, ::-1], coefficients[::-1], start, weight)
+    kept = condition_of(values)
+    return TangentSolution(values[::-1], kept, whole, vectors[:, ::-1], coefficients[::-1], start, weight)
 
 
 def tangent_gram(tangent: Tangent, *, block: int = 128) -> Float[Array, "m m"]:

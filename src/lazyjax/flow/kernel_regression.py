@@ -61,6 +61,9 @@ class KernelRegression(eqx.Module):
             ("loss", f"{np.sum(squares):.4g} at t = 0, {np.sum(squares[~positive]):.4g} at t = inf"),
             ("test outputs", "none" if self._test_start is None else str(self._test_start.shape)),
         ]
+        if not positive.all():
+            dropped = f"{np.sum(~positive)} below rounding, condition with them {in_words(self.whole_condition)}"
+            rows.insert(2, ("dropped", dropped))
         return "\n  ".join(["KernelRegression", *format_table(rows).splitlines()])
 
     __str__ = __repr__
@@ -72,8 +75,18 @@ class KernelRegression(eqx.Module):
 
     @property
     def condition(self) -> Float[Array, ""]:
-        """The largest over the smallest nonzero eigenvalue: the relative error at t = inf in units of rounding."""
+        """The largest over the smallest eigenvalue that is kept: the relative error at t = inf in units of rounding."""
         return self.solution.condition
+
+    @property
+    def whole_condition(self) -> Float[Array, ""]:
+        """The condition number with the eigenvalues that were dropped as rounding: infinite if one of them is zero."""
+        return self.solution.whole_condition
+
+    @property
+    def dropped(self) -> Int[Array, ""]:
+        """The number of eigenvalues taken for zero: modes that are not fitted, and that `condition` leaves out."""
+        return self.eigenvalues.size - self.rank
 
     @property
     def rank(self) -> Int[Array, ""]:

@@ -59,7 +59,7 @@ def gram(
 
     Raises:
         ValueError: empty or non-finite inputs, x1 and x2 of different sample shapes, outputs of another shape,
-            a model that mixes samples (as batch normalization does), or an unknown method.
+            a model that mixes samples (as batch normalization does) or has no derivative at one, or an unknown method.
 
     Source:
         Chizat, Oyallon, Bach (2019), equation (7).

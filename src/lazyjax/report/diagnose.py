@@ -16,6 +16,7 @@ from lazyjax._core.checks import check_alpha
 from lazyjax._core.tables import format_table
 from lazyjax._core.trees import tree_norm
 from lazyjax._core.types import Model, Params
+from lazyjax.difference.finite_jvp import check_difference
 from lazyjax.laziness.one_step import lazy_ratio
 from lazyjax.losses.loss import Loss
 from lazyjax.report.certificate import certify_scale, format_certificate
@@ -172,6 +173,7 @@ def diagnose(
     started = clock.perf_counter()
     problem, notes = make_problem(f, w0, x, y, loss, test)
     alphas = _check_alphas(alphas)
+    check_difference(problem.model, problem.w0)
     if time is not None and not (np.isfinite(time) and time > 0):
         msg = f"time must be a finite positive flow time, got {time}."
         raise ValueError(msg)
