@@ -535,3 +535,10 @@ def test_forward_mode_passes_through_a_flow():
 
     value, slope = jax.jvp(outputs, (jnp.ones(()),), (jnp.ones(()),))
     np.testing.assert_allclose(slope, value, rtol=1e-4, atol=1e-6)
+
+
+def test_linear_algebra_in_half_precision_is_refused():
+    h, w0, loss = (lambda w: w), jnp.ones(3, jnp.bfloat16), lj.square_loss(jnp.zeros(3))
+    for model in (h, lj.linearize(h, w0)):
+        with pytest.raises(TypeError, match=r"h must return float32 or float64 outputs.* got bfloat16; cast them up"):
+            lj.gradient_flow(model, loss, w0, jnp.array([0.0, 1.0]))

@@ -169,6 +169,20 @@ def check_outputs(h: Callable[..., Any], *args: Any, name: str = "h") -> jax.Sha
     return out
 
 
+def check_precision(dtype: Any) -> None:
+    """Refuse outputs in half precision where linear algebra is needed, which has no program for them.
+
+    Raises:
+        TypeError: the dtype has fewer than 32 bits.
+    """
+    if jnp.finfo(dtype).bits < 32:
+        msg = (
+            f"h must return float32 or float64 outputs for the linear algebra of its tangent model, got {dtype}; cast "
+            "them up, h(w).astype(jnp.float32), and hold the parameters in float32, or give a solver without it."
+        )
+        raise TypeError(msg)
+
+
 def check_inputs(f: Callable[..., Any], w0: Params, x: Any, name: str) -> tuple[jax.Array, tuple[int, ...]]:
     """Return inputs as an array and the shape of f's outputs; check that they are finite, one row per sample."""
     check_fits(x, name)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from lazyjax._core.checks import is_concrete
+from lazyjax._core.checks import check_precision, is_concrete
 from lazyjax._core.types import Outputs
 from lazyjax.kernels.spectrum import condition_of, without_rounding
 from lazyjax.models.tangent import Tangent
@@ -195,6 +195,7 @@ def tangent_solution(
 def tangent_gram(tangent: Tangent, *, block: int = 128) -> Float[Array, "m m"]:
     r"""Return the plain $JJ^T$ of a tangent model over all its outputs, `block` columns (jvp and vjp) at a time."""
     shape, dtype = tangent.outputs.shape, tangent.outputs.dtype
+    check_precision(dtype)
     size = tangent.outputs.size
 
     def column(i: Array) -> Array:

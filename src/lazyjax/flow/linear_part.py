@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lazyjax._core import forward
+from lazyjax._core.checks import check_precision
 from lazyjax._core.cost import POWERS, count_flops
 from lazyjax._core.lanczos import krylov, lanczos
 from lazyjax._core.phi import phi
@@ -81,6 +82,7 @@ class LinearizationPoint(eqx.Module):
         """Linearize here. No derivative is taken through it: a method's linear part is its choice, not its result."""
         coordinates, root = jax.lax.stop_gradient((self.coordinates, self.root))
         outputs, derivative = forward.products(self._model(), coordinates)
+        check_precision(outputs.dtype)
         return Products(derivative, root, outputs.shape, outputs.dtype)
 
 
