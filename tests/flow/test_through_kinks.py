@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.optimize
 
 import lazyjax as lj
 from flow.relu_reference import Reference, problem
@@ -74,7 +76,40 @@ def repelled():
     return h, lambda y: 0.5 * (y[0] - 2) ** 2 + 3 * y[1], [1.0], [right]
 
 
-CASES = {"slides to rest": rest, "leaves": release, "dies": death, "two surfaces": corner, "repelled": repelled}
+def turns():
+    """R = -y1 - 0.3 y2 + (y3 - 1)^2/2 with y = (a|b|, a b, a): b' = a (sign b + 0.3), a' = |b| + 0.3 b + 1 - a.
+
+    While a < 0 the kink at b = 0 attracts, from both sides; once a > 0 it repels, and the flow leaves it, to the side
+    that its gate value of 0.35 is nearer to.
+    """
+
+    def linear(rate, b, a, t):
+        matrix = np.array([[0.0, rate, 0], [rate, -1, 1], [0, 0, 0]])
+        return scipy.linalg.expm(matrix * t)[:2] @ [b, a, 1]
+
+    arrival = scipy.optimize.brentq(lambda t: linear(1.3, 0.2, -2, t)[0], 0, 0.2)
+    pull = 1 - linear(1.3, 0.2, -2, arrival)[1]
+    leaving = arrival + math.log(pull)
+    right = np.zeros((2, TS.size))
+    for i, t in enumerate(TS):
+        if t < arrival:
+            right[:, i] = linear(1.3, 0.2, -2, t)
+        elif t < leaving:
+            right[1, i] = 1 - pull * math.exp(arrival - t)
+        else:
+            right[:, i] = linear(-0.7, 0, 0, t - leaving)
+    h = lambda w: jnp.stack([w[1] * jnp.abs(w[0]), w[1] * w[0], w[1]])
+    return h, lambda y: -y[0] - 0.3 * y[1] + 0.5 * (y[2] - 1) ** 2, [0.2, -2.0], list(right)
+
+
+CASES = {
+    "slides to rest": rest,
+    "leaves": release,
+    "dies": death,
+    "two surfaces": corner,
+    "repelled": repelled,
+    "turns": turns,
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +139,9 @@ def test_flows_through_kinks_are_their_closed_forms(cases, name):
 
 
 def test_slides_and_crossings_are_counted(cases):
-    """One slide to rest, one that ends, two at the corner; a death and a repelling kink are crossed."""
+    """One slide to rest, two that end, two at the corner; a death and a repelling kink are crossed."""
     stats = cases[0].stats
-    assert (int(stats["num_slides"]), int(stats["num_crossings"])) == (4, 2)
+    assert (int(stats["num_slides"]), int(stats["num_crossings"])) == (5, 2)
 
 
 def test_a_flow_without_an_end_stops_on_a_kink():
@@ -153,6 +188,33 @@ def test_relu_flows_are_those_of_the_reference(seed):
     balance = np.asarray(flow.params["a"]) ** 2 - np.sum(np.asarray(flow.params["b"]) ** 2, axis=-1)
     np.testing.assert_allclose(balance, np.broadcast_to(balance[0], balance.shape), atol=1e-7)
     assert np.all(np.diff(flow.loss) < 0)
+
+
+@pytest.mark.parametrize("seed", [97, 99])
+def test_units_that_arrive_at_zero_go_on_as_in_gradient_descent(seed):
+    """All surfaces of a unit meet at zero; which of them it leaves again, no first change there tells."""
+    h, loss, w0 = net_problem(seed)
+    late = int(np.argmax(TIMES > 10))
+    flow = net_flow(seed, 1e-6)
+    assert int(flow.stats["num_meetings"]) > 0
+    slope = jax.grad(lambda w: loss(h(w)))
+    distances = []
+    for eta in (1e-3, 2.5e-4):
+        step = lambda _, w, eta=eta: jax.tree.map(lambda a, b: a - eta * b, w, slope(w))
+        w = jax.jit(lambda w, step=step, eta=eta: jax.lax.fori_loop(0, round(TIMES[late] / eta), step, w))(w0)
+        end = jax.tree.map(lambda leaf: leaf[late], flow.params)
+        distances.append(max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), end, w))))
+    assert distances[1] < 5e-5
+    assert distances[1] < distances[0] / 2
+
+
+def test_default_flows_pass_through_kinks():
+    """Without a word of kinks, and of a solver, the flow is right to its tolerance; `adjoint` asks for another one."""
+    told, default = (net_flow(1, 1e-6, **options) for options in ({}, {"solver": None}))
+    assert int(default.stats["num_slides"]) > 0
+    assert np.max(np.abs(flat(default.params) - flat(told.params))) < 10 * 1e-6
+    ordinary = net_flow(1, 1e-3, solver=None, adjoint=diffrax.RecursiveCheckpointAdjoint(), throw=False)
+    assert int(ordinary.stats["num_slides"]) == 0
 
 
 def test_adaptive_steps_alone_collapse_there():

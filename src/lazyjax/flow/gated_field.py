@@ -54,7 +54,7 @@ HELD = 0.01
 
 
 ALONE = 0.01
-"""A surface counts as no combination of others if what is left of its gradient is more than rounding by 1 over this."""
+"""Most by which a number that comes back from the span of the surfaces may have changed where they are independent."""
 
 
 class Pattern(eqx.Module):
@@ -136,8 +136,10 @@ class Surfaces(eqx.Module):
         diagonal, root = jnp.diag(products), jnp.sqrt(jnp.finfo(rows.dtype).eps)
         shift = jnp.where(diagonal > 0, root * jnp.max(diagonal), 1)
         factor = jnp.linalg.cholesky(products + jnp.diag(shift))
-        inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(k, dtype=rows.dtype))
-        return Surfaces(slots, rows, products, factor, jnp.diag(inverse) * diagonal < ALONE / root)
+        # What no combination of rows to zero takes part in comes back unchanged.
+        probe = jnp.linspace(1, 2, k, dtype=rows.dtype)
+        returned = jax.scipy.linalg.cho_solve((factor, True), products @ probe)
+        return Surfaces(slots, rows, products, factor, jnp.abs(returned - probe) < ALONE)
 
     def stand_alone(self, num_gates: int) -> Bool[Array, " s"]:
         """Return which gates slide along surfaces that the others do not hold the flow on."""

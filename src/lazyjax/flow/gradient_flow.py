@@ -138,7 +138,7 @@ def gradient_flow(
             `TangentExponential` (re-linearizing where that pays) or Tsit5, by predicted cost; under a trace, where no
             value can be looked at, the former (Tsit5 for cross-entropies, whose stiffness fades). If the model has
             kinks (ReLU), up to 16,384 gates of them, either passes through them as `ThroughKinks` does; with more,
-            only once its steps have collapsed. A flow through kinks cannot be differentiated backward.
+            only once its steps have collapsed.
             `Flow.stats["solver"]` says which.
         stepsize_controller: Any diffrax controller. None: `PIDController(rtol, atol, pcoeff=0.4, icoeff=0.3)`, for
             `TangentExponential` 0.3 and 0.7, watched for the collapse of its steps; other solvers than
@@ -153,7 +153,8 @@ def gradient_flow(
         progress: Show a progress bar.
         throw: Raise if the flow stopped early; False leaves that to `result`, for sweeps under `jax.vmap`.
         adjoint: How diffrax differentiates the flow: None is its default, for `jax.grad`; `diffrax.ForwardMode()`
-            for `jax.jvp`.
+            for `jax.jvp`. With one, a flow is not followed through kinks by default; without one, it has no `jax.grad`
+            if it is.
 
     Returns:
         `Flow`.
@@ -195,7 +196,7 @@ def gradient_flow(
     )
     times = _since_start(h, w0, ts)
     flow = _follow(objective, times, options, ends_at_infinity(ts))
-    if chosen and _ended_at_kinks(flow, h, w0):
+    if chosen and adjoint is None and _ended_at_kinks(flow, h, w0):
         assert isinstance(options.solver, diffrax.AbstractSolver)
         options = dataclasses.replace(options, chosen=False, solver=ThroughKinks(options.solver))
         flow = _follow(objective, times, options, ends_at_infinity(ts))
