@@ -294,8 +294,8 @@ class Follower(eqx.Module):
             u, on, switches, times_on = carry
             velocity, g = self.field.free(u)
             late = k >= DESCENT_STEPS // 2
-            switches = switches + (late & ((g > 0) != on))
-            times_on = times_on + (late & (g > 0))
+            switches = switches + (late & ((g > 0) != on)).astype(int)
+            times_on = times_on + (late & (g > 0)).astype(int)
             u = jtu.tree_map(lambda a, b: a + length.astype(a.dtype) * b, u, velocity)
             return (u, g > 0, switches, times_on), None
 
@@ -451,13 +451,13 @@ class Follower(eqx.Module):
         def slide() -> tuple[Array, Array, Params]:
             gates, jumps = self.field.gate_values(u, pattern, motion)
             # A velocity is known to a share of the tolerance over the step; where c is small, so are gate values.
-            known = LATE * self._tolerance(u) / length
+            known = jnp.maximum(LATE * self._tolerance(u) / length, jnp.finfo(self.zero.dtype).tiny)
             jump = jnp.abs(jumps) * jnp.sqrt(surfaces.squares(jumps.size))
             slack = jnp.where(jump > 0, known / jnp.where(jump > 0, jump, 1), FREE)
             inside = jnp.minimum(gates, 1 - gates) / jnp.clip(slack, 1e3 * eps, FREE)
             # Where c < 0 the field leads away from both sides, and nothing small keeps the flow there.
-            repelled = (jumps < 0) & (jump > known) & surfaces.stand_alone(jumps.size)
-            inside = jnp.where(repelled, -2, inside)
+            attracted = jnp.sign(jumps) * jump / known
+            inside = jnp.where(surfaces.stand_alone(jumps.size), jnp.minimum(inside, attracted), inside)
             back = motion.normal(surfaces.newton(motion.values))
             # At scale 0 nothing moves, and nothing slides.
             inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
