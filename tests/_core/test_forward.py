@@ -105,6 +105,7 @@ def test_flows(alpha):
     assert_same(both(call), rtol=1e-6)
 
 
+@pytest.mark.end_to_end
 def test_descent_training_and_kappa():
     w, x, y = jnp.asarray(W), jnp.asarray(X), jnp.asarray(Y)
     optimizer = optax.sgd(0.1)
@@ -131,6 +132,7 @@ def test_a_loss_with_a_reverse_rule_of_its_own():
     np.testing.assert_allclose(*flows, rtol=1e-7)
 
 
+@pytest.mark.end_to_end
 def test_neural_odes():
     """dy/dt = -w y from 1: y(1) = e^-w, whose derivative is -e^-w; adjoints that solve an equation of their own."""
     w = jnp.array([0.3, 1.0])

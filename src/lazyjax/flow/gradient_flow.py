@@ -44,6 +44,10 @@ FEW_GATES = 2**14
 """Up to this many gates a model's kinks are passed one by one by default. With more of them the field is smooth but for
 jumps that are small each, and steps of an ordinary solver pass over many at a time."""
 
+LONG = 1e-6
+"""A horizon is long if it is more than this over the unit of rounding: for eigenvalues of a thousand, rounding errors
+then add up to a thousandth."""
+
 WITHIN = 0.25
 """Share of the tolerances to which flows are followed through kinks: errors add up over many changes of the pattern,
 and the number of steps, which is that of the changes, hardly grows."""
@@ -193,6 +197,7 @@ def gradient_flow(
         progress,
         throw and not zero_start,  # a start declared zero has nothing to throw at
         adjoint,
+        _is_long(w0, ts),
     )
     times = _since_start(h, w0, ts)
     flow = _follow(objective, times, options, ends_at_infinity(ts))
@@ -241,6 +246,8 @@ def _since_start(h: Model, w0: Params, ts: Array) -> Array:
 class Options(eqx.Module):
     """The numerical options of `gradient_flow`; the tolerances as arrays: another one is no other program.
 
+    A horizon is `long` if rounding may add up over it.
+
     A solver that was `chosen` here passes through the kinks of the model, if they can be read from its program and are
     not too many.
     """
@@ -256,6 +263,19 @@ class Options(eqx.Module):
     progress: bool = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
     adjoint: diffrax.AbstractAdjoint | None = None
+    long: bool = eqx.field(static=True, default=True)
+
+
+def _is_long(w0: Params, ts: Array) -> bool:
+    """Return whether rounding over the horizon may add up to something, in the precision of the parameters.
+
+    Of a traced one that is taken for granted in single precision, and in double precision for excluded.
+    """
+    leaves = jtu.tree_leaves(eqx.filter(w0, eqx.is_inexact_array))
+    unit = max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves)
+    if not is_concrete(ts):
+        return unit > float(jnp.finfo(jnp.float64).eps)
+    return float(np.ptp(np.asarray(ts, np.float64))) * unit > LONG
 
 
 def check_options(save: Sequence[str], rtol: float, atol: float, max_steps: int) -> None:
@@ -396,7 +416,8 @@ def integrate(
     subs = [diffrax.SubSaveAt(ts=finite, fn=save), diffrax.SubSaveAt(t1=True, fn=save)]
     if to_infinity:
         end = diffrax.Event(_stationary(field, field(u0), finite[-1], rtol))
-    elif isinstance(solver, TangentExponential):
+    elif isinstance(solver, TangentExponential) and options.long:
+        # Only then: an event keeps a linear part for every lane of a vmap.
         end = diffrax.Event(_settled(field, field(u0), ts[-1], rtol, options.atol))
     else:
         end = None

@@ -308,6 +308,7 @@ class Follower(eqx.Module):
         found = jnp.where(slides, SLIDING, jnp.where(on, ON, OFF)).astype(modes.dtype)
         share = times_on.astype(state.pattern.gates.dtype) / (DESCENT_STEPS - DESCENT_STEPS // 2)
         pattern = Pattern(found, jnp.where(slides, share, on.astype(share.dtype)))
+        changed = found != modes
         surfaces = self._renew(u, pattern, state.surfaces, state.counts.num_steps)
         return dataclasses.replace(
             state,
@@ -317,7 +318,11 @@ class Follower(eqx.Module):
             look=self._look(u, pattern, surfaces, state.length),
             surfaces=surfaces,
             jumped=jnp.asarray(True),
-            counts=state.counts.plus(num_vector_field=DESCENT_STEPS + 2),
+            counts=state.counts.plus(
+                num_vector_field=DESCENT_STEPS + 2,
+                num_crossings=jnp.sum(changed & (found != SLIDING) & (modes != SLIDING)),
+                num_slides=jnp.sum(changed & (found == SLIDING)),
+            ),
             meeting=jnp.asarray(False),
             settled=state.t + SETTLING * DESCENT_STEPS * length,
         )

@@ -110,6 +110,7 @@ def track(f: Model, w0: Params, x: Any, *, kernel: bool = True, difference: str 
         Chizat, Oyallon, Bach (2019), sections 1.1 and 3.2, supplement C.2 (stability of activations).
 
     Example:
+        >>> import jax
         >>> import jax.random as jr
         >>> from lazyjax.models import two_layer
         >>> w0, x = two_layer().init(jr.key(0), d=3, width=8), jr.normal(jr.key(1), (5, 3))
