@@ -105,7 +105,6 @@ def test_flows(alpha):
     assert_same(both(call), rtol=1e-6)
 
 
-@pytest.mark.end_to_end
 def test_descent_training_and_kappa():
     w, x, y = jnp.asarray(W), jnp.asarray(X), jnp.asarray(Y)
     optimizer = optax.sgd(0.1)

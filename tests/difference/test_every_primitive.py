@@ -169,7 +169,6 @@ def at(tree: Any, i: int) -> Any:
     return jax.tree.map(lambda z: z[i], tree)
 
 
-@pytest.mark.end_to_end
 @pytest.mark.parametrize("name", VALUES)
 def test_differences_keep_their_digits(name):
     single, double, plain, derivative = (part[name] for part in compared())
@@ -317,7 +316,6 @@ def unary(module: Any) -> dict[str, Callable[[jax.Array], Any]]:
     return found
 
 
-@pytest.mark.end_to_end
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("module", CALLS)
 def test_every_public_function_is_differenced(module):

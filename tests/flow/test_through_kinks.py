@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import diffrax
 import equinox as eqx
@@ -208,7 +209,6 @@ def test_units_that_arrive_at_zero_go_on_as_in_gradient_descent(seed):
     assert distances[1] < distances[0] / 2
 
 
-@pytest.mark.end_to_end
 def test_default_flows_pass_through_kinks():
     """Without a word of kinks, and of a solver, the flow is right to its tolerance; `adjoint` asks for another one."""
     told, default = (net_flow(1, 1e-6, **options) for options in ({}, {"solver": None}))
@@ -216,6 +216,20 @@ def test_default_flows_pass_through_kinks():
     assert np.max(np.abs(flat(default.params) - flat(told.params))) < 10 * 1e-6
     ordinary = net_flow(1, 1e-3, solver=None, adjoint=diffrax.RecursiveCheckpointAdjoint(), throw=False)
     assert int(ordinary.stats["num_slides"]) == 0
+
+
+def test_more_gates_are_passed_once_steps_have_collapsed(monkeypatch):
+    """As of a model with very many gates: an ordinary solver first, and where that stops once more, through kinks."""
+    monkeypatch.setattr(sys.modules["lazyjax.flow.gradient_flow"], "FEW_GATES", 1)
+    flow = net_flow(1, 1e-8, solver=None, max_steps=5000)
+    assert flow.result == lj.RESULTS.successful
+    assert int(flow.stats["num_slides"]) > 0
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_flow_through_kinks_takes_no_adjoint():
+    with pytest.raises(ValueError, match="adjoint is for flows without kinks on their way"):
+        net_flow(1, 1e-6, adjoint=diffrax.ForwardMode())
 
 
 def test_adaptive_steps_alone_collapse_there():
