@@ -191,12 +191,11 @@ def test_relu_flows_are_those_of_the_reference(seed):
     assert np.all(np.diff(flow.loss) < 0)
 
 
-@pytest.mark.parametrize("seed", [97, pytest.param(80, marks=pytest.mark.end_to_end)])
-def test_units_that_arrive_at_zero_go_on_as_in_gradient_descent(seed):
+def test_units_that_arrive_at_zero_go_on_as_in_gradient_descent():
     """All surfaces of a unit meet at zero; which of them it leaves again, no first change there tells."""
-    h, loss, w0 = net_problem(seed)
+    h, loss, w0 = net_problem(97)
     late = int(np.argmax(TIMES > 10))
-    flow = net_flow(seed, 1e-6)
+    flow = net_flow(97, 1e-6)
     assert int(flow.stats["num_meetings"]) > 0
     slope = jax.grad(lambda w: loss(h(w)))
     distances = []

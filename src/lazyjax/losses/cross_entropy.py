@@ -40,7 +40,7 @@ class SoftmaxCrossEntropy(Loss):
         return jnp.where(label, -jnp.sum(others, axis=1, keepdims=True), others)
 
     def _is_label(self, y: Float[Array, "n k"]) -> Bool[Array, "n k"]:
-        return self.labels[:, None] == jnp.arange(y.shape[1])[None]
+        return self.labels[:, None] == jnp.arange(y.shape[1], dtype=self.labels.dtype)[None]
 
     def hvp(self, y: Float[Array, "n k"], v: Float[Array, "n k"]) -> Float[Array, "n k"]:
         r"""Return $(\mathrm{diag}(p_i) - p_i p_i^T) v_i$."""
