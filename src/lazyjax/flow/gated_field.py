@@ -48,10 +48,8 @@ NUM_DIRECTIONS = 4
 SOLVE_STEPS = 60
 """Steps of conjugate gradients for the multipliers; preconditioned they take one to four."""
 
-
 HELD = 0.01
 """Share of a surface's gradient that may be left outside the span of others that hold the flow on it."""
-
 
 ALONE = 0.01
 """Most by which a number that comes back from the span of the surfaces may have changed where they are independent."""
@@ -209,21 +207,15 @@ class GatedField(eqx.Module):
         inside = pattern.sliding
 
         def along(v: Params) -> Array:
-            return jnp.where(inside, push(v)[1], 0)
+            return push(v)[1]
 
         def normal(mu: Array) -> Params:
             return pull((jnp.zeros_like(outputs), jnp.where(inside, mu, 0)))
 
-        def project() -> tuple[Params, Array]:
-            # JJ^T is singular where surfaces depend on each other; J f is in its range, up to rounding.
-            eps = jnp.finfo(g.dtype).eps
-            rounding = 16 * eps * jnp.sqrt(jnp.max(jnp.diag(surfaces.products))) * tree_norm(f)
-            options = {"tol": eps**0.75, "atol": rounding, "maxiter": SOLVE_STEPS, "M": surfaces.solve}
-            mu, _ = jax.scipy.sparse.linalg.cg(lambda mu: along(normal(mu)), along(f), **options)
-            return jtu.tree_map(jnp.subtract, f, normal(mu)), mu
-
-        velocity, mu = jax.lax.cond(jnp.any(inside), project, lambda: (f, jnp.zeros_like(g)))
-        return Motion(velocity, mu, cotangent, g, lambda v: push(v)[1], normal)
+        velocity, mu = jax.lax.cond(
+            jnp.any(inside), lambda: _along_surfaces(f, inside, surfaces, along, normal), lambda: (f, jnp.zeros_like(g))
+        )
+        return Motion(velocity, mu, cotangent, g, along, normal)
 
     def gate_values(
         self, u: Params, pattern: Pattern, motion: "Motion"
@@ -258,12 +250,7 @@ class GatedField(eqx.Module):
         def normal(mu: Array) -> Params:
             return pull(jnp.where(inside, mu, 0))
 
-        def along(v: Params) -> Array:
-            return jnp.where(inside, push(v), 0)
-
-        options = {"tol": jnp.finfo(weights.dtype).eps ** 0.75, "maxiter": SOLVE_STEPS, "M": surfaces.solve}
-        mu, _ = jax.scipy.sparse.linalg.cg(lambda mu: along(normal(mu)), along(gradient), **options)
-        left = jtu.tree_map(jnp.subtract, gradient, normal(mu))
+        left, _ = _along_surfaces(gradient, inside, surfaces, push, normal)
         return tree_norm(left) <= HELD * tree_norm(gradient)
 
     def norms(self, u: Params, pattern: Pattern) -> Float[Array, " s"]:
@@ -299,6 +286,26 @@ class Motion(NamedTuple):
     values: Float[Array, " s"]
     along: Callable[[Params], Array]
     normal: Callable[[Array], Params]
+
+
+def _along_surfaces(
+    v: Params,
+    inside: Bool[Array, " s"],
+    surfaces: Surfaces,
+    along: Callable[[Params], Array],
+    normal: Callable[[Array], Params],
+) -> tuple[Params, Float[Array, " s"]]:
+    """Return what is left of v along the surfaces of the gates inside, v - J^T mu, and mu."""
+    # JJ^T is singular where surfaces depend on each other; J v is in its range, up to rounding.
+    eps = jnp.finfo(surfaces.rows.dtype).eps
+    rounding = 16 * eps * jnp.sqrt(jnp.max(jnp.diag(surfaces.products))) * tree_norm(v)
+    options = {"tol": eps**0.75, "atol": rounding, "maxiter": SOLVE_STEPS, "M": surfaces.solve}
+
+    def rows(v: Params) -> Array:
+        return jnp.where(inside, along(v), 0)
+
+    mu, _ = jax.scipy.sparse.linalg.cg(lambda mu: rows(normal(mu)), rows(v), **options)
+    return jtu.tree_map(jnp.subtract, v, normal(mu)), mu
 
 
 def _linearize(

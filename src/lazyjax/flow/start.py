@@ -87,8 +87,6 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
     if is_concrete(alpha):  # else 1e39 would be the tangent model's inf in single precision
         check_fits(np.asarray(alpha), "alpha", out.dtype, tiny=False)
     loss.check(out.shape)
-    if not isinstance(h, Tangent):
-        check_difference(h, w0)
     zero = declares_zero(h, w0)
     if is_concrete((eqx.filter(h, eqx.is_array), eqx.filter(loss, eqx.is_array), w0)):
         initial, cotangent, gradient, rounding, residual, gap = values_of(_measure_start, as_argument(h), loss, w0)
@@ -96,6 +94,8 @@ def check_start(h: Model, loss: Loss, w0: Params, alpha: RealScalar, rtol: float
         warn_if_apart(gap, stacklevel=4)
         if not zero and is_concrete(alpha):
             _check_zero(initial, float(alpha), float(rounding), rtol * float(residual))
+    else:
+        _check_difference(h, w0)
     return zero
 
 
@@ -116,6 +116,7 @@ def _measure_start(
     the backward product with Dh(w0) differ.
     """
     h = as_model(argument)
+    _check_difference(h, w0)  # here it is traced once, and not at every call
     coordinates, rest = eqx.partition(w0, eqx.is_inexact_array)
     if isinstance(h, Tangent):
         initial = h(w0)
@@ -136,6 +137,11 @@ def _measure_start(
     rounding = jnp.finfo(initial.dtype).eps * jnp.max(jnp.abs(sensitivity))
     gap = gap_of_products(cotangent, sensitivity, gradient, direction)
     return initial, cotangent, gradient, rounding, jnp.max(jnp.abs(loss.gradient(jnp.zeros_like(initial)))), gap
+
+
+def _check_difference(h: Model, w0: Params) -> None:
+    if not isinstance(h, Tangent):
+        check_difference(h, w0)
 
 
 def _check_finite(initial: np.ndarray, cotangent: np.ndarray, gradient: Any) -> None:

@@ -5,7 +5,9 @@ makes a difference below the tolerance, the step stands. Else they are passed: t
 counted from where it crosses, to first order, and if what is left is below the tolerance, the step stands, or a shorter
 part of it. Else, and where the field leads a gate back, the first change is located by the solver's dense output, and
 the step ends there: a gate whose surface the field leaves on the other side too is turned, the others slide. A gate
-that slides leaves its surface when its gate value arrives at 0 or 1.
+that slides leaves its surface when its gate value arrives at 0 or 1, or when the surface begins to repel. Where more
+surfaces meet than the parameters that move there, the first change says nothing of the next ones: a few tiny steps of
+gradient descent tell which gates leave, and which slide.
 
 Source: Filippov (1988), Differential equations with discontinuous right-hand sides; Dieci, Lopez (2012), A survey of
 numerical methods for IVPs of ODEs with discontinuous right-hand side, J. Comput. Appl. Math. 236.
@@ -49,7 +51,6 @@ MOST_GROWTH = 3
 FREE = 0.25
 """Most by which a gate value may leave [0, 1] while the flow still slides, where the tolerance allows it."""
 
-
 DESCENT_STEPS = 128
 """Steps of gradient descent that are taken where surfaces meet."""
 
@@ -58,6 +59,9 @@ SETTLING = 1000
 
 DESCENT_LENGTH = 0.01
 """The length of such a step, as a share of the tolerance of u."""
+
+LEAST_DESCENT = 32
+"""The least length of such a step in units of rounding of u: shorter ones would not move it as they should."""
 
 
 class ThroughKinks(eqx.Module):
@@ -69,9 +73,9 @@ class ThroughKinks(eqx.Module):
     inside. It cannot be differentiated backward.
 
     Where more surfaces meet than the parameters that move there (all those of a unit of a two-layer net meet at zero),
-    the next branch need not be unique, and the one taken may be another than that of gradient descent:
-    `Flow.stats["num_meetings"]` counts the changes at which other gates were on their surfaces too. If the order of
-    several changes at one time is not found, the `result` is `kinks_unresolved`.
+    the next branch need not be unique; it is that of gradient descent with tiny steps. `Flow.stats["num_meetings"]`
+    counts the changes at which other gates were on their surfaces too. If the order of several changes at one time is
+    not found, the `result` is `kinks_unresolved`.
 
     Attributes:
         solver: Any explicit diffrax solver, or `TangentExponential`, for the smooth pieces.
@@ -283,12 +287,14 @@ class Follower(eqx.Module):
         """
         span = self.ts[state.index] - state.t
         speed = tree_norm(self.field.free(state.u)[0])
-        length = DESCENT_LENGTH * self._tolerance(state.u) / jnp.where(speed > 0, speed, 1)
+        least = LEAST_DESCENT * jnp.finfo(self.zero.dtype).eps * tree_norm(state.u)
+        size = jnp.maximum(DESCENT_LENGTH * self._tolerance(state.u), least)
+        length = size / jnp.where(speed > 0, speed, 1)
         length = jnp.minimum(length, 0.5 * span / DESCENT_STEPS)
         # On the surfaces themselves a gate would be what JAX takes at a tie.
         noise = jtu.tree_map(lambda a: a[1], self.field.directions)
-        size = length * speed / tree_norm(noise)
-        moved = jtu.tree_map(lambda a, b: a + size.astype(a.dtype) * b, state.u, noise)
+        share = length * speed / tree_norm(noise)
+        moved = jtu.tree_map(lambda a, b: a + share.astype(a.dtype) * b, state.u, noise)
 
         def descend(carry: tuple[Params, Array, Array, Array], k: Array) -> tuple[Any, None]:
             u, on, switches, times_on = carry
@@ -306,8 +312,8 @@ class Follower(eqx.Module):
         )
         slides = switches > 1
         found = jnp.where(slides, SLIDING, jnp.where(on, ON, OFF)).astype(modes.dtype)
-        share = times_on.astype(state.pattern.gates.dtype) / (DESCENT_STEPS - DESCENT_STEPS // 2)
-        pattern = Pattern(found, jnp.where(slides, share, on.astype(share.dtype)))
+        mean = times_on.astype(state.pattern.gates.dtype) / (DESCENT_STEPS - DESCENT_STEPS // 2)
+        pattern = Pattern(found, jnp.where(slides, mean, on.astype(mean.dtype)))
         changed = found != modes
         surfaces = self._renew(u, pattern, state.surfaces, state.counts.num_steps)
         return dataclasses.replace(
@@ -352,10 +358,8 @@ class Follower(eqx.Module):
         pattern = self._settle(found.pattern, found.look)
         surfaces = self._renew(u, pattern, state.surfaces, state.counts.num_steps)
         counts = self._count(state, found, keep)
-        arrived = keep & (t >= target)
-        if self.rest is not None:
-            last = (state.index == self.ts.size - 1) & (t > self.ts[-2])
-            arrived |= keep & last & (tree_norm(found.look.velocity) <= self.rest)
+        arrived = keep & ((t >= target) | self._rests(state, t, found.look.velocity))
+        meeting = (counts.num_meetings > state.counts.num_meetings) & (t > state.settled)
         taken = State(
             t=t,
             u=u,
@@ -371,13 +375,7 @@ class Follower(eqx.Module):
             result=state.result,
             counts=counts,
             changes=jnp.where((found.share <= 4 * self.sharpness) | (t <= state.t), state.changes + 1, 0),
-            meeting=self._may_leave(
-                u,
-                state.pattern,
-                pattern,
-                surfaces,
-                (counts.num_meetings > state.counts.num_meetings) & (t > state.settled),
-            ),
+            meeting=self._may_leave(u, state.pattern, pattern, surfaces, meeting),
             settled=state.settled,
             progress=state.progress,
         )
@@ -391,6 +389,12 @@ class Follower(eqx.Module):
         progress = self.meter.step(state.progress, (after.t - self.ts[0]) / (self.ts[-1] - self.ts[0]))
         after = dataclasses.replace(after, saved=saved, progress=progress)
         return dataclasses.replace(after, result=self._judge(after, verdict))
+
+    def _rests(self, state: State, t: Array, velocity: Params) -> Array:
+        """Return whether a flow without an end has arrived, after the last time to save at."""
+        if self.rest is None:
+            return jnp.asarray(False)
+        return (state.index == self.ts.size - 1) & (t > self.ts[-2]) & (tree_norm(velocity) <= self.rest)
 
     def _find(self, state: State, piece: diffrax.AbstractLocalInterpolation, end: Params, wanted: Array) -> Search:
         """Return what happens first in a step, if that is wanted."""

@@ -37,15 +37,27 @@ def follow_scales(
         The sweep, and the solver whose flow stands in it at each alpha: of a model with kinks the scales that failed
         with `solver` are followed again, through the kinks.
     """
+
+    def follow(alphas: Sequence[float], solver: Solver, part: str) -> "xarray.Dataset":
+        return sweep(
+            run_lane,
+            over={"alpha": alphas},
+            shared={"problem": problem, "ts": ts, "solver": solver, "reference": reference},
+            dims=dict.fromkeys(MEASURES, ("time",)),
+            coords={"time": np.asarray(ts)},
+            # On a CPU lanes in one batch are no faster than one by one, which shows more progress.
+            chunk=1 if jax.default_backend() == "cpu" else None,
+            progress=progress,
+            folder=None if folder is None else Path(folder) / part,
+        )
+
     announce(f"the flows of the model at {len(alphas)} scales alpha (compiled first)", progress)
-    first, second = (None if folder is None else Path(folder) / name for name in ("scales", "kinks"))
-    data = _sweep_scales(problem, reference, alphas, ts, solver, progress, first)
+    data = follow(alphas, solver, "scales")
     failed = [float(alpha) for alpha in data["alpha"][data["failed"]]]
     solvers = dict.fromkeys(alphas, solver)
     if failed and has_gates(problem):
         announce(f"{len(failed)} of the flows again, through the kinks of the model", progress)
-        again = _sweep_scales(problem, reference, failed, ts, THROUGH_KINKS, progress, second)
-        data = replace_points(data, again, "alpha")
+        data = replace_points(data, follow(failed, THROUGH_KINKS, "kinks"), "alpha")
         solvers |= dict.fromkeys(failed, THROUGH_KINKS)
     return data, solvers
 
@@ -54,25 +66,3 @@ def announce(text: str, progress: bool) -> None:
     """Write one line before seconds or minutes of silence, if progress is asked for."""
     if progress:
         tqdm.write(f"lazyjax: {text}", file=sys.stderr)
-
-
-def _sweep_scales(
-    problem: Problem,
-    reference: Reference,
-    alphas: Sequence[float],
-    ts: Array,
-    solver: Solver,
-    progress: bool,
-    folder: Path | None,
-) -> "xarray.Dataset":
-    return sweep(
-        run_lane,
-        over={"alpha": alphas},
-        shared={"problem": problem, "ts": ts, "solver": solver, "reference": reference},
-        dims=dict.fromkeys(MEASURES, ("time",)),
-        coords={"time": np.asarray(ts)},
-        # On a CPU lanes in one batch are no faster than one by one, which shows more progress.
-        chunk=1 if jax.default_backend() == "cpu" else None,
-        progress=progress,
-        folder=folder,
-    )

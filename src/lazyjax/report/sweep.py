@@ -393,5 +393,5 @@ def replace_points(data: "xarray.Dataset", again: "xarray.Dataset", axis: str) -
 
     kept = data.drop_sel({axis: again[axis].values})
     if not again["failed"].any():  # what the points that failed had computed
-        kept = kept.drop_vars([name for name in kept if str(name).endswith("_failed")])
+        kept = kept.drop_vars([name for name in kept if str(name).endswith(FAILED)])
     return xarray.concat([kept, again], axis).sortby(axis)
